@@ -1,0 +1,27 @@
+"""Blurry window attention: attention whose state stays finite, N slots that hold a blurred history of P tokens."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import _load  # noqa: F401  (first: says in one line why the compiled part cannot be loaded)
+from . import reference
+from .modules import BlurrySelfAttention, BlurryWindowAttention
+from .ops import blurry_window_attention, blurry_window_step
+from .state import BlurryState
+from .swap import replace_sdpa
+from .window import BlurryWindow
+
+try:
+    __version__ = version("blurry_attn")
+except PackageNotFoundError:  # run from a source tree
+    __version__ = "unknown"
+
+__all__ = [
+    "BlurrySelfAttention",
+    "BlurryState",
+    "BlurryWindow",
+    "BlurryWindowAttention",
+    "blurry_window_attention",
+    "blurry_window_step",
+    "reference",
+    "replace_sdpa",
+]

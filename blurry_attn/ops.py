@@ -1,0 +1,196 @@
+"""The operators in Python: argument checks that the C++ side cannot make, shapes for tracing, and the public functions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (loads the operators)
+from .state import BlurryState
+from .window import BlurryWindow
+
+
+def _check_arguments(query: Tensor, key: Tensor, value: Tensor, window: BlurryWindow, enable_gqa: bool) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_nested:
+            raise NotImplementedError(f"{name} must not be a nested tensor; pack sequences with cu_seqlens")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, tokens, head_dim), "
+                f"got {tensor.dim()} in shape {tuple(tensor.shape)}"
+            )
+    if not isinstance(window, BlurryWindow):
+        raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(
+            f"query must have as many heads as key ({key.shape[1]}) unless enable_gqa=True, got {query.shape[1]}"
+        )
+
+
+def _check_state(state: BlurryState, window: BlurryWindow) -> None:
+    if not isinstance(state, BlurryState):
+        raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
+    if state.window != window:
+        raise ValueError(f"state must have been made with the same window: {state.window}, got {window}")
+
+
+def _law(window: BlurryWindow, kv_heads: int) -> tuple[int, list[int], list[int], str, float]:
+    """The operators' arguments slots, window, phase, kernel, sharpness."""
+    return (
+        window.slots,
+        list(window.windows(kv_heads)),
+        list(window.phases(kv_heads)),
+        window.kernel,
+        window.gate_sharpness,
+    )
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return 1 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
+
+
+def blurry_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: BlurryWindow,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    cu_seqlens: Tensor | None = None,
+    state: BlurryState | None = None,
+    return_state: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    r"""Causal attention over N slots that hold a blurred history of P tokens (see docs/law.md).
+
+    With K_t[m], V_t[m] the contents of slot m after token t,
+    :math:`o_t = \sum_m \mathrm{softmax}_m(\mathrm{scale}\; q_t \cdot K_t[m])\, V_t[m]` over open slots. Cost and state per
+    token do not depend on the length of the history. The same inputs give the same bits in every run.
+
+    Args:
+        query: (B, Hq, T, Dk), float64, float32, bfloat16 or float16, any strides.
+        key: (B, Hkv, T, Dk), as query; Hq is a multiple of Hkv.
+        value: (B, Hkv, T, Dv), as query.
+        window: slots, window, kernel and phases of every kv head.
+        scale: of the logits; 1 / sqrt(Dk) when None.
+        enable_gqa: allow Hq > Hkv: query head h reads kv head h // (Hq // Hkv).
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to T, not decreasing: packs S sequences along T, with B = 1.
+        state: what came before the first token, of each sequence; positions may differ.
+        return_state: return the state after the last token too.
+        return_lse: return the log-sum-exp of the logits too.
+
+    Returns:
+        out (B, Hq, T, Dv) in query's dtype; with ``return_lse`` then lse (B, Hq, T) in float32 (float64 for float64);
+        with ``return_state`` then the :class:`BlurryState`. Differentiable in query, key, value and the given
+        state's key and value, through all that is returned.
+
+    Raises:
+        TypeError: a dtype or type that is not taken.
+        ValueError: a shape or value that is not; the message names the argument.
+        NotImplementedError: nested tensors, forward-mode and second derivatives.
+    """
+    _check_arguments(query, key, value, window, enable_gqa)
+    if state is not None:
+        _check_state(state, window)
+    out, lse, state_key, state_value, position = torch.ops.blurry_attn.forward(
+        query,
+        key,
+        value,
+        *_law(window, key.shape[1]),
+        _scale(scale, query.shape[-1]),
+        cu_seqlens,
+        None if state is None else state.key,
+        None if state is None else state.value,
+        None if state is None else state.position,
+        return_state,
+    )
+    results = [out]
+    if return_lse:
+        results.append(lse)
+    if return_state:
+        results.append(BlurryState(state_key, state_value, position, window))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def blurry_window_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: BlurryState,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """One token per sequence: attends, and updates ``state`` in place. For decoding; it has no gradient.
+
+    Args:
+        query: (B, Hq, 1, Dk); dtypes as for :func:`blurry_window_attention`.
+        key: (B, Hkv, 1, Dk).
+        value: (B, Hkv, 1, Dv).
+        state: of B sequences, each at its own position; nothing of it is touched if an argument is refused.
+        scale: of the logits; 1 / sqrt(Dk) when None.
+        enable_gqa: allow Hq > Hkv.
+
+    Returns:
+        out (B, Hq, 1, Dv) in query's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`blurry_window_attention`.
+        NotImplementedError: an input requires a gradient and gradients are enabled (use ``torch.no_grad()``).
+    """
+    if not isinstance(state, BlurryState):
+        raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
+    _check_arguments(query, key, value, state.window, enable_gqa)
+    return torch.ops.blurry_attn.step(
+        query,
+        key,
+        value,
+        state.key,
+        state.value,
+        state.position,
+        *_law(state.window, key.shape[1]),
+        _scale(scale, query.shape[-1]),
+    )
+
+
+def _state_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+@torch.library.register_fake("blurry_attn::forward")
+def _(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key, state_value, position,
+      return_state):  # fmt: skip
+    dtype = _state_dtype(query)
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=dtype)
+    if not return_state:
+        none = query.new_empty(0, dtype=dtype)
+        return out, lse, none, torch.empty_like(none), query.new_empty(0, dtype=torch.int64)
+    sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots_shape = (sequences, key.shape[1], slots)
+    return (
+        out,
+        lse,
+        query.new_empty(*slots_shape, key.shape[3], dtype=dtype),
+        query.new_empty(*slots_shape, value.shape[3], dtype=dtype),
+        query.new_empty(sequences, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("blurry_attn::backward")
+def _(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse, slots, window, phase, kernel,
+      sharpness, scale, cu_seqlens, state_key, state_value, position):  # fmt: skip
+    gradients = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
+    for tensor in (state_key, state_value):
+        gradients.append(query.new_empty(0, dtype=_state_dtype(query)) if tensor is None else tensor.new_empty(tensor.shape))
+    return tuple(gradients)
+
+
+@torch.library.register_fake("blurry_attn::step")
+def _(query, key, value, state_key, state_value, position, slots, window, phase, kernel, sharpness, scale):
+    return query.new_empty(*query.shape[:3], value.shape[3])

@@ -1,0 +1,71 @@
+// The Python module blurry_attn._C: loads the operators, and shows the law and how the library was built.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "law.h"
+
+#ifndef BLURRY_TORCH_VERSION
+#define BLURRY_TORCH_VERSION "unknown"
+#endif
+#ifndef BLURRY_CUDA_VERSION
+#define BLURRY_CUDA_VERSION ""
+#endif
+
+namespace py = pybind11;
+
+namespace blurry_attn {
+namespace {
+
+Cells make_cells(int64_t slots, int64_t window, int64_t phase) {
+  if (slots < 2) throw std::invalid_argument("slots must be at least 2, got " + std::to_string(slots));
+  if (window < slots || window % slots) {
+    throw std::invalid_argument("window must be a positive multiple of slots, got " + std::to_string(window));
+  }
+  if (phase < 0 || phase >= window / slots) {
+    throw std::invalid_argument("phase must be in 0 .. window / slots - 1, got " + std::to_string(phase));
+  }
+  return {slots, window / slots, phase};
+}
+
+py::array_t<double> gate_table(const std::string& kernel, int64_t slots, int64_t window, int64_t phase,
+                               double sharpness, int64_t start, int64_t length) {
+  if (kernel != "fejer" && kernel != "dirichlet") {
+    throw std::invalid_argument("kernel must be 'fejer' or 'dirichlet', got '" + kernel + "'");
+  }
+  if (start < 0 || length < 0) throw std::invalid_argument("start and length must not be negative");
+  const Cells cells = make_cells(slots, window, phase);
+  const auto table =
+      gates(kernel == "fejer" ? Kernel::fejer : Kernel::dirichlet, cells, sharpness, start, length);
+  return py::array_t<double>({length, slots}, table.data());
+}
+
+std::vector<int64_t> slot_openings(int64_t slots, int64_t window, int64_t phase) {
+  const Cells cells = make_cells(slots, window, phase);
+  std::vector<int64_t> tokens;
+  for (int64_t m = 0; m < slots; ++m) tokens.push_back(cells.slot_opening(m));
+  return tokens;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = BLURRY_TORCH_VERSION;
+  info["cuda"] = *BLURRY_CUDA_VERSION ? py::object(py::str(BLURRY_CUDA_VERSION)) : py::object(py::none());
+  info["compiler"] = __VERSION__;
+  return info;
+}
+
+}  // namespace
+}  // namespace blurry_attn
+
+PYBIND11_MODULE(_C, m) {
+  m.def("gates", &blurry_attn::gate_table, py::arg("kernel"), py::arg("slots"), py::arg("window"), py::arg("phase"),
+        py::arg("sharpness"), py::arg("start"), py::arg("length"),
+        "The law as a float64 table (length, slots): the share of token start + i that each slot takes, openings\n"
+        "included; NaN where a slot is shut.");
+  m.def("openings", &blurry_attn::slot_openings, py::arg("slots"), py::arg("window"), py::arg("phase"),
+        "The token that opens each slot.");
+  m.def("build_info", &blurry_attn::build_info, "What the library was built with: torch, cuda (or None), compiler.");
+}

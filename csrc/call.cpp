@@ -1,0 +1,170 @@
+#include "call.h"
+
+#include <ATen/Functions.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+namespace blurry_attn {
+
+namespace {
+
+void check_tensor(const at::Tensor& tensor, const char* name, const at::Tensor& query) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.is_nested(), name, " must not be a nested tensor; pack sequences with cu_seqlens");
+  TORCH_CHECK_NOT_IMPLEMENTED(tensor.layout() == at::kStrided, name, " must be a dense tensor, got layout ",
+                              tensor.layout());
+  TORCH_CHECK_VALUE(tensor.dim() == 4, name, " must have 4 dimensions (batch, heads, tokens, head_dim), got ",
+                    tensor.dim(), " in shape ", tensor.sizes());
+  const at::ScalarType type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name,
+                   " must be float64, float32, bfloat16 or float16, got ", type);
+  TORCH_CHECK_TYPE(type == query.scalar_type(), name, " must have query's dtype ", query.scalar_type(), ", got ", type);
+  TORCH_CHECK_VALUE(tensor.device() == query.device(), name, " must be on query's device ", query.device(), ", got ",
+                    tensor.device());
+  TORCH_CHECK_VALUE(tensor.size(3) >= 1, name, " must have a head_dim of at least 1, got shape ", tensor.sizes());
+}
+
+void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef shape, at::ScalarType type,
+                 const at::Tensor& query) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " must be ", type, ", got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == query.device(), name, " must be on query's device ", query.device(), ", got ",
+                    tensor.device());
+}
+
+}  // namespace
+
+std::vector<std::vector<double>> Call::gates() const {
+  std::vector<std::vector<double>> tables;
+  for (const Cells& head : cells) {
+    tables.push_back(kernel == Kernel::fejer ? flux_gates(head, sharpness) : period_gates(kernel, head, sharpness));
+  }
+  return tables;
+}
+
+at::Tensor Call::empty_out() const {
+  return at::empty({batch(), query_heads(), tokens(), value_dim()}, query.options());
+}
+at::Tensor Call::empty_lse() const { return at::empty({batch(), query_heads(), tokens()}, compute_options()); }
+at::Tensor Call::empty_state_key() const {
+  return at::empty({sequences(), kv_heads(), slots(), key_dim()}, compute_options());
+}
+at::Tensor Call::empty_state_value() const {
+  return at::empty({sequences(), kv_heads(), slots(), value_dim()}, compute_options());
+}
+
+Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
+                const OptionalTensor& cu_seqlens, const OptionalTensor& state_key, const OptionalTensor& state_value,
+                const OptionalTensor& position) {
+  check_tensor(query, "query", query);
+  check_tensor(key, "key", query);
+  check_tensor(value, "value", query);
+  TORCH_CHECK_VALUE(key.size(0) == query.size(0), "key must have query's batch ", query.size(0), ", got ", key.size(0));
+  TORCH_CHECK_VALUE(value.size(0) == query.size(0), "value must have query's batch ", query.size(0), ", got ",
+                    value.size(0));
+  TORCH_CHECK_VALUE(key.size(2) == query.size(2), "key must have as many tokens as query (", query.size(2), "), got ",
+                    key.size(2), ": blurry window attention is causal self-attention");
+  TORCH_CHECK_VALUE(value.size(2) == query.size(2), "value must have as many tokens as query (", query.size(2),
+                    "), got ", value.size(2));
+  TORCH_CHECK_VALUE(key.size(3) == query.size(3), "key must have query's head_dim ", query.size(3), ", got ",
+                    key.size(3));
+  const int64_t heads = key.size(1);
+  TORCH_CHECK_VALUE(heads >= 1, "key must have at least one head, got shape ", key.sizes());
+  TORCH_CHECK_VALUE(value.size(1) == heads, "value must have key's number of heads ", heads, ", got ", value.size(1));
+  TORCH_CHECK_VALUE(query.size(1) >= 1 && query.size(1) % heads == 0, "query must have a multiple of key's ", heads,
+                    " heads, got ", query.size(1));
+
+  TORCH_CHECK_VALUE(kernel == "fejer" || kernel == "dirichlet", "kernel must be 'fejer' or 'dirichlet', got '", kernel,
+                    "'");
+  const bool fejer = kernel == "fejer";
+  TORCH_CHECK_VALUE(slots >= 2, "slots must be at least 2, got ", slots);
+  TORCH_CHECK_VALUE(!fejer || (std::isfinite(sharpness) && sharpness >= 1),
+                    "sharpness must be finite and at least 1, got ", sharpness);
+  TORCH_CHECK_VALUE(std::isfinite(scale), "scale must be finite, got ", scale);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(window.size()) == heads, "window must have one entry per kv head (", heads,
+                    "), got ", window.size());
+  TORCH_CHECK_VALUE(static_cast<int64_t>(phase.size()) == heads, "phase must have one entry per kv head (", heads,
+                    "), got ", phase.size());
+  std::vector<Cells> cells;
+  for (int64_t h = 0; h < heads; ++h) {
+    TORCH_CHECK_VALUE(window[h] >= slots && window[h] % slots == 0, "window must be a positive multiple of slots (",
+                      slots, "), got ", window[h]);
+    const int64_t resolution = window[h] / slots;
+    TORCH_CHECK_VALUE(fejer || resolution <= kMaxDirichletResolution, "window must be at most ",
+                      kMaxDirichletResolution, " * slots with kernel 'dirichlet', got ", window[h], " with ", slots,
+                      " slots");
+    TORCH_CHECK_VALUE(phase[h] >= 0 && phase[h] < resolution, "phase must be in 0 .. ", resolution - 1,
+                      " (window / slots - 1), got ", phase[h]);
+    cells.push_back({slots, resolution, phase[h]});
+  }
+
+  if (cu_seqlens) {
+    const at::ScalarType type = cu_seqlens->scalar_type();
+    TORCH_CHECK_TYPE(type == at::kInt || type == at::kLong, "cu_seqlens must be int32 or int64, got ", type);
+    TORCH_CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
+                      "cu_seqlens must have shape (sequences + 1,), got ", cu_seqlens->sizes());
+    TORCH_CHECK_VALUE(cu_seqlens->device() == query.device(), "cu_seqlens must be on query's device ", query.device(),
+                      ", got ", cu_seqlens->device());
+    TORCH_CHECK_VALUE(query.size(0) == 1, "query must have batch 1 with cu_seqlens, got ", query.size(0));
+  }
+  Call call{query, key, value, cells, fejer ? Kernel::fejer : Kernel::dirichlet, sharpness, scale, cu_seqlens, {}, {},
+            {}};
+  TORCH_CHECK_VALUE(state_key.has_value() == state_value.has_value() && state_key.has_value() == position.has_value(),
+                    "state_key, state_value and position must be given together");
+  if (state_key) {
+    check_shape(*state_key, "state.key", {call.sequences(), heads, slots, call.key_dim()}, call.compute_type(), query);
+    check_shape(*state_value, "state.value", {call.sequences(), heads, slots, call.value_dim()}, call.compute_type(),
+                query);
+    check_shape(*position, "state.position", {call.sequences()}, at::kLong, query);
+    call.state_key = state_key->contiguous();
+    call.state_value = state_value->contiguous();
+    call.position = position->contiguous();
+  }
+  return call;
+}
+
+void check_gradients(const Call& call, const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                     const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
+                     const at::Tensor& out, const at::Tensor& lse) {
+  const int64_t batch = call.batch(), heads = call.query_heads(), tokens = call.tokens();
+  const at::ScalarType type = call.query.scalar_type(), compute = call.compute_type();
+  check_shape(out, "out", {batch, heads, tokens, call.value_dim()}, type, call.query);
+  check_shape(lse, "lse", {batch, heads, tokens}, compute, call.query);
+  check_shape(grad_out, "grad_out", out.sizes(), type, call.query);
+  if (grad_lse) check_shape(*grad_lse, "grad_lse", lse.sizes(), compute, call.query);
+  const int64_t states = call.sequences(), kv_heads = call.kv_heads(), slots = call.slots();
+  if (grad_state_key) {
+    check_shape(*grad_state_key, "grad_state_key", {states, kv_heads, slots, call.key_dim()}, compute, call.query);
+  }
+  if (grad_state_value) {
+    check_shape(*grad_state_value, "grad_state_value", {states, kv_heads, slots, call.value_dim()}, compute,
+                call.query);
+  }
+}
+
+void check_step(const Call& call) {
+  TORCH_CHECK_VALUE(call.tokens() == 1, "query must have one token in a step, got ", call.tokens());
+}
+
+std::vector<int64_t> checked_cu_seqlens(const at::Tensor& cu_seqlens, int64_t tokens) {
+  const at::Tensor numbers = cu_seqlens.to(at::kLong).contiguous();
+  const int64_t* data = numbers.const_data_ptr<int64_t>();
+  const std::vector<int64_t> ends(data, data + numbers.numel());
+  TORCH_CHECK_VALUE(ends.front() == 0, "cu_seqlens must start at 0, got ", ends.front());
+  for (size_t i = 1; i < ends.size(); ++i) {
+    TORCH_CHECK_VALUE(ends[i] >= ends[i - 1], "cu_seqlens must not decrease, got ", ends[i], " after ", ends[i - 1]);
+  }
+  TORCH_CHECK_VALUE(ends.back() == tokens, "cu_seqlens must end at the number of tokens ", tokens, ", got ",
+                    ends.back());
+  return ends;
+}
+
+void check_positions(const at::Tensor& position) {
+  const int64_t* data = position.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < position.numel(); ++i) {
+    TORCH_CHECK_VALUE(data[i] >= 0, "state.position must not be negative, got ", data[i]);
+  }
+}
+
+}  // namespace blurry_attn

@@ -1,0 +1,66 @@
+// One call of an operator, checked: what the devices' implementations share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "law.h"
+
+namespace blurry_attn {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+struct Call {
+  at::Tensor query, key, value;
+  std::vector<Cells> cells;  // per kv head
+  Kernel kernel;
+  double sharpness, scale;
+  OptionalTensor cu_seqlens;
+  OptionalTensor state_key, state_value, position;  // contiguous
+
+  int64_t batch() const { return query.size(0); }
+  int64_t query_heads() const { return query.size(1); }
+  int64_t kv_heads() const { return key.size(1); }
+  int64_t tokens() const { return query.size(2); }
+  int64_t key_dim() const { return key.size(3); }
+  int64_t value_dim() const { return value.size(3); }
+  int64_t slots() const { return cells.front().slots; }
+  int64_t sequences() const { return cu_seqlens ? cu_seqlens->size(0) - 1 : batch(); }
+  // float64 for float64 inputs, float32 for all others: of the state, lse and all sums.
+  at::ScalarType compute_type() const {
+    return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  }
+  at::TensorOptions compute_options() const { return query.options().dtype(compute_type()); }
+  // Gate tables per kv head: flux_gates for "fejer", period_gates for the others.
+  std::vector<std::vector<double>> gates() const;
+
+  at::Tensor empty_out() const;
+  at::Tensor empty_lse() const;
+  at::Tensor empty_state_key() const;
+  at::Tensor empty_state_value() const;
+};
+
+// Checks everything that needs no look at a tensor's values; raises ValueError, TypeError or NotImplementedError with
+// a message that names the argument.
+Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
+                const OptionalTensor& cu_seqlens, const OptionalTensor& state_key, const OptionalTensor& state_value,
+                const OptionalTensor& position);
+// Of the backward's inputs: shapes, dtypes and devices against the call's.
+void check_gradients(const Call& call, const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                     const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
+                     const at::Tensor& out, const at::Tensor& lse);
+// Of a step: one token, a state that can be written in place.
+void check_step(const Call& call);
+
+// cu_seqlens and positions as numbers, their values checked. `cu_seqlens` on the host.
+std::vector<int64_t> checked_cu_seqlens(const at::Tensor& cu_seqlens, int64_t tokens);
+void check_positions(const at::Tensor& position);
+
+}  // namespace blurry_attn

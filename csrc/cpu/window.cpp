@@ -1,0 +1,12 @@
+// "fejer" on the CPU: one build of window.inl per instruction set.
+#include <cmath>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+#define BLURRY_BODY "window.inl"
+#include "each_isa.h"
+
+BLURRY_DEFINE_ENTRIES(window)

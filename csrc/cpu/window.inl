@@ -1,0 +1,628 @@
+// "fejer" in its parallel form, for one instruction set. Per sequence and kv head ("lane"), two tables hold one row of
+// contents per cell: rows 0 .. slots - 1 are the slots as given, then come the cells of this call. A query sees
+// slots - 2 standing cells, which are rows of the tables, and two cells in flux, whose contents are carried along.
+#include "vec.h"
+
+namespace blurry_attn::cpu::BLURRY_ISA {
+namespace {
+
+constexpr int64_t kStretch = 512;      // tokens of one work item, at least
+constexpr int64_t kBlock = 16;         // query rows handled at once, at most
+constexpr int64_t kSlotsPerItem = 16;
+
+// The geometry of one lane: which cells its tables hold.
+struct Lane {
+  Sequence sequence;
+  Cells cells;
+  int64_t index, batch_entry, head;  // index: of (sequence, kv head); batch_entry: of the sequence
+
+  int64_t begin() const { return sequence.position; }
+  int64_t end() const { return sequence.position + sequence.length; }
+  int64_t base() const { return cells.trailing(begin()) - cells.slots; }  // the cell of row 0
+  // The cell of the last row: the leading one at the last token.
+  int64_t newest() const { return sequence.length ? cells.trailing(end() - 1) + 1 : base() + cells.slots - 1; }
+  int64_t rows() const { return newest() - base() + 1; }
+  int64_t row(int64_t cell) const { return cell - base(); }
+  // Whether the slot of `cell` is open just before `token`.
+  bool opened(int64_t cell, int64_t token) const { return cells.slot_opening(cells.slot(cell)) < token; }
+  // The token after `token` at which a block of query rows ends: blocks are aligned to cells, so that rows which see
+  // the same cells stay together.
+  int64_t block_end(int64_t token, int64_t limit) const {
+    const int64_t r = cells.resolution, period = r < 8 ? r * (8 / r) : r;
+    const int64_t cell_end = (floor_div(token - cells.phase, period) + 1) * period + cells.phase;
+    const int64_t end = cell_end < token + kBlock ? cell_end : token + kBlock;
+    return end < limit ? end : limit;
+  }
+};
+
+struct Stretch {
+  int64_t lane, begin, end;
+};
+
+// Contents (or their gradients) of all lanes: one row of `width` numbers per cell.
+template <typename compute>
+struct Table {
+  compute* data = nullptr;
+  int64_t width = 0;
+  std::vector<int64_t> offsets;
+
+  compute* row(const Lane& lane, int64_t cell) const { return data + (offsets[lane.index] + lane.row(cell)) * width; }
+};
+
+template <typename storage, typename compute>
+struct Window {
+  const Problem<storage, compute>& problem;
+  const Allocate& allocate;
+  std::vector<Lane> lanes;
+  int64_t key_width, value_width, table_rows;
+  Table<compute> keys, values;
+
+  Window(const Problem<storage, compute>& p, const Allocate& a)
+      : problem(p), allocate(a), key_width(padded<compute>(p.key_dim)), value_width(padded<compute>(p.value_dim)) {
+    std::vector<int64_t> offsets;
+    table_rows = 0;
+    for (size_t s = 0; s < p.sequences.size(); ++s) {
+      for (int64_t h = 0; h < p.kv_heads(); ++h) {
+        const int64_t index = static_cast<int64_t>(lanes.size());
+        lanes.push_back({p.sequences[s], p.cells[h], index, static_cast<int64_t>(s), h});
+        offsets.push_back(table_rows);
+        table_rows += lanes.back().rows();
+      }
+    }
+    keys = make_table(key_width, offsets);
+    values = make_table(value_width, offsets);
+  }
+
+  Table<compute> make_table(int64_t width, const std::vector<int64_t>& offsets) const {
+    return {static_cast<compute*>(allocate(table_rows * width)), width, offsets};
+  }
+
+  std::vector<Stretch> stretches(bool span_the_window) const {
+    std::vector<Stretch> items;
+    for (const Lane& lane : lanes) {
+      const int64_t reach = span_the_window ? lane.cells.window() : 8 * lane.cells.resolution;
+      const int64_t length = reach > kStretch ? reach : kStretch;
+      for (int64_t t = lane.begin(); t < lane.end(); t += length) {
+        items.push_back({lane.index, t, t + length < lane.end() ? t + length : lane.end()});
+      }
+    }
+    return items;
+  }
+
+  const compute* gates(const Lane& lane) const { return problem.gates[lane.head].data(); }
+  // Row of a tensor's view for a token of the lane.
+  template <typename any>
+  any* at(const View<any>& view, const Lane& lane, int64_t head, int64_t token) const {
+    return view.row(lane.sequence.batch, head, lane.sequence.begin + token - lane.begin());
+  }
+  void load_key(const Lane& lane, int64_t token, compute* to) const {
+    load_row(at(problem.key, lane, lane.head, token), problem.key.element, problem.key_dim, to);
+  }
+  void load_value(const Lane& lane, int64_t token, compute* to) const {
+    load_row(at(problem.value, lane, lane.head, token), problem.value.element, problem.value_dim, to);
+  }
+  void load_query(const Lane& lane, int64_t head, int64_t token, compute* to) const {
+    load_row(at(problem.query, lane, head, token), problem.query.element, problem.key_dim, to, problem.scale);
+  }
+  // Offset into contiguous (batch, query head, token) rows of numbers.
+  int64_t scalar_at(const Lane& lane, int64_t head, int64_t token) const {
+    return (lane.sequence.batch * problem.query_heads + head) * problem.tokens + lane.sequence.begin + token -
+           lane.begin();
+  }
+  // Slots of (sequence, kv head, slot, element) tensors.
+  int64_t slot_at(const Lane& lane, int64_t cell) const {
+    return (lane.batch_entry * problem.kv_heads() + lane.head) * lane.cells.slots + lane.cells.slot(cell);
+  }
+
+  // Work items of a pass over slots: lane and first slot, counted from the table's first cell.
+  template <typename body_type>
+  void for_slots(const body_type& body) const {
+    const int64_t chunks = (problem.slots() + kSlotsPerItem - 1) / kSlotsPerItem;
+    problem.parallel(static_cast<int64_t>(lanes.size()) * chunks, [&](int64_t i) {
+      const int64_t first = i % chunks * kSlotsPerItem;
+      const int64_t last = first + kSlotsPerItem;
+      body(lanes[i / chunks], first, last < problem.slots() ? last : problem.slots());
+    });
+  }
+
+  // Pass 1: what every cell holds at the end of its flux (or of the sequence), slot by slot from cell to cell.
+  void fill_cells() const {
+    for_slots([this](const Lane& lane, int64_t first, int64_t last) { fill_slots(lane, first, last); });
+  }
+  void fill_slots(const Lane& lane, int64_t first, int64_t last) const {
+    const Cells& cells = lane.cells;
+    std::vector<compute> token(key_width > value_width ? key_width : value_width);
+    for (int64_t cell = lane.base() + first; cell < lane.base() + last; ++cell) {
+      if (problem.state_key && lane.opened(cell, lane.begin())) {
+        load_row(problem.state_key + slot_at(lane, cell) * problem.key_dim, 1, problem.key_dim, keys.row(lane, cell));
+        load_row(problem.state_value + slot_at(lane, cell) * problem.value_dim, 1, problem.value_dim,
+                 values.row(lane, cell));
+      } else {
+        zero_row(keys.row(lane, cell), key_width);
+        zero_row(values.row(lane, cell), value_width);
+      }
+    }
+    for (int64_t lap = lane.base() + cells.slots + first; lap <= lane.newest(); lap += cells.slots) {
+      for (int64_t cell = lap; cell < lap + last - first && cell <= lane.newest(); ++cell) {
+        compute* key = keys.row(lane, cell);
+        compute* value = values.row(lane, cell);
+        copy_row(keys.row(lane, cell - cells.slots), key_width, key);
+        copy_row(values.row(lane, cell - cells.slots), value_width, value);
+        const int64_t from = first_token(lane, cell), to = last_token(lane, cell);
+        for (int64_t t = from; t <= to; ++t) {
+          const compute share = cells.gate(gates(lane), cell, t);
+          if (share == 0) continue;
+          load_key(lane, t, token.data());
+          write_row(share, token.data(), key_width, key);
+          load_value(lane, t, token.data());
+          write_row(share, token.data(), value_width, value);
+        }
+      }
+    }
+  }
+  // The tokens of this call at which a cell is in flux and its slot open.
+  int64_t first_token(const Lane& lane, int64_t cell) const {
+    int64_t from = lane.cells.flux_begin(cell);
+    if (lane.cells.opens(cell) && lane.cells.opening(cell) > from) from = lane.cells.opening(cell);
+    return from > lane.begin() ? from : lane.begin();
+  }
+  int64_t last_token(const Lane& lane, int64_t cell) const {
+    const int64_t to = lane.cells.flux_end(cell);
+    return to < lane.end() - 1 ? to : lane.end() - 1;
+  }
+
+  void write_state(compute* state_key, compute* state_value) const {
+    problem.parallel(static_cast<int64_t>(lanes.size()), [&](int64_t i) {
+      const Lane& lane = lanes[i];
+      for (int64_t cell = lane.newest() - lane.cells.slots + 1; cell <= lane.newest(); ++cell) {
+        // A slot whose first cell is yet to come is zero, as its row is.
+        store_row(keys.row(lane, cell), problem.key_dim, state_key + slot_at(lane, cell) * problem.key_dim, 1);
+        store_row(values.row(lane, cell), problem.value_dim, state_value + slot_at(lane, cell) * problem.value_dim, 1);
+      }
+    });
+  }
+};
+
+// What the query rows of one stretch see: the standing cells, with transposed copies for the products over head_dim,
+// and the contents in flux of the current block of rows.
+template <typename storage, typename compute>
+struct StretchView {
+  const Window<storage, compute>& window;
+  const Lane& lane;
+  const Cells& cells;
+  const compute* gates;
+  int64_t first_cell, columns, row_width;             // standing cells first_cell .. first_cell + columns - 1
+  std::vector<compute> keys_t, values_t;              // [dim][row_width]
+  std::vector<compute> running, flux, token;          // contents at the last token; contents per row of the block
+  int64_t trailing;                                   // the trailing cell that `running` belongs to
+
+  StretchView(const Window<storage, compute>& w, const Stretch& stretch, bool with_values)
+      : window(w), lane(w.lanes[stretch.lane]), cells(lane.cells), gates(w.gates(lane)) {
+    first_cell = first_standing(stretch.begin);
+    columns = cells.trailing(stretch.end - 1) - first_cell;
+    if (columns < 0) columns = 0;
+    // Whole vectors, read up to one vector past the last cell, and no power of two, which would share cache sets.
+    row_width = padded<compute>(columns) + kLanes<compute> * (padded<compute>(columns) / kLanes<compute> % 2 ? 2 : 1);
+    transpose(w.keys, w.problem.key_dim, keys_t);
+    if (with_values) transpose(w.values, w.problem.value_dim, values_t);
+    flux.resize(kBlock * 2 * (w.key_width + w.value_width));
+    running.resize(2 * (w.key_width + w.value_width));
+    token.resize(w.key_width + w.value_width);
+    start(stretch.begin);
+  }
+
+  int64_t first_standing(int64_t t) const {
+    const int64_t cell = cells.trailing(t) - cells.slots + 2;
+    return cell > cells.first() ? cell : cells.first();
+  }
+
+  void transpose(const Table<compute>& table, int64_t dim, std::vector<compute>& to) const {
+    to.assign(dim * row_width, 0);
+    for (int64_t c = 0; c < columns; ++c) {
+      const compute* row = table.row(lane, first_cell + c);
+      for (int64_t d = 0; d < dim; ++d) to[d * row_width + c] = row[d];
+    }
+  }
+
+  // Contents in flux, `which` 0 for the trailing cell and 1 for the leading one.
+  compute* running_key(int which) { return running.data() + which * window.key_width; }
+  compute* running_value(int which) { return running.data() + 2 * window.key_width + which * window.value_width; }
+  compute* flux_key(int64_t row, int which) { return flux.data() + (row * 2 + which) * window.key_width; }
+  compute* flux_value(int64_t row, int which) {
+    return flux.data() + kBlock * 2 * window.key_width + (row * 2 + which) * window.value_width;
+  }
+
+  void begin_cell(int which, int64_t cell) {
+    copy_row(window.keys.row(lane, cell - cells.slots), window.key_width, running_key(which));
+    copy_row(window.values.row(lane, cell - cells.slots), window.value_width, running_value(which));
+  }
+  void write(int which, int64_t cell, int64_t t) {
+    if (!cells.is_open(cell, t)) return;
+    const compute share = cells.gate(gates, cell, t);
+    write_row(share, token.data(), window.key_width, running_key(which));
+    write_row(share, token.data() + window.key_width, window.value_width, running_value(which));
+  }
+  void load_token(int64_t t) {
+    window.load_key(lane, t, token.data());
+    window.load_value(lane, t, token.data() + window.key_width);
+  }
+
+  // Carries the contents in flux to just before token t, from the beginning of the two cells' flux.
+  void start(int64_t t) {
+    trailing = cells.trailing(t);
+    begin_cell(0, trailing);
+    begin_cell(1, trailing + 1);
+    for (int64_t s = window.first_token(lane, trailing); s < t; ++s) {
+      load_token(s);
+      write(0, trailing, s);
+      if (s >= cells.flux_begin(trailing + 1)) write(1, trailing + 1, s);
+    }
+  }
+  void advance(int64_t t) {
+    if (cells.trailing(t) != trailing) {
+      ++trailing;
+      copy_row(running_key(1), window.key_width, running_key(0));
+      copy_row(running_value(1), window.value_width, running_value(0));
+      begin_cell(1, trailing + 1);
+    }
+    load_token(t);
+    write(0, trailing, t);
+    write(1, trailing + 1, t);
+  }
+  // Fills flux_key and flux_value for the tokens t0 .. t1 - 1.
+  void advance_block(int64_t t0, int64_t t1) {
+    for (int64_t t = t0; t < t1; ++t) {
+      advance(t);
+      copy_row(running_key(0), 2 * window.key_width, flux_key(t - t0, 0));
+      copy_row(running_value(0), 2 * window.value_width, flux_value(t - t0, 0));
+    }
+  }
+  bool leading_is_open(int64_t t) const { return cells.is_open(cells.trailing(t) + 1, t); }
+};
+
+// The standing cells of a block of rows t0 .. t1 - 1, as columns of the stretch: all rows see those from `common` to
+// `common_end`, and row t those from low(t) to high(t). Products over cells keep to these ranges, since a weight of
+// zero would not keep a NaN out.
+template <typename storage, typename compute>
+struct Columns {
+  const StretchView<storage, compute>& view;
+  int64_t t0, t1, first, last, common, common_end;
+
+  Columns(const StretchView<storage, compute>& v, int64_t begin, int64_t end)
+      : view(v), t0(begin), t1(end), first(low(begin)), last(high(end - 1)), common(low(end - 1)),
+        common_end(high(begin)) {
+    if (common_end < common) common = common_end = last;
+  }
+  int64_t low(int64_t t) const { return view.first_standing(t) - view.first_cell; }
+  int64_t high(int64_t t) const {
+    const int64_t h = view.cells.trailing(t) - view.first_cell, l = low(t);
+    return h > l ? h : l;
+  }
+  const compute* row(const Table<compute>& table, int64_t column) const {
+    return table.row(view.lane, view.first_cell + column);
+  }
+  // scores[row][column] = rows . contents, for all columns of the block (those outside a row's range mean nothing).
+  void scores(const compute* rows, int64_t width, int64_t dim, const std::vector<compute>& contents_t,
+              compute* out) const {
+    product(t1 - t0, padded<compute>(last - first), dim, rows, width, int64_t(1), contents_t.data() + first,
+            view.row_width, out + first, view.row_width, false);
+  }
+  // out[row] += sum over the row's columns of weights[row][column] contents[column].
+  void gather(const compute* weights, const Table<compute>& contents, compute* out) const {
+    const int64_t width = contents.width, ld = view.row_width;
+    if (common_end > common) {
+      product(t1 - t0, width, common_end - common, weights + common, ld, int64_t(1), row(contents, common), width, out,
+              width, true);
+    }
+    for (int64_t t = t0; t < t1; ++t) {
+      const compute* w = weights + (t - t0) * ld;
+      for (int64_t c = low(t), h = high(t); c < h; ++c) {
+        if (c == common) c = common_end;
+        if (c < h) add_scaled(w[c], row(contents, c), width, out + (t - t0) * width);
+      }
+    }
+  }
+  // gradients[column] += sum over the rows that see it of weights[row][column] rows[row].
+  void scatter(const compute* weights, const compute* rows, const Table<compute>& gradients) const {
+    const int64_t width = gradients.width, ld = view.row_width;
+    if (common_end > common) {
+      product(common_end - common, width, t1 - t0, weights + common, int64_t(1), ld, rows, width,
+              gradients.row(view.lane, view.first_cell + common), width, true);
+    }
+    for (int64_t t = t0; t < t1; ++t) {
+      const compute* w = weights + (t - t0) * ld;
+      for (int64_t c = low(t), h = high(t); c < h; ++c) {
+        if (c == common) c = common_end;
+        if (c < h) add_scaled(w[c], rows + (t - t0) * width, width, gradients.row(view.lane, view.first_cell + c));
+      }
+    }
+  }
+};
+
+template <typename storage, typename compute>
+void attend(const Window<storage, compute>& window, const Stretch& stretch, const Outputs<storage, compute>& outputs) {
+  const Problem<storage, compute>& problem = window.problem;
+  StretchView<storage, compute> view(window, stretch, false);
+  const int64_t kw = window.key_width, vw = window.value_width;
+  std::vector<compute> query(kBlock * kw), out(kBlock * vw), scores(kBlock * view.row_width);
+  for (int64_t t0 = stretch.begin; t0 < stretch.end;) {
+    const int64_t t1 = view.lane.block_end(t0, stretch.end);
+    const Columns<storage, compute> columns(view, t0, t1);
+    view.advance_block(t0, t1);
+    for (int64_t head = view.lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
+      for (int64_t t = t0; t < t1; ++t) window.load_query(view.lane, head, t, query.data() + (t - t0) * kw);
+      columns.scores(query.data(), kw, problem.key_dim, view.keys_t, scores.data());
+      for (int64_t t = t0; t < t1; ++t) {
+        const int64_t row = t - t0;
+        compute* standing = scores.data() + row * view.row_width + columns.low(t);
+        const int64_t count = columns.high(t) - columns.low(t);
+        const bool leads = view.leading_is_open(t);
+        const compute z_trailing = dot(query.data() + row * kw, view.flux_key(row, 0), kw);
+        const compute z_leading = leads ? dot(query.data() + row * kw, view.flux_key(row, 1), kw) : compute(0);
+        compute top = largest(standing, count, z_trailing);
+        if (leads && z_leading > top) top = z_leading;
+        const compute p_trailing = std::exp(z_trailing - top);
+        const compute p_leading = leads ? std::exp(z_leading - top) : compute(0);
+        const compute total = exponentials(standing, count, top) + p_trailing + p_leading;
+        outputs.lse[window.scalar_at(view.lane, head, t)] = top + std::log(total);
+        compute* o = out.data() + row * vw;
+        zero_row(o, vw);
+        add_scaled(p_trailing / total, view.flux_value(row, 0), vw, o);
+        if (leads) add_scaled(p_leading / total, view.flux_value(row, 1), vw, o);
+        const compute inverse = 1 / total;
+        for (int64_t c = 0; c < count; ++c) standing[c] *= inverse;
+      }
+      columns.gather(scores.data(), window.values, out.data());
+      for (int64_t t = t0; t < t1; ++t) {
+        store_row(out.data() + (t - t0) * vw, problem.value_dim, window.at(outputs.out, view.lane, head, t),
+                  outputs.out.element);
+      }
+    }
+    t0 = t1;
+  }
+}
+
+template <typename storage, typename compute>
+void forward(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,
+             const Allocate& allocate) {
+  const Window<storage, compute> window(problem, allocate);
+  window.fill_cells();
+  const std::vector<Stretch> items = window.stretches(false);
+  problem.parallel(static_cast<int64_t>(items.size()), [&](int64_t i) { attend(window, items[i], outputs); });
+  if (outputs.state_key) window.write_state(outputs.state_key, outputs.state_value);
+}
+
+// What a query row gives to the two cells in flux, [batch][query head][token][2 cells]: the gradient of the logit and
+// the probability, which times the query and the gradient of the output are the gradients of the contents.
+template <typename compute>
+struct Flux {
+  compute* logit;
+  compute* probability;
+};
+
+// Pass 2 of the backward: gradients of the queries and of the standing contents, and what goes into the flux.
+template <typename storage, typename compute>
+void attend_backward(const Window<storage, compute>& window, const Stretch& stretch,
+                     const Gradients<storage, compute>& gradients, const Flux<compute>& flux,
+                     const Table<compute>& grad_keys, const Table<compute>& grad_values) {
+  const Problem<storage, compute>& problem = window.problem;
+  StretchView<storage, compute> view(window, stretch, true);
+  const int64_t kw = window.key_width, vw = window.value_width, ld = view.row_width;
+  std::vector<compute> query(kBlock * kw), grad_query(kBlock * kw), grad_out(kBlock * vw), out(vw);
+  std::vector<compute> scores(kBlock * ld), grad_scores(kBlock * ld);
+  for (int64_t t0 = stretch.begin; t0 < stretch.end;) {
+    const int64_t t1 = view.lane.block_end(t0, stretch.end);
+    const Columns<storage, compute> columns(view, t0, t1);
+    view.advance_block(t0, t1);
+    for (int64_t head = view.lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
+      for (int64_t t = t0; t < t1; ++t) {
+        window.load_query(view.lane, head, t, query.data() + (t - t0) * kw);
+        load_row(window.at(gradients.grad_out, view.lane, head, t), gradients.grad_out.element, problem.value_dim,
+                 grad_out.data() + (t - t0) * vw);
+      }
+      columns.scores(query.data(), kw, problem.key_dim, view.keys_t, scores.data());
+      columns.scores(grad_out.data(), vw, problem.value_dim, view.values_t, grad_scores.data());
+      for (int64_t t = t0; t < t1; ++t) {
+        const int64_t row = t - t0, at = window.scalar_at(view.lane, head, t);
+        const compute* q = query.data() + row * kw;
+        const compute* g = grad_out.data() + row * vw;
+        compute* dq = grad_query.data() + row * kw;
+        load_row(window.at(gradients.out, view.lane, head, t), gradients.out.element, problem.value_dim, out.data());
+        compute delta = dot(out.data(), g, vw);
+        if (gradients.grad_lse) delta -= gradients.grad_lse[at];
+        const compute lse = gradients.lse[at];
+        const int64_t low = columns.low(t), count = columns.high(t) - low;
+        compute* p = scores.data() + row * ld + low;
+        compute* dz = grad_scores.data() + row * ld + low;
+        exponentials(p, count, lse);
+        for (int64_t c = 0; c < count; ++c) dz[c] = p[c] * (dz[c] - delta);
+        zero_row(dq, kw);
+        for (int which = 0; which < 2; ++which) {
+          compute probability = 0, logit = 0;
+          if (which == 0 || view.leading_is_open(t)) {
+            probability = std::exp(dot(q, view.flux_key(row, which), kw) - lse);
+            logit = probability * (dot(g, view.flux_value(row, which), vw) - delta);
+            add_scaled(logit, view.flux_key(row, which), kw, dq);
+          }
+          flux.logit[2 * at + which] = logit;
+          flux.probability[2 * at + which] = probability;
+        }
+      }
+      columns.gather(grad_scores.data(), window.keys, grad_query.data());
+      columns.scatter(grad_scores.data(), query.data(), grad_keys);
+      columns.scatter(scores.data(), grad_out.data(), grad_values);
+      for (int64_t t = t0; t < t1; ++t) {
+        compute* dq = grad_query.data() + (t - t0) * kw;
+        scale_row(problem.scale, kw, dq);
+        store_row(dq, problem.key_dim, window.at(gradients.query, view.lane, head, t), gradients.query.element);
+      }
+    }
+    t0 = t1;
+  }
+}
+
+// Adjoints of one cell's contents, carried backwards through its flux.
+template <typename storage, typename compute>
+struct Adjoint {
+  const Window<storage, compute>& window;
+  const Lane& lane;
+  const Gradients<storage, compute>& gradients;
+  const Flux<compute>& flux;
+  std::vector<compute> key, value, row;
+
+  Adjoint(const Window<storage, compute>& w, const Lane& l, const Gradients<storage, compute>& g,
+          const Flux<compute>& f)
+      : window(w), lane(l), gradients(g), flux(f), key(w.key_width), value(w.value_width),
+        row(w.key_width > w.value_width ? w.key_width : w.value_width) {}
+
+  void begin(int64_t cell, const Table<compute>& grad_keys, const Table<compute>& grad_values) {
+    copy_row(grad_keys.row(lane, cell), window.key_width, key.data());
+    copy_row(grad_values.row(lane, cell), window.value_width, value.data());
+  }
+  // Adds what the queries of token t saw of the cell.
+  void see(int64_t cell, int64_t t) {
+    const int which = cell == lane.cells.trailing(t) ? 0 : 1;
+    const Problem<storage, compute>& problem = window.problem;
+    for (int64_t head = lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
+      const int64_t at = 2 * window.scalar_at(lane, head, t) + which;
+      window.load_query(lane, head, t, row.data());
+      add_scaled(flux.logit[at], row.data(), window.key_width, key.data());
+      load_row(window.at(gradients.grad_out, lane, head, t), gradients.grad_out.element, problem.value_dim, row.data());
+      add_scaled(flux.probability[at], row.data(), window.value_width, value.data());
+    }
+  }
+  compute share(int64_t cell, int64_t t) const { return lane.cells.gate(window.gates(lane), cell, t); }
+  // Steps from after token t's write to before it.
+  void keep(compute share) {
+    keep_row(share, window.key_width, key.data());
+    keep_row(share, window.value_width, value.data());
+  }
+};
+
+// Pass 3: the echo. What a cell's gradient leaves to the cell before it in the same slot, from the last to the given.
+template <typename storage, typename compute>
+void echo(const Window<storage, compute>& window, const Lane& lane, int64_t first, int64_t last,
+          const Gradients<storage, compute>& gradients, const Flux<compute>& flux, const Table<compute>& grad_keys,
+          const Table<compute>& grad_values) {
+  const Problem<storage, compute>& problem = window.problem;
+  const int64_t slots = lane.cells.slots;
+  Adjoint<storage, compute> adjoint(window, lane, gradients, flux);
+  for (int64_t start = lane.base() + first; start < lane.base() + last; ++start) {
+    int64_t cell = start + (lane.newest() - start) / slots * slots;
+    if (lane.opened(cell, lane.end()) && gradients.grad_state_key) {
+      load_row(gradients.grad_state_key + window.slot_at(lane, cell) * problem.key_dim, 1, problem.key_dim,
+               adjoint.row.data());
+      add_scaled(compute(1), adjoint.row.data(), window.key_width, grad_keys.row(lane, cell));
+    }
+    if (lane.opened(cell, lane.end()) && gradients.grad_state_value) {
+      load_row(gradients.grad_state_value + window.slot_at(lane, cell) * problem.value_dim, 1, problem.value_dim,
+               adjoint.row.data());
+      add_scaled(compute(1), adjoint.row.data(), window.value_width, grad_values.row(lane, cell));
+    }
+    for (; cell != start; cell -= slots) {
+      adjoint.begin(cell, grad_keys, grad_values);
+      for (int64_t t = window.last_token(lane, cell), from = window.first_token(lane, cell); t >= from; --t) {
+        adjoint.see(cell, t);
+        adjoint.keep(adjoint.share(cell, t));
+      }
+      add_scaled(compute(1), adjoint.key.data(), window.key_width, grad_keys.row(lane, cell - slots));
+      add_scaled(compute(1), adjoint.value.data(), window.value_width, grad_values.row(lane, cell - slots));
+    }
+    if (gradients.state_key) {
+      // A slot that was shut was not read: its gradient is zero.
+      const bool given = lane.opened(start, lane.begin());
+      if (!given) zero_row(grad_keys.row(lane, start), window.key_width);
+      if (!given) zero_row(grad_values.row(lane, start), window.value_width);
+      store_row(grad_keys.row(lane, start), problem.key_dim,
+                gradients.state_key + window.slot_at(lane, start) * problem.key_dim, 1);
+      store_row(grad_values.row(lane, start), problem.value_dim,
+                gradients.state_value + window.slot_at(lane, start) * problem.value_dim, 1);
+    }
+  }
+}
+
+// Pass 4: gradients of the tokens, from the adjoints of the two cells that each was written to.
+template <typename storage, typename compute>
+void tokens_backward(const Window<storage, compute>& window, const Stretch& stretch,
+                     const Gradients<storage, compute>& gradients, const Flux<compute>& flux,
+                     const Table<compute>& grad_keys, const Table<compute>& grad_values) {
+  const Lane& lane = window.lanes[stretch.lane];
+  const Cells& cells = lane.cells;
+  Adjoint<storage, compute> a(window, lane, gradients, flux), b(window, lane, gradients, flux);
+  Adjoint<storage, compute>*trailing = &a, *leading = &b;
+  std::vector<compute> key(window.key_width), value(window.value_width);
+  int64_t cell = cells.trailing(stretch.end - 1);
+  // Carries a cell's adjoint from the end of its flux back to the end of the stretch.
+  for (int which = 0; which < 2; ++which) {
+    Adjoint<storage, compute>& adjoint = which ? *leading : *trailing;
+    adjoint.begin(cell + which, grad_keys, grad_values);
+    for (int64_t t = window.last_token(lane, cell + which); t >= stretch.end; --t) {
+      adjoint.see(cell + which, t);
+      adjoint.keep(adjoint.share(cell + which, t));
+    }
+  }
+  for (int64_t t = stretch.end - 1; t >= stretch.begin; --t) {
+    if (cells.trailing(t) != cell) {
+      std::swap(trailing, leading);
+      trailing->begin(--cell, grad_keys, grad_values);
+    }
+    zero_row(key.data(), window.key_width);
+    zero_row(value.data(), window.value_width);
+    for (int which = 0; which < 2; ++which) {
+      Adjoint<storage, compute>& adjoint = which ? *leading : *trailing;
+      if (!cells.is_open(cell + which, t)) continue;
+      adjoint.see(cell + which, t);
+      const compute share = adjoint.share(cell + which, t);
+      if (share == 0) continue;
+      add_scaled(share, adjoint.key.data(), window.key_width, key.data());
+      add_scaled(share, adjoint.value.data(), window.value_width, value.data());
+      adjoint.keep(share);
+    }
+    store_row(key.data(), window.problem.key_dim, window.at(gradients.key, lane, lane.head, t), gradients.key.element);
+    store_row(value.data(), window.problem.value_dim, window.at(gradients.value, lane, lane.head, t),
+              gradients.value.element);
+  }
+}
+
+template <typename storage, typename compute>
+void backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients,
+              const Allocate& allocate) {
+  const Window<storage, compute> window(problem, allocate);
+  window.fill_cells();
+  const Table<compute> grad_keys = window.make_table(window.key_width, window.keys.offsets);
+  const Table<compute> grad_values = window.make_table(window.value_width, window.values.offsets);
+  problem.parallel(static_cast<int64_t>(window.lanes.size()), [&](int64_t i) {
+    const Lane& lane = window.lanes[i];
+    zero_row(grad_keys.row(lane, lane.base()), lane.rows() * window.key_width);
+    zero_row(grad_values.row(lane, lane.base()), lane.rows() * window.value_width);
+  });
+  int64_t scalars = 0;
+  for (const Sequence& sequence : problem.sequences) {
+    const int64_t end = (sequence.batch + 1) * problem.query_heads * problem.tokens;
+    scalars = end > scalars ? end : scalars;
+  }
+  const Flux<compute> flux{static_cast<compute*>(allocate(2 * scalars)), static_cast<compute*>(allocate(2 * scalars))};
+  // Stretches that span the window add to cells which only their neighbours share: every second one at a time.
+  const std::vector<Stretch> spanning = window.stretches(true);
+  std::vector<Stretch> colours[2];
+  for (const Stretch& s : spanning) {
+    const Lane& lane = window.lanes[s.lane];
+    const int64_t length = lane.cells.window() > kStretch ? lane.cells.window() : kStretch;
+    colours[(s.begin - lane.begin()) / length % 2].push_back(s);
+  }
+  for (const std::vector<Stretch>& items : colours) {
+    problem.parallel(static_cast<int64_t>(items.size()), [&](int64_t i) {
+      attend_backward(window, items[i], gradients, flux, grad_keys, grad_values);
+    });
+  }
+  window.for_slots([&](const Lane& lane, int64_t first, int64_t last) {
+    echo(window, lane, first, last, gradients, flux, grad_keys, grad_values);
+  });
+  const std::vector<Stretch> items = window.stretches(false);
+  problem.parallel(static_cast<int64_t>(items.size()), [&](int64_t i) {
+    tokens_backward(window, items[i], gradients, flux, grad_keys, grad_values);
+  });
+}
+
+}  // namespace
+}  // namespace blurry_attn::cpu::BLURRY_ISA

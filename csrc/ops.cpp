@@ -1,0 +1,228 @@
+// The operators' schemas and the CPU implementation's callers: from tensors to raw pointers and strides.
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include <atomic>
+
+#include "attention.h"
+#include "call.h"
+#include "cpu/kernels.h"
+
+namespace blurry_attn {
+
+TORCH_LIBRARY(blurry_attn, m) {
+  m.def(
+      "forward(Tensor query, Tensor key, Tensor value, int slots, int[] window, int[] phase, str kernel, "
+      "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position, "
+      "bool return_state) -> (Tensor out, Tensor lse, Tensor state_key, Tensor state_value, Tensor position)");
+  m.def(
+      "backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_state_key, Tensor? grad_state_value, Tensor query, "
+      "Tensor key, Tensor value, Tensor out, Tensor lse, int slots, int[] window, int[] phase, str kernel, "
+      "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_state_key, Tensor grad_state_value)");
+  m.def(
+      "step(Tensor query, Tensor key, Tensor value, Tensor(a!) state_key, Tensor(b!) state_value, "
+      "Tensor(c!) position, int slots, int[] window, int[] phase, str kernel, float sharpness, float scale) -> Tensor");
+}
+
+namespace {
+
+template <typename storage>
+cpu::View<storage> view(const at::Tensor& tensor) {
+  return {const_cast<storage*>(tensor.const_data_ptr<std::remove_const_t<storage>>()), tensor.stride(0),
+          tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+template <typename compute>
+compute* data(const at::Tensor& tensor) {
+  return const_cast<compute*>(tensor.const_data_ptr<compute>());
+}
+
+int instruction_set() {
+  static const int level = [] {
+    const std::string name = at::get_cpu_capability();
+    return name.rfind("AVX512", 0) == 0 ? 2 : name == "AVX2" ? 1 : 0;
+  }();
+  return level;
+}
+
+// Items are taken one by one, so that heads of unlike cost do not wait for each other.
+void parallel(int64_t count, const std::function<void(int64_t)>& body) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) body(i);
+  });
+}
+
+// Calls body(storage{}, compute{}) for the call's dtype.
+template <typename body_type>
+void for_type(const Call& call, const body_type& body) {
+  switch (call.query.scalar_type()) {
+    case at::kDouble: return body(double{}, double{});
+    case at::kFloat: return body(float{}, float{});
+    case at::kBFloat16: return body(c10::BFloat16{}, float{});
+    default: return body(c10::Half{}, float{});
+  }
+}
+
+template <typename storage, typename compute>
+cpu::Problem<storage, compute> make_problem(const Call& call) {
+  cpu::Problem<storage, compute> problem;
+  std::vector<int64_t> ends;
+  if (call.cu_seqlens) ends = checked_cu_seqlens(*call.cu_seqlens, call.tokens());
+  if (call.position) check_positions(*call.position);
+  for (int64_t s = 0; s < call.sequences(); ++s) {
+    const int64_t position = call.position ? call.position->const_data_ptr<int64_t>()[s] : 0;
+    if (call.cu_seqlens) {
+      problem.sequences.push_back({0, ends[s], ends[s + 1] - ends[s], position});
+    } else {
+      problem.sequences.push_back({s, 0, call.tokens(), position});
+    }
+  }
+  problem.cells = call.cells;
+  for (const std::vector<double>& table : call.gates()) problem.gates.emplace_back(table.begin(), table.end());
+  problem.query_heads = call.query_heads();
+  problem.tokens = call.tokens();
+  problem.key_dim = call.key_dim();
+  problem.value_dim = call.value_dim();
+  problem.scale = static_cast<compute>(call.scale);
+  problem.query = view<const storage>(call.query);
+  problem.key = view<const storage>(call.key);
+  problem.value = view<const storage>(call.value);
+  if (call.state_key) {
+    problem.state_key = data<compute>(*call.state_key);
+    problem.state_value = data<compute>(*call.state_value);
+  }
+  problem.parallel = parallel;
+  return problem;
+}
+
+// Scratch memory for one call.
+struct Scratch {
+  at::TensorOptions options;
+  std::vector<at::Tensor> tensors;
+
+  void* operator()(int64_t elements) {
+    tensors.push_back(at::empty({elements}, options));
+    return tensors.back().mutable_data_ptr();
+  }
+};
+
+void run_forward(const Call& call, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& state_key,
+                 const OptionalTensor& state_value) {
+  Scratch scratch{call.compute_options(), {}};
+  for_type(call, [&](auto storage_tag, auto compute_tag) {
+    using storage = decltype(storage_tag);
+    using compute = decltype(compute_tag);
+    const auto problem = make_problem<storage, compute>(call);
+    cpu::Outputs<storage, compute> outputs{view<storage>(out), data<compute>(lse)};
+    if (state_key) {
+      outputs.state_key = data<compute>(*state_key);
+      outputs.state_value = data<compute>(*state_value);
+    }
+    const auto run = call.kernel == Kernel::fejer ? cpu::window_forward<storage, compute>
+                                                  : cpu::scan_forward<storage, compute>;
+    run(problem, outputs, std::ref(scratch), instruction_set());
+  });
+}
+
+at::Tensor positions_after(const Call& call) {
+  at::Tensor lengths;
+  if (call.cu_seqlens) {
+    const at::Tensor ends = call.cu_seqlens->to(at::kLong);
+    lengths = at::diff(ends);
+  } else {
+    lengths = at::full({call.sequences()}, call.tokens(), call.query.options().dtype(at::kLong));
+  }
+  return call.position ? lengths.add(*call.position) : lengths;
+}
+
+ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                          at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
+                          double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                          const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
+  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
+                               state_value, position);
+  const at::Tensor out = call.empty_out(), lse = call.empty_lse();
+  if (!return_state) {
+    run_forward(call, out, lse, {}, {});
+    const at::Tensor none = at::empty({0}, call.compute_options());
+    return {out, lse, none, at::empty_like(none), at::empty({0}, query.options().dtype(at::kLong))};
+  }
+  const at::Tensor end_key = call.empty_state_key(), end_value = call.empty_state_value();
+  run_forward(call, out, lse, end_key, end_value);
+  return {out, lse, end_key, end_value, positions_after(call)};
+}
+
+BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                            const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
+                            const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            const at::Tensor& out, const at::Tensor& lse, int64_t slots, at::IntArrayRef window,
+                            at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
+                            const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                            const OptionalTensor& state_value, const OptionalTensor& position) {
+  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
+                               state_value, position);
+  check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse);
+  const at::Tensor grad_query = at::empty(query.sizes(), query.options());
+  const at::Tensor grad_key = at::empty(key.sizes(), key.options());
+  const at::Tensor grad_value = at::empty(value.sizes(), value.options());
+  const at::Tensor none = at::empty({0}, call.compute_options());
+  const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : none;
+  const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : at::empty_like(none);
+  Scratch scratch{call.compute_options(), {}};
+  const at::Tensor lse_dense = lse.contiguous();
+  const auto dense = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };
+  const OptionalTensor grad_lse_dense = dense(grad_lse);
+  const OptionalTensor grad_key_end = dense(grad_state_key), grad_value_end = dense(grad_state_value);
+  for_type(call, [&](auto storage_tag, auto compute_tag) {
+    using storage = decltype(storage_tag);
+    using compute = decltype(compute_tag);
+    const auto problem = make_problem<storage, compute>(call);
+    cpu::Gradients<storage, compute> gradients;
+    gradients.out = view<const storage>(out);
+    gradients.grad_out = view<const storage>(grad_out);
+    gradients.lse = data<compute>(lse_dense);
+    if (grad_lse_dense) gradients.grad_lse = data<compute>(*grad_lse_dense);
+    if (grad_key_end) gradients.grad_state_key = data<compute>(*grad_key_end);
+    if (grad_value_end) gradients.grad_state_value = data<compute>(*grad_value_end);
+    gradients.query = view<storage>(grad_query);
+    gradients.key = view<storage>(grad_key);
+    gradients.value = view<storage>(grad_value);
+    if (call.state_key) {
+      gradients.state_key = data<compute>(grad_key_in);
+      gradients.state_value = data<compute>(grad_value_in);
+    }
+    const auto run = call.kernel == Kernel::fejer ? cpu::window_backward<storage, compute>
+                                                  : cpu::scan_backward<storage, compute>;
+    run(problem, gradients, std::ref(scratch), instruction_set());
+  });
+  return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
+}
+
+at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
+                    at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
+                    at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
+  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, {}, state_key,
+                               state_value, position);
+  check_step(call);
+  // One token is a forward of length 1 whose scan touches each slot once; the state is replaced when it is done.
+  const at::Tensor out = call.empty_out(), lse = call.empty_lse();
+  const at::Tensor end_key = call.empty_state_key(), end_value = call.empty_state_value();
+  run_forward(call, out, lse, end_key, end_value);
+  state_key.copy_(end_key);
+  state_value.copy_(end_value);
+  position.add_(1);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(blurry_attn, CPU, m) {
+  m.impl("forward", forward_cpu);
+  m.impl("backward", backward_cpu);
+  m.impl("step", step_cpu);
+}
+
+}  // namespace blurry_attn
