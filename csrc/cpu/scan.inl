@@ -58,8 +58,9 @@ struct Scan {
     for (int64_t m = 0; m < slots; ++m) {
       if (!is_open(m, t)) continue;
       const compute g = share(m, t);
-      write_row(g, key.data(), key_width, slot_key(m));
-      write_row(g, value.data(), value_width, slot_value(m));
+      if (g == 0) continue;
+      write_row(g, key.data(), slot_key(m), key_width, slot_key(m));
+      write_row(g, value.data(), slot_value(m), value_width, slot_value(m));
     }
   }
 };

@@ -31,11 +31,15 @@ template <typename scalar>
 inline vec<scalar> broadcast(scalar x) {
   return x - vec<scalar>{};
 }
+// A tree over the lanes, as deep as it must be.
 template <typename scalar>
 inline scalar sum(vec<scalar> v) {
-  scalar total = v[0];
-  for (int64_t i = 1; i < kLanes<scalar>; ++i) total += v[i];
-  return total;
+  scalar lanes[kLanes<scalar>];
+  store(lanes, v);
+  for (int64_t half = kLanes<scalar> / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 // Reads n elements of a tensor's row, `stride` apart, into a padded scratch row, times `factor`.
@@ -47,6 +51,16 @@ inline void load_row(const storage* from, int64_t stride, int64_t n, compute* to
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<compute>(from[i * stride]) * factor;
   }
   for (int64_t i = n; i < padded<compute>(n); ++i) to[i] = 0;
+}
+
+// The same row where it can be read in place; else a copy of it in `scratch`.
+template <typename storage, typename compute>
+inline const compute* read_row(const storage* from, int64_t stride, int64_t n, compute* scratch) {
+  if constexpr (std::is_same_v<storage, compute>) {
+    if (stride == 1 && n % kLanes<compute> == 0) return from;
+  }
+  load_row(from, stride, n, scratch);
+  return scratch;
 }
 
 template <typename storage, typename compute>
@@ -83,15 +97,16 @@ inline void scale_row(scalar factor, int64_t width, scalar* to) {
   for (int64_t i = 0; i < width; i += kLanes<scalar>) store(to + i, load(to + i) * f);
 }
 
-// content += share (token - content); a share of exactly 1 replaces, of exactly 0 leaves: what is not taken is not read.
+// to = content + share (token - content); a share of exactly 1 replaces, of exactly 0 leaves: what is not taken is not
+// read. `to` may be `content`.
 template <typename scalar>
-inline void write_row(scalar share, const scalar* token, int64_t width, scalar* content) {
-  if (share == 0) return;
-  if (share == 1) return copy_row(token, width, content);
+inline void write_row(scalar share, const scalar* token, const scalar* content, int64_t width, scalar* to) {
+  if (share == 0) return copy_row(content, width, to);
+  if (share == 1) return copy_row(token, width, to);
   const vec<scalar> g = broadcast(share);
   for (int64_t i = 0; i < width; i += kLanes<scalar>) {
     const vec<scalar> c = load(content + i);
-    store(content + i, c + g * (load(token + i) - c));
+    store(to + i, c + g * (load(token + i) - c));
   }
 }
 // The adjoint of write_row for the content: content *= 1 - share, with the same exact cases.
@@ -213,7 +228,12 @@ inline scalar largest(const scalar* row, int64_t n, scalar start) {
     const vec<scalar> x = load(row + i);
     top = x > top ? x : top;
   }
-  for (int64_t j = 0; j < lanes; ++j) start = top[j] > start ? top[j] : start;
+  scalar tops[lanes];
+  store(tops, top);
+  for (int64_t half = lanes / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) tops[j] = tops[j] > tops[j + half] ? tops[j] : tops[j + half];
+  }
+  start = tops[0];
   for (; i < n; ++i) start = row[i] > start ? row[i] : start;
   return start;
 }

@@ -1,6 +1,7 @@
 // "fejer" on the CPU: one build of window.inl per instruction set.
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 

@@ -95,12 +95,13 @@ struct Window {
   any* at(const View<any>& view, const Lane& lane, int64_t head, int64_t token) const {
     return view.row(lane.sequence.batch, head, lane.sequence.begin + token - lane.begin());
   }
-  void load_key(const Lane& lane, int64_t token, compute* to) const {
-    load_row(at(problem.key, lane, lane.head, token), problem.key.element, problem.key_dim, to);
+  const compute* read_key(const Lane& lane, int64_t token, compute* scratch) const {
+    return read_row(at(problem.key, lane, lane.head, token), problem.key.element, problem.key_dim, scratch);
   }
-  void load_value(const Lane& lane, int64_t token, compute* to) const {
-    load_row(at(problem.value, lane, lane.head, token), problem.value.element, problem.value_dim, to);
+  const compute* read_value(const Lane& lane, int64_t token, compute* scratch) const {
+    return read_row(at(problem.value, lane, lane.head, token), problem.value.element, problem.value_dim, scratch);
   }
+  // The query, times the scale.
   void load_query(const Lane& lane, int64_t head, int64_t token, compute* to) const {
     load_row(at(problem.query, lane, head, token), problem.query.element, problem.key_dim, to, problem.scale);
   }
@@ -131,7 +132,7 @@ struct Window {
   }
   void fill_slots(const Lane& lane, int64_t first, int64_t last) const {
     const Cells& cells = lane.cells;
-    std::vector<compute> token(key_width > value_width ? key_width : value_width);
+    std::vector<compute> scratch(key_width > value_width ? key_width : value_width);
     for (int64_t cell = lane.base() + first; cell < lane.base() + last; ++cell) {
       if (problem.state_key && lane.opened(cell, lane.begin())) {
         load_row(problem.state_key + slot_at(lane, cell) * problem.key_dim, 1, problem.key_dim, keys.row(lane, cell));
@@ -152,10 +153,8 @@ struct Window {
         for (int64_t t = from; t <= to; ++t) {
           const compute share = cells.gate(gates(lane), cell, t);
           if (share == 0) continue;
-          load_key(lane, t, token.data());
-          write_row(share, token.data(), key_width, key);
-          load_value(lane, t, token.data());
-          write_row(share, token.data(), value_width, value);
+          write_row(share, read_key(lane, t, scratch.data()), key, key_width, key);
+          write_row(share, read_value(lane, t, scratch.data()), value, value_width, value);
         }
       }
     }
@@ -184,35 +183,37 @@ struct Window {
 };
 
 // What the query rows of one stretch see: the standing cells, with transposed copies for the products over head_dim,
-// and the contents in flux of the current block of rows.
+// and the contents in flux after each token of the current block of rows.
 template <typename storage, typename compute>
 struct StretchView {
   const Window<storage, compute>& window;
   const Lane& lane;
   const Cells& cells;
   const compute* gates;
-  int64_t first_cell, columns, row_width;             // standing cells first_cell .. first_cell + columns - 1
-  std::vector<compute> keys_t, values_t;              // [dim][row_width]
-  std::vector<compute> running, flux, token;          // contents at the last token; contents per row of the block
-  int64_t trailing;                                   // the trailing cell that `running` belongs to
+  int64_t first_cell, columns, row_width;  // standing cells first_cell .. first_cell + columns - 1
+  std::vector<compute> keys_t, values_t;   // [dim][row_width]
+  std::vector<compute> flux_keys, flux_values, scratch;
+  int64_t trailing;                        // the trailing cell of the last token
 
   StretchView(const Window<storage, compute>& w, const Stretch& stretch, bool with_values)
       : window(w), lane(w.lanes[stretch.lane]), cells(lane.cells), gates(w.gates(lane)) {
-    first_cell = first_standing(stretch.begin);
+    first_cell = first_standing(cells.trailing(stretch.begin));
     columns = cells.trailing(stretch.end - 1) - first_cell;
     if (columns < 0) columns = 0;
-    // Whole vectors, read up to one vector past the last cell, and no power of two, which would share cache sets.
-    row_width = padded<compute>(columns) + kLanes<compute> * (padded<compute>(columns) / kLanes<compute> % 2 ? 2 : 1);
+    // Room for the two cells in flux behind the standing ones and for a last load past the end; an odd number of
+    // vectors, since rows a power of two apart would share cache sets.
+    const int64_t vectors = padded<compute>(columns + 2) / kLanes<compute>;
+    row_width = (vectors + (vectors % 2 ? 2 : 1)) * kLanes<compute>;
     transpose(w.keys, w.problem.key_dim, keys_t);
     if (with_values) transpose(w.values, w.problem.value_dim, values_t);
-    flux.resize(kBlock * 2 * (w.key_width + w.value_width));
-    running.resize(2 * (w.key_width + w.value_width));
-    token.resize(w.key_width + w.value_width);
+    flux_keys.resize((kBlock + 1) * 2 * w.key_width);
+    flux_values.resize((kBlock + 1) * 2 * w.value_width);
+    scratch.resize(w.key_width + w.value_width);
     start(stretch.begin);
   }
 
-  int64_t first_standing(int64_t t) const {
-    const int64_t cell = cells.trailing(t) - cells.slots + 2;
+  int64_t first_standing(int64_t trailing_cell) const {
+    const int64_t cell = trailing_cell - cells.slots + 2;
     return cell > cells.first() ? cell : cells.first();
   }
 
@@ -224,116 +225,130 @@ struct StretchView {
     }
   }
 
-  // Contents in flux, `which` 0 for the trailing cell and 1 for the leading one.
-  compute* running_key(int which) { return running.data() + which * window.key_width; }
-  compute* running_value(int which) { return running.data() + 2 * window.key_width + which * window.value_width; }
-  compute* flux_key(int64_t row, int which) { return flux.data() + (row * 2 + which) * window.key_width; }
+  // Contents in flux after the block's row `row` (-1: before the block), of the trailing cell (0) or the leading (1).
+  compute* flux_key(int64_t row, int which) { return flux_keys.data() + ((row + 1) * 2 + which) * window.key_width; }
   compute* flux_value(int64_t row, int which) {
-    return flux.data() + kBlock * 2 * window.key_width + (row * 2 + which) * window.value_width;
-  }
-
-  void begin_cell(int which, int64_t cell) {
-    copy_row(window.keys.row(lane, cell - cells.slots), window.key_width, running_key(which));
-    copy_row(window.values.row(lane, cell - cells.slots), window.value_width, running_value(which));
-  }
-  void write(int which, int64_t cell, int64_t t) {
-    if (!cells.is_open(cell, t)) return;
-    const compute share = cells.gate(gates, cell, t);
-    write_row(share, token.data(), window.key_width, running_key(which));
-    write_row(share, token.data() + window.key_width, window.value_width, running_value(which));
-  }
-  void load_token(int64_t t) {
-    window.load_key(lane, t, token.data());
-    window.load_value(lane, t, token.data() + window.key_width);
+    return flux_values.data() + ((row + 1) * 2 + which) * window.value_width;
   }
 
   // Carries the contents in flux to just before token t, from the beginning of the two cells' flux.
   void start(int64_t t) {
     trailing = cells.trailing(t);
-    begin_cell(0, trailing);
-    begin_cell(1, trailing + 1);
-    for (int64_t s = window.first_token(lane, trailing); s < t; ++s) {
-      load_token(s);
-      write(0, trailing, s);
-      if (s >= cells.flux_begin(trailing + 1)) write(1, trailing + 1, s);
-    }
-  }
-  void advance(int64_t t) {
-    if (cells.trailing(t) != trailing) {
-      ++trailing;
-      copy_row(running_key(1), window.key_width, running_key(0));
-      copy_row(running_value(1), window.value_width, running_value(0));
-      begin_cell(1, trailing + 1);
-    }
-    load_token(t);
-    write(0, trailing, t);
-    write(1, trailing + 1, t);
-  }
-  // Fills flux_key and flux_value for the tokens t0 .. t1 - 1.
-  void advance_block(int64_t t0, int64_t t1) {
-    for (int64_t t = t0; t < t1; ++t) {
-      advance(t);
-      copy_row(running_key(0), 2 * window.key_width, flux_key(t - t0, 0));
-      copy_row(running_value(0), 2 * window.value_width, flux_value(t - t0, 0));
-    }
-  }
-  bool leading_is_open(int64_t t) const { return cells.is_open(cells.trailing(t) + 1, t); }
-};
-
-// The standing cells of a block of rows t0 .. t1 - 1, as columns of the stretch: all rows see those from `common` to
-// `common_end`, and row t those from low(t) to high(t). Products over cells keep to these ranges, since a weight of
-// zero would not keep a NaN out.
-template <typename storage, typename compute>
-struct Columns {
-  const StretchView<storage, compute>& view;
-  int64_t t0, t1, first, last, common, common_end;
-
-  Columns(const StretchView<storage, compute>& v, int64_t begin, int64_t end)
-      : view(v), t0(begin), t1(end), first(low(begin)), last(high(end - 1)), common(low(end - 1)),
-        common_end(high(begin)) {
-    if (common_end < common) common = common_end = last;
-  }
-  int64_t low(int64_t t) const { return view.first_standing(t) - view.first_cell; }
-  int64_t high(int64_t t) const {
-    const int64_t h = view.cells.trailing(t) - view.first_cell, l = low(t);
-    return h > l ? h : l;
-  }
-  const compute* row(const Table<compute>& table, int64_t column) const {
-    return table.row(view.lane, view.first_cell + column);
-  }
-  // scores[row][column] = rows . contents, for all columns of the block (those outside a row's range mean nothing).
-  void scores(const compute* rows, int64_t width, int64_t dim, const std::vector<compute>& contents_t,
-              compute* out) const {
-    product(t1 - t0, padded<compute>(last - first), dim, rows, width, int64_t(1), contents_t.data() + first,
-            view.row_width, out + first, view.row_width, false);
-  }
-  // out[row] += sum over the row's columns of weights[row][column] contents[column].
-  void gather(const compute* weights, const Table<compute>& contents, compute* out) const {
-    const int64_t width = contents.width, ld = view.row_width;
-    if (common_end > common) {
-      product(t1 - t0, width, common_end - common, weights + common, ld, int64_t(1), row(contents, common), width, out,
-              width, true);
-    }
-    for (int64_t t = t0; t < t1; ++t) {
-      const compute* w = weights + (t - t0) * ld;
-      for (int64_t c = low(t), h = high(t); c < h; ++c) {
-        if (c == common) c = common_end;
-        if (c < h) add_scaled(w[c], row(contents, c), width, out + (t - t0) * width);
+    for (int which = 0; which < 2; ++which) {
+      const int64_t cell = trailing + which;
+      copy_row(window.keys.row(lane, cell - cells.slots), window.key_width, flux_key(-1, which));
+      copy_row(window.values.row(lane, cell - cells.slots), window.value_width, flux_value(-1, which));
+      for (int64_t s = window.first_token(lane, cell); s < t; ++s) {
+        const compute share = cells.gate(gates, cell, s);
+        write_row(share, window.read_key(lane, s, scratch.data()), flux_key(-1, which), window.key_width,
+                  flux_key(-1, which));
+        write_row(share, window.read_value(lane, s, scratch.data()), flux_value(-1, which), window.value_width,
+                  flux_value(-1, which));
       }
     }
   }
-  // gradients[column] += sum over the rows that see it of weights[row][column] rows[row].
-  void scatter(const compute* weights, const compute* rows, const Table<compute>& gradients) const {
-    const int64_t width = gradients.width, ld = view.row_width;
-    if (common_end > common) {
-      product(common_end - common, width, t1 - t0, weights + common, int64_t(1), ld, rows, width,
-              gradients.row(view.lane, view.first_cell + common), width, true);
+  // Fills the contents in flux after each of the tokens t0 .. t1 - 1, the block after the one that ended at t0.
+  void advance(int64_t t0, int64_t t1, int64_t rows_before) {
+    if (rows_before) {
+      copy_row(flux_key(rows_before - 1, 0), 2 * window.key_width, flux_key(-1, 0));
+      copy_row(flux_value(rows_before - 1, 0), 2 * window.value_width, flux_value(-1, 0));
     }
     for (int64_t t = t0; t < t1; ++t) {
-      const compute* w = weights + (t - t0) * ld;
-      for (int64_t c = low(t), h = high(t); c < h; ++c) {
+      const compute* key = window.read_key(lane, t, scratch.data());
+      const compute* value = window.read_value(lane, t, scratch.data() + window.key_width);
+      const bool turns = t == cells.flux_end(trailing) + 1;  // the leading cell becomes the trailing one
+      if (turns) ++trailing;
+      for (int which = 0; which < 2; ++which) {
+        const int64_t cell = trailing + which, row = t - t0;
+        const compute* key_before = flux_key(row - 1, which);
+        const compute* value_before = flux_value(row - 1, which);
+        if (turns && which == 0) {
+          key_before = flux_key(row - 1, 1);
+          value_before = flux_value(row - 1, 1);
+        } else if (turns) {
+          key_before = window.keys.row(lane, cell - cells.slots);
+          value_before = window.values.row(lane, cell - cells.slots);
+        }
+        const compute share = cells.is_open(cell, t) ? cells.gate(gates, cell, t) : compute(0);
+        write_row(share, key, key_before, window.key_width, flux_key(row, which));
+        write_row(share, value, value_before, window.value_width, flux_value(row, which));
+      }
+    }
+  }
+};
+
+// The standing cells of a block of rows t0 .. t1 - 1, as columns of the stretch: row i sees those from low[i] to
+// high[i], and all rows see those from `common` to `common_end`. Products over cells keep to these ranges, since a
+// weight of zero would not keep a NaN out. Behind its standing cells a row's scores hold those of the cells in flux:
+// the trailing one's at high[i], and the leading one's at high[i] + 1 where it is open.
+template <typename storage, typename compute>
+struct Columns {
+  StretchView<storage, compute>& view;
+  int64_t rows, common, common_end;
+  int64_t low[kBlock], high[kBlock];
+  bool leads[kBlock];
+
+  Columns(StretchView<storage, compute>& v, int64_t t0, int64_t t1) : view(v), rows(t1 - t0) {
+    int64_t cell = view.cells.trailing(t0);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (t0 + i > view.cells.flux_end(cell)) ++cell;
+      low[i] = view.first_standing(cell) - view.first_cell;
+      high[i] = cell - view.first_cell;
+      if (high[i] < low[i]) high[i] = low[i];
+      leads[i] = view.cells.is_open(cell + 1, t0 + i);
+    }
+    common = low[rows - 1];
+    common_end = high[0];
+    if (common_end < common) common = common_end = high[rows - 1];
+  }
+  int64_t seen(int64_t i) const { return high[i] - low[i] + (leads[i] ? 2 : 1); }
+  // scores[row][column] = rows . contents, also for the columns that a row does not see, where they mean nothing.
+  void score(const compute* left, int64_t width, int64_t dim, const std::vector<compute>& contents_t,
+             compute* (StretchView<storage, compute>::*flux)(int64_t, int), compute* scores) const {
+    const int64_t ld = view.row_width;
+    product(rows, padded<compute>(high[rows - 1] - low[0]), dim, left, width, int64_t(1), contents_t.data() + low[0],
+            ld, scores + low[0], ld, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int which = 0; which < 1 + leads[i]; ++which) {
+        scores[i * ld + high[i] + which] = dot(left + i * width, (view.*flux)(i, which), width);
+      }
+    }
+  }
+  // out[row] = sum over what the row sees of weights[row][column] contents[column].
+  void gather(const compute* weights, const Table<compute>& contents,
+              compute* (StretchView<storage, compute>::*flux)(int64_t, int), compute* out) const {
+    const int64_t width = contents.width, ld = view.row_width;
+    const compute* standing = contents.row(view.lane, view.first_cell);
+    if (common_end > common) {
+      product(rows, width, common_end - common, weights + common, ld, int64_t(1), standing + common * width, width,
+              out, width, false);
+    } else {
+      zero_row(out, rows * width);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const compute* w = weights + i * ld;
+      compute* to = out + i * width;
+      for (int64_t c = low[i]; c < high[i]; ++c) {
         if (c == common) c = common_end;
-        if (c < h) add_scaled(w[c], rows + (t - t0) * width, width, gradients.row(view.lane, view.first_cell + c));
+        if (c < high[i]) add_scaled(w[c], standing + c * width, width, to);
+      }
+      for (int which = 0; which < 1 + leads[i]; ++which) {
+        add_scaled(w[high[i] + which], (view.*flux)(i, which), width, to);
+      }
+    }
+  }
+  // gradients[column] += sum over the rows that see it of weights[row][column] right[row].
+  void scatter(const compute* weights, const compute* right, const Table<compute>& gradients) const {
+    const int64_t width = gradients.width, ld = view.row_width;
+    compute* standing = gradients.row(view.lane, view.first_cell);
+    if (common_end > common) {
+      product(common_end - common, width, rows, weights + common, int64_t(1), ld, right, width,
+              standing + common * width, width, true);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = low[i]; c < high[i]; ++c) {
+        if (c == common) c = common_end;
+        if (c < high[i]) add_scaled(weights[i * ld + c], right + i * width, width, standing + c * width);
       }
     }
   }
@@ -341,43 +356,34 @@ struct Columns {
 
 template <typename storage, typename compute>
 void attend(const Window<storage, compute>& window, const Stretch& stretch, const Outputs<storage, compute>& outputs) {
+  using View = StretchView<storage, compute>;
   const Problem<storage, compute>& problem = window.problem;
-  StretchView<storage, compute> view(window, stretch, false);
-  const int64_t kw = window.key_width, vw = window.value_width;
-  std::vector<compute> query(kBlock * kw), out(kBlock * vw), scores(kBlock * view.row_width);
+  View view(window, stretch, false);
+  const int64_t kw = window.key_width, vw = window.value_width, ld = view.row_width;
+  std::vector<compute> query(kBlock * kw), out(kBlock * vw), scores(kBlock * ld);
+  int64_t rows_before = 0;
   for (int64_t t0 = stretch.begin; t0 < stretch.end;) {
     const int64_t t1 = view.lane.block_end(t0, stretch.end);
     const Columns<storage, compute> columns(view, t0, t1);
-    view.advance_block(t0, t1);
+    view.advance(t0, t1, rows_before);
     for (int64_t head = view.lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
       for (int64_t t = t0; t < t1; ++t) window.load_query(view.lane, head, t, query.data() + (t - t0) * kw);
-      columns.scores(query.data(), kw, problem.key_dim, view.keys_t, scores.data());
-      for (int64_t t = t0; t < t1; ++t) {
-        const int64_t row = t - t0;
-        compute* standing = scores.data() + row * view.row_width + columns.low(t);
-        const int64_t count = columns.high(t) - columns.low(t);
-        const bool leads = view.leading_is_open(t);
-        const compute z_trailing = dot(query.data() + row * kw, view.flux_key(row, 0), kw);
-        const compute z_leading = leads ? dot(query.data() + row * kw, view.flux_key(row, 1), kw) : compute(0);
-        compute top = largest(standing, count, z_trailing);
-        if (leads && z_leading > top) top = z_leading;
-        const compute p_trailing = std::exp(z_trailing - top);
-        const compute p_leading = leads ? std::exp(z_leading - top) : compute(0);
-        const compute total = exponentials(standing, count, top) + p_trailing + p_leading;
-        outputs.lse[window.scalar_at(view.lane, head, t)] = top + std::log(total);
-        compute* o = out.data() + row * vw;
-        zero_row(o, vw);
-        add_scaled(p_trailing / total, view.flux_value(row, 0), vw, o);
-        if (leads) add_scaled(p_leading / total, view.flux_value(row, 1), vw, o);
-        const compute inverse = 1 / total;
-        for (int64_t c = 0; c < count; ++c) standing[c] *= inverse;
+      columns.score(query.data(), kw, problem.key_dim, view.keys_t, &View::flux_key, scores.data());
+      for (int64_t i = 0; i < columns.rows; ++i) {
+        compute* seen = scores.data() + i * ld + columns.low[i];
+        const int64_t count = columns.seen(i);
+        const compute top = largest(seen, count, seen[count - 1]);
+        const compute total = exponentials(seen, count, top), inverse = 1 / total;
+        for (int64_t c = 0; c < count; ++c) seen[c] *= inverse;
+        outputs.lse[window.scalar_at(view.lane, head, t0 + i)] = top + std::log(total);
       }
-      columns.gather(scores.data(), window.values, out.data());
+      columns.gather(scores.data(), window.values, &View::flux_value, out.data());
       for (int64_t t = t0; t < t1; ++t) {
         store_row(out.data() + (t - t0) * vw, problem.value_dim, window.at(outputs.out, view.lane, head, t),
                   outputs.out.element);
       }
     }
+    rows_before = t1 - t0;
     t0 = t1;
   }
 }
@@ -392,8 +398,8 @@ void forward(const Problem<storage, compute>& problem, const Outputs<storage, co
   if (outputs.state_key) window.write_state(outputs.state_key, outputs.state_value);
 }
 
-// What a query row gives to the two cells in flux, [batch][query head][token][2 cells]: the gradient of the logit and
-// the probability, which times the query and the gradient of the output are the gradients of the contents.
+// What a query row gives to the two cells in flux, [batch][query head][token][2 cells]: the scaled gradient of the logit
+// and the probability, which times the query and the gradient of the output are the gradients of the contents.
 template <typename compute>
 struct Flux {
   compute* logit;
@@ -405,58 +411,52 @@ template <typename storage, typename compute>
 void attend_backward(const Window<storage, compute>& window, const Stretch& stretch,
                      const Gradients<storage, compute>& gradients, const Flux<compute>& flux,
                      const Table<compute>& grad_keys, const Table<compute>& grad_values) {
+  using View = StretchView<storage, compute>;
   const Problem<storage, compute>& problem = window.problem;
-  StretchView<storage, compute> view(window, stretch, true);
+  View view(window, stretch, true);
   const int64_t kw = window.key_width, vw = window.value_width, ld = view.row_width;
-  std::vector<compute> query(kBlock * kw), grad_query(kBlock * kw), grad_out(kBlock * vw), out(vw);
+  std::vector<compute> query(kBlock * kw), grad_query(kBlock * kw), grad_out(kBlock * vw), scratch(vw);
   std::vector<compute> scores(kBlock * ld), grad_scores(kBlock * ld);
+  int64_t rows_before = 0;
   for (int64_t t0 = stretch.begin; t0 < stretch.end;) {
     const int64_t t1 = view.lane.block_end(t0, stretch.end);
     const Columns<storage, compute> columns(view, t0, t1);
-    view.advance_block(t0, t1);
+    view.advance(t0, t1, rows_before);
     for (int64_t head = view.lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
       for (int64_t t = t0; t < t1; ++t) {
         window.load_query(view.lane, head, t, query.data() + (t - t0) * kw);
         load_row(window.at(gradients.grad_out, view.lane, head, t), gradients.grad_out.element, problem.value_dim,
                  grad_out.data() + (t - t0) * vw);
       }
-      columns.scores(query.data(), kw, problem.key_dim, view.keys_t, scores.data());
-      columns.scores(grad_out.data(), vw, problem.value_dim, view.values_t, grad_scores.data());
-      for (int64_t t = t0; t < t1; ++t) {
-        const int64_t row = t - t0, at = window.scalar_at(view.lane, head, t);
-        const compute* q = query.data() + row * kw;
-        const compute* g = grad_out.data() + row * vw;
-        compute* dq = grad_query.data() + row * kw;
-        load_row(window.at(gradients.out, view.lane, head, t), gradients.out.element, problem.value_dim, out.data());
-        compute delta = dot(out.data(), g, vw);
+      columns.score(query.data(), kw, problem.key_dim, view.keys_t, &View::flux_key, scores.data());
+      columns.score(grad_out.data(), vw, problem.value_dim, view.values_t, &View::flux_value, grad_scores.data());
+      for (int64_t i = 0; i < columns.rows; ++i) {
+        const int64_t at = window.scalar_at(view.lane, head, t0 + i), count = columns.seen(i);
+        const compute* out = read_row(window.at(gradients.out, view.lane, head, t0 + i), gradients.out.element,
+                                      problem.value_dim, scratch.data());
+        compute delta = dot(out, grad_out.data() + i * vw, vw);
         if (gradients.grad_lse) delta -= gradients.grad_lse[at];
-        const compute lse = gradients.lse[at];
-        const int64_t low = columns.low(t), count = columns.high(t) - low;
-        compute* p = scores.data() + row * ld + low;
-        compute* dz = grad_scores.data() + row * ld + low;
-        exponentials(p, count, lse);
+        compute* p = scores.data() + i * ld + columns.low[i];
+        compute* dz = grad_scores.data() + i * ld + columns.low[i];
+        exponentials(p, count, gradients.lse[at]);
         for (int64_t c = 0; c < count; ++c) dz[c] = p[c] * (dz[c] - delta);
-        zero_row(dq, kw);
+        const int64_t standing = columns.high[i] - columns.low[i];
         for (int which = 0; which < 2; ++which) {
-          compute probability = 0, logit = 0;
-          if (which == 0 || view.leading_is_open(t)) {
-            probability = std::exp(dot(q, view.flux_key(row, which), kw) - lse);
-            logit = probability * (dot(g, view.flux_value(row, which), vw) - delta);
-            add_scaled(logit, view.flux_key(row, which), kw, dq);
-          }
-          flux.logit[2 * at + which] = logit;
-          flux.probability[2 * at + which] = probability;
+          const bool seen = standing + which < count;
+          flux.logit[2 * at + which] = seen ? dz[standing + which] * problem.scale : 0;
+          flux.probability[2 * at + which] = seen ? p[standing + which] : 0;
         }
       }
-      columns.gather(grad_scores.data(), window.keys, grad_query.data());
+      columns.gather(grad_scores.data(), window.keys, &View::flux_key, grad_query.data());
       columns.scatter(grad_scores.data(), query.data(), grad_keys);
       columns.scatter(scores.data(), grad_out.data(), grad_values);
+      scale_row(problem.scale, columns.rows * kw, grad_query.data());
       for (int64_t t = t0; t < t1; ++t) {
-        compute* dq = grad_query.data() + (t - t0) * kw;
-        scale_row(problem.scale, kw, dq);
-        store_row(dq, problem.key_dim, window.at(gradients.query, view.lane, head, t), gradients.query.element);
+        store_row(grad_query.data() + (t - t0) * kw, problem.key_dim, window.at(gradients.query, view.lane, head, t),
+                  gradients.query.element);
       }
     }
+    rows_before = t1 - t0;
     t0 = t1;
   }
 }
@@ -485,10 +485,13 @@ struct Adjoint {
     const Problem<storage, compute>& problem = window.problem;
     for (int64_t head = lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
       const int64_t at = 2 * window.scalar_at(lane, head, t) + which;
-      window.load_query(lane, head, t, row.data());
-      add_scaled(flux.logit[at], row.data(), window.key_width, key.data());
-      load_row(window.at(gradients.grad_out, lane, head, t), gradients.grad_out.element, problem.value_dim, row.data());
-      add_scaled(flux.probability[at], row.data(), window.value_width, value.data());
+      add_scaled(flux.logit[at],
+                 read_row(window.at(problem.query, lane, head, t), problem.query.element, problem.key_dim, row.data()),
+                 window.key_width, key.data());
+      add_scaled(flux.probability[at],
+                 read_row(window.at(gradients.grad_out, lane, head, t), gradients.grad_out.element, problem.value_dim,
+                          row.data()),
+                 window.value_width, value.data());
     }
   }
   compute share(int64_t cell, int64_t t) const { return lane.cells.gate(window.gates(lane), cell, t); }
