@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,12 +131,10 @@ class BlurryWindow:
             self.windows(kv_heads)
             return phases
         resolutions = self.resolutions(kv_heads)
-        total, seen = Counter(resolutions), Counter[int]()
-        phases_ = []
-        for resolution in resolutions:
-            phases_.append(seen[resolution] * resolution // total[resolution])
-            seen[resolution] += 1
-        return tuple(phases_)
+        return tuple(
+            resolutions[:head].count(resolution) * resolution // resolutions.count(resolution)
+            for head, resolution in enumerate(resolutions)
+        )
 
     def state_elements(self, kv_heads: int, head_dim: int, value_dim: int | None = None) -> int:
         """Numbers in the state of one sequence, over all kv heads: kv_heads * slots * (head_dim + value_dim)."""
