@@ -1,0 +1,1 @@
+"""Benchmarks: one folder each, one command each (``python -m benchmarks.NAME``), results as JSON and a plot."""

@@ -1,0 +1,77 @@
+"""Time by the wall clock; memory by the kernel's own account of a fresh process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from ..cases import Case, one_call
+from ..providers import PROVIDERS
+
+PROC = Path("/proc/self")
+# Freed blocks go back to the system at once, so that what is resident is what is in use.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+class CpuMeter:
+    memory = (
+        "peak resident memory of a fresh process during the call, less what was resident before it "
+        "(query, key, value and the incoming gradient are there already; one small call has warmed up the libraries)"
+    )
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        torch.set_num_threads(threads)
+        # Processes are forked from a server that has imported torch and done nothing else.
+        self.fresh = multiprocessing.get_context("forkserver")
+        self.fresh.set_forkserver_preload(["benchmarks.speed.__main__"])
+
+    def hardware(self) -> dict[str, object]:
+        return {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "threads": self.threads}
+
+    def seconds(self, call: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def peak_bytes(self, provider: str, case: Case, mode: str) -> int:
+        with patch.dict(os.environ, ALLOCATOR), ProcessPoolExecutor(1, mp_context=self.fresh) as process:
+            return process.submit(_peak, provider, case, mode, self.threads).result()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _resident(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (peak since it was reset) of this process, in bytes."""
+    for line in (PROC / "status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{PROC}/status has no {field}")
+
+
+def _peak(provider: str, case: Case, mode: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    prepare = PROVIDERS[provider].prepare
+    small = replace(case, length=2 * case.slots)
+    one_call(prepare(small), mode, *small.inputs("cpu"))
+    attend, inputs = prepare(case), case.inputs("cpu")
+    (PROC / "clear_refs").write_text("5")  # resets VmHWM
+    before = _resident("VmRSS")
+    one_call(attend, mode, *inputs)
+    return max(0, _resident("VmHWM") - before)

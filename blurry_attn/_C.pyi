@@ -1,0 +1,15 @@
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+class BuildInfo(TypedDict):
+    torch: str
+    cuda: str | None
+    compiler: str
+
+def gates(
+    kernel: str, slots: int, window: int, phase: int, sharpness: float, start: int, length: int
+) -> NDArray[np.float64]: ...
+def openings(slots: int, window: int, phase: int) -> list[int]: ...
+def build_info() -> BuildInfo: ...

@@ -1,0 +1,130 @@
+"""Checkpoints in one safetensors file: tensors of model and optimizer, and a header that says what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from .data import InputError
+from .model import LanguageModel, ModelConfig
+
+FILE = "checkpoint.safetensors"
+FORMAT = "blurry_attn.lm 1"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; ``steps`` is also the length of the learning-rate schedule. ``text``: an absolute path, or None.
+
+    Raises:
+        InputError: a number out of its range; the message names the option.
+    """
+
+    text: str | None = None
+    context: int = 256
+    batch: int = 8
+    steps: int = 1000
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"--learning-rate must be positive and finite, got {self.learning_rate}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed must be in 0 .. 2**63 - 1, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run at ``step``. All chance comes from the configured seed and the step, so no generator's state is kept."""
+
+    model_config: ModelConfig
+    train_config: TrainConfig
+    digest: str
+    step: int
+    tensors: dict[str, Tensor]
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Puts the tensors into a model and an optimizer of the same configuration."""
+        model.load_state_dict(self._part("model."))
+        if optimizer is not None:
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in self._part("optimizer.").items():
+                index, field = name.split(".")
+                state.setdefault(int(index), {})[field] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _part(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets ``write`` fill a temporary file beside ``path`` and moves it there when it is whole."""
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(
+    folder: Path,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    train_config: TrainConfig,
+    digest: str,
+    step: int,
+) -> None:
+    """Writes the run's checkpoint into its folder, whole or not at all."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, fields in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{field}": tensor for field, tensor in fields.items()}
+    header = {
+        "format": FORMAT,
+        "model": json.dumps(asdict(model.config)),
+        "train": json.dumps(asdict(train_config)),
+        "digest": digest,
+        "step": str(step),
+    }
+    content = serialize({name: tensor.contiguous() for name, tensor in tensors.items()}, header)
+    write_whole(folder / FILE, lambda path: path.write_bytes(content))
+
+
+def load(folder: Path) -> Checkpoint:
+    """Reads the checkpoint of a run, on the CPU.
+
+    Raises:
+        InputError: there is none, or the file is not one.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: no checkpoint there ({FILE})")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise InputError(f"{path}: not a checkpoint of this program")
+            model = json.loads(header["model"])
+            model["resolutions"] = tuple(model["resolutions"])
+            return Checkpoint(
+                ModelConfig(**model),
+                TrainConfig(**json.loads(header["train"])),
+                header["digest"],
+                int(header["step"]),
+                {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 (safe_open is no dict)
+            )
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({error})") from None

@@ -1,0 +1,188 @@
+"""A plain decoder: RMSNorm, rotary positions, SwiGLU, tied embeddings, and a mixer that is a switch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modules import BlurrySelfAttention, rotary
+from ..window import BlurryWindow
+from .data import VOCABULARY, InputError
+
+MIXERS = ("blurry", "sliding", "full")
+ROPE_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model; one head per entry of ``resolutions`` (tokens per slot, read by ``blurry`` alone).
+
+    Raises:
+        InputError: a number out of its range; the message names the option.
+    """
+
+    mixer: str = "blurry"
+    dim: int = 128
+    layers: int = 4
+    slots: int = 32
+    resolutions: tuple[int, ...] = (1, 1, 2, 2, 4, 4, 8, 8)
+
+    def __post_init__(self) -> None:
+        if self.mixer not in MIXERS:
+            raise InputError(f"--mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}")
+        if self.slots < 2:
+            raise InputError(f"--slots must be at least 2, got {self.slots}")
+        if self.layers < 1:
+            raise InputError(f"--layers must be at least 1, got {self.layers}")
+        if not self.resolutions or min(self.resolutions) < 1:
+            raise InputError(f"--resolutions must be whole numbers of at least 1, got {self.resolutions}")
+        if self.dim < 1 or self.dim % (2 * self.heads):
+            raise InputError(f"--dim must be a multiple of twice the heads ({2 * self.heads}), got {self.dim}")
+
+    @property
+    def heads(self) -> int:
+        return len(self.resolutions)
+
+
+@dataclass
+class TokenCache:
+    """The past of softmax attention: key and value (B, H, S, D) of the tokens still in sight, and tokens seen."""
+
+    key: Tensor
+    value: Tensor
+    position: int
+
+
+class TokenSelfAttention(nn.Module):
+    """Causal softmax attention over the last ``span`` tokens, or over all of them when ``span`` is None.
+
+    The same projections, rotary positions and decoding interface as :class:`blurry_attn.BlurrySelfAttention`.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, span: int | None, rope_base: float) -> None:
+        super().__init__()
+        self.num_heads, self.span, self.rope_base = num_heads, span, rope_base
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.k_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.v_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+
+    def forward(self, x: Tensor, *, state: TokenCache | None = None, return_state: bool = False) -> Any:
+        """(B, T, E) -> (B, T, E), and the cache after it if ``return_state``."""
+        start = 0 if state is None else state.position
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        query, key, value = (
+            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = (rotary(y, positions, self.rope_base) for y in (query, key))
+        if state is not None:
+            key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self._mask(positions, key.shape[2]))
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not return_state:
+            return out
+        keep = slice(None) if self.span is None else slice(-self.span, None)
+        return out, TokenCache(key[:, :, keep], value[:, :, keep], start + x.shape[1])
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: TokenCache) -> Tensor:
+        """(B, 1, E) -> (B, 1, E); updates ``state`` in place."""
+        out, new = self(x, state=state, return_state=True)
+        state.key, state.value, state.position = new.key, new.value, new.position
+        return out
+
+    def _mask(self, positions: Tensor, keys: int) -> Tensor:
+        """True where a query sees a key; the keys are the last ``keys`` tokens up to the last query."""
+        key_positions = torch.arange(keys, device=positions.device) + (positions[-1] + 1 - keys)
+        age = positions.unsqueeze(1) - key_positions
+        return (age >= 0) if self.span is None else (age >= 0) & (age < self.span)
+
+
+class SwiGLU(nn.Module):
+    """silu(x W_gate) * (x W_up) W_down, 8/3 as wide inside (rounded up to a multiple of 16)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = 16 * math.ceil(8 * dim / 3 / 16)
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.dim)
+        self.mixer: nn.Module
+        if config.mixer == "blurry":
+            window = BlurryWindow.pyramid(config.slots, config.resolutions)
+            self.mixer = BlurrySelfAttention(config.dim, config.heads, window, rope_base=ROPE_BASE)
+        else:
+            span = config.slots if config.mixer == "sliding" else None
+            self.mixer = TokenSelfAttention(config.dim, config.heads, span, ROPE_BASE)
+        self.mlp_norm = nn.RMSNorm(config.dim)
+        self.mlp = SwiGLU(config.dim)
+
+
+class LanguageModel(nn.Module):
+    """Bytes in, logits of the next byte out.
+
+    ``forward`` reads whole sequences; ``prefill`` also returns one state per layer, which ``step`` then carries on,
+    one byte at a time and in place.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCABULARY, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                last = name.endswith(("out_proj.weight", "down.weight"))
+                fan = config.dim if name.startswith("embedding") else parameter.shape[1]
+                nn.init.normal_(parameter, std=1 / math.sqrt(fan * (2 * config.layers if last else 1)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, 256)."""
+        return self._run(tokens, lambda mixer, x, _: mixer(x))
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
+        """tokens (B, T) int64 -> logits of the byte after the last one (B, 256), and the state of each layer."""
+        states: list[Any] = []
+
+        def mix(mixer: nn.Module, x: Tensor, _: int) -> Tensor:
+            out, state = mixer(x, return_state=True)
+            states.append(state)
+            return out
+
+        return self._run(tokens, mix)[:, -1], states
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, states: list[Any]) -> Tensor:
+        """tokens (B, 1) int64 -> logits (B, 256); updates ``states`` in place."""
+        return self._run(tokens, lambda mixer, x, i: mixer.step(x, states[i]))[:, -1]
+
+    def _run(self, tokens: Tensor, mix: Any) -> Tensor:
+        x = self.embedding(tokens)
+        for i, block in enumerate(self.blocks):
+            x = x + mix(block.mixer, block.mixer_norm(x), i)
+            x = x + block.mlp(block.mlp_norm(x))
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+def state_size(states: list[Any]) -> tuple[int, int]:
+    """Elements and bytes that the states of all layers hold."""
+    tensors = [tensor for state in states for tensor in (state.key, state.value)]
+    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)

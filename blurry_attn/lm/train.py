@@ -1,0 +1,207 @@
+"""Training: one run is one folder with a checkpoint, its numbers and its plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint
+from .checkpoint import TrainConfig, write_whole
+from .data import InputError, Text, load_text, ngram_bits
+from .model import LanguageModel, ModelConfig
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
+
+METRICS, PLOT = "metrics.jsonl", "loss.png"
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+WARM_UP, FINAL = 0.1, 0.02  # shares of the steps and of the peak learning rate
+VALIDATIONS = 8  # per run
+VALIDATION_BATCH = 32
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed; the run is saved at the step that the message names."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to, in bits per byte on the held-out text."""
+
+    bits: float
+    unigram: float
+    bigram: float
+    parameters: int
+    folder: Path
+
+
+def train(model_config: ModelConfig, train_config: TrainConfig, folder: Path, device: torch.device) -> Result:
+    """Trains in ``folder``, going on from the checkpoint there if there is one, to the very same losses.
+
+    Raises:
+        InputError: text that cannot be used, or a checkpoint of another configuration, text or program.
+        Interrupted: after Ctrl-C, once the run is saved.
+    """
+    text = load_text(None if train_config.text is None else Path(train_config.text), train_config.context)
+    torch.manual_seed(train_config.seed)
+    model = LanguageModel(model_config).to(device)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        lr=train_config.learning_rate,
+        betas=BETAS,
+        fused=True,
+    )
+    start = 0
+    if (folder / checkpoint.FILE).exists():
+        saved = checkpoint.load(folder)
+        if (saved.model_config, saved.train_config) != (model_config, train_config):
+            raise InputError(f"{folder}: holds a run of another configuration; choose another folder")
+        if saved.digest != text.digest:
+            raise InputError(f"{folder}: the text is not what this run was started on, so it cannot go on to the same losses")
+        saved.restore(model, optimizer)
+        start = saved.step
+
+    inputs, targets = text.validation(train_config.context)
+    unigram, bigram = ngram_bits(text.train, inputs, targets)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{model_config.mixer}: {parameters:,} parameters; {len(text.train):,} bytes to train on, "
+        f"{targets.numel():,} of {len(text.held_out):,} held-out bytes to validate on; {device}\n"
+        f"bits per byte to beat: unigram {unigram:.3f}, bigram {bigram:.3f}"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    log = _kept_metrics(folder / METRICS, start)
+    bits = next((line["validation_bits"] for line in reversed(log) if "validation_bits" in line), math.nan)
+
+    tokens = train_config.batch * train_config.context
+    done = start
+    with (
+        _interrupts() as interrupted,
+        (folder / METRICS).open("a") as metrics,
+        tqdm(total=train_config.steps * tokens, initial=start * tokens, unit="tok", unit_scale=True, smoothing=0.05) as bar,
+    ):
+        for step in range(start, train_config.steps):
+            line: dict[str, Any] = {"step": step + 1, **_step(model, optimizer, text, train_config, step, device)}
+            done = step + 1
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['bits']:.3f} bits/byte", refresh=False)
+            bar.update(tokens)
+            last = done == train_config.steps
+            if last or done * VALIDATIONS // train_config.steps > step * VALIDATIONS // train_config.steps:
+                line["validation_bits"] = bits = validate(model, inputs, targets)
+                bar.write(f"step {done}: validation {bits:.3f} bits per byte (unigram {unigram:.3f}, bigram {bigram:.3f})")
+            log.append(line)
+            metrics.write(json.dumps(line) + "\n")
+            if "validation_bits" in line or interrupted.is_set():
+                metrics.flush()
+                checkpoint.save(folder, model, optimizer, train_config, text.digest, done)
+            if interrupted.is_set() and not last:
+                break
+    write_whole(folder / PLOT, lambda path: _plot(path, log, unigram, bigram, model_config.mixer))
+    if done < train_config.steps:
+        raise Interrupted(f"stopped and saved at step {done} of {train_config.steps}")
+    return Result(bits, unigram, bigram, parameters, folder)
+
+
+@torch.no_grad()
+def validate(model: LanguageModel, inputs: Tensor, targets: Tensor) -> float:
+    """Bits per byte of ``targets``."""
+    device = model.embedding.weight.device
+    total = 0.0
+    for x, y in zip(inputs.split(VALIDATION_BATCH), targets.split(VALIDATION_BATCH), strict=True):
+        total += _loss(model, x.to(device), y.to(device)).item() * y.numel()
+    return total / targets.numel() / math.log(2)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to the peak, then a cosine down to a small share of it."""
+    warm_up = max(1, round(WARM_UP * config.steps))
+    if step < warm_up:
+        return config.learning_rate * (step + 1) / warm_up
+    done = (step - warm_up) / max(1, config.steps - warm_up)
+    return config.learning_rate * (FINAL + (1 - FINAL) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def _loss(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.device.type == "cuda"):
+        logits = model(inputs)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def _step(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    text: Text,
+    config: TrainConfig,
+    step: int,
+    device: torch.device,
+) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    inputs, targets = text.batch(config.seed, step, config.batch, config.context)
+    loss = _loss(model, inputs.to(device), targets.to(device))
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise InputError(f"the loss became {value} at step {step + 1}; a lower --learning-rate may help")
+    optimizer.step()
+    return {"loss": value, "bits": value / math.log(2), "learning_rate": learning_rate(config, step)}
+
+
+def _kept_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines up to ``step``; later ones, of steps that were never saved, leave the file."""
+    log = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    log = [line for line in log if line["step"] <= step]
+    write_whole(path, lambda file: file.write_text("".join(json.dumps(line) + "\n" for line in log)))
+    return log
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or termination) sets, so that a step always ends; the second ends at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _plot(path: Path, log: list[dict[str, Any]], unigram: float, bigram: float, title: str) -> None:
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot([line["step"] for line in log], [line["bits"] for line in log], color="C0", alpha=0.35, label="training")
+    points = [line for line in log if "validation_bits" in line]
+    axes.plot([line["step"] for line in points], [line["validation_bits"] for line in points], "C0o-", label="held-out files")
+    axes.axhline(unigram, color="gray", linestyle=":", label="byte unigram")
+    axes.axhline(bigram, color="gray", linestyle="--", label="byte bigram")
+    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,263 @@
+"""Pictures of what a blurry window holds: ``python -m blurry_attn.viz --out FOLDER`` draws those of the documentation.
+
+Every function takes data and returns a :class:`matplotlib.figure.Figure`, to be shown or saved by the caller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .ops import blurry_window_attention
+from .state import BlurryState
+from .window import BlurryWindow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+INK, MUTED, FAINT, ACCENT = "#1c1917", "#78716c", "#e7e5e4", "#c2410c"
+
+
+def slot_weights(window: BlurryWindow, tokens: int, kv_heads: int = 1) -> Tensor:
+    """The weight of every past token in every slot, after ``tokens`` tokens.
+
+    Args:
+        window: the window; where it is given per head, it has ``kv_heads`` entries.
+        tokens: length of the history, at least 1.
+        kv_heads: number of key/value heads.
+
+    Returns:
+        ``(kv_heads, N, tokens)`` float64, token 0 the oldest; an open slot's weights sum to one, a shut slot's are zero.
+
+    Raises:
+        ValueError: ``tokens`` is less than 1.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    # A slot is a linear map of the values: fed with one-hot values, it shows its weights.
+    nothing = torch.zeros(1, kv_heads, tokens, 1, dtype=torch.float64)
+    one_hot = torch.eye(tokens, dtype=torch.float64).expand(1, kv_heads, tokens, tokens)
+    state = blurry_window_attention(nothing, nothing, one_hot, window, return_state=True)[1]
+    assert isinstance(state, BlurryState)
+    return state.value[0]
+
+
+def token_weights(windows: dict[str, BlurryWindow], tokens: int = 256) -> Figure:
+    """What weight each of the past ``tokens`` tokens has in the slots: per window a heat map of slots by age.
+
+    Args:
+        windows: title -> window of one kv head, or of several, whose slots are then drawn below each other.
+        tokens: length of the history.
+
+    Raises:
+        ValueError: ``windows`` is empty or ``tokens`` is less than 1.
+    """
+    if not windows:
+        raise ValueError("windows must hold at least one window, got none")
+    heights = [0.6 + 0.4 * _kv_heads(window) for window in windows.values()]
+    figure = _figure(2 + 1.2 * sum(heights))
+    panels = figure.subplots(len(windows), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    images = [_weight_map(axes, *entry, tokens) for axes, entry in zip(panels, windows.items(), strict=True)]
+    panels[-1].set_xlabel("age of the token (tokens back from the newest, which is at the right)", color=INK)
+    bar = figure.colorbar(images[0], ax=panels, shrink=0.5, aspect=24, pad=0.015)
+    bar.set_label("weight of the token in the slot", color=INK)
+    bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
+    bar.ax.tick_params(labelsize=9, colors=INK)
+    bar.outline.set_visible(False)
+    _title(figure, f"What {next(iter(windows.values())).slots} slots hold of {tokens} tokens")
+    return figure
+
+
+def _weight_map(axes: Axes, title: str, window: BlurryWindow, tokens: int) -> AxesImage:
+    from matplotlib.colors import PowerNorm
+
+    heads, slots = _kv_heads(window), window.slots
+    blocks = []
+    for weights in slot_weights(window, tokens, heads):
+        age = (weights * torch.arange(tokens - 1, -1, -1)).sum(1)
+        blocks.append(weights[torch.where(weights.sum(1) > 0, age, torch.inf).argsort()])
+    weights = torch.cat(blocks).flip(1)
+    image = axes.imshow(
+        weights.masked_fill(weights < 1e-3, torch.nan).numpy(),
+        extent=(-0.5, tokens - 0.5, heads * slots, 0),
+        aspect="auto",
+        cmap="inferno_r",
+        norm=PowerNorm(0.5, vmin=0, vmax=1),
+        interpolation="nearest",
+    )
+    for head, reach in enumerate(window.windows(heads)):
+        if reach < tokens:
+            axes.fill_between(
+                (reach - 0.5, tokens - 0.5), head * slots, (head + 1) * slots, color=FAINT, lw=0, zorder=0
+            )
+            middle = ((reach + tokens) / 2, (head + 0.5) * slots)
+            axes.text(*middle, "forgotten", color=MUTED, fontsize=9, ha="center", va="center")
+        if head:
+            axes.axhline(head * slots, color=MUTED, lw=0.7)
+    axes.set_xlim(tokens - 0.5, -0.5)
+    axes.set_xticks(range(0, tokens + 1, max(1, tokens // 8)))
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    if heads == 1:
+        axes.set_ylabel("slot", color=INK)
+        axes.set_yticks([0.5, slots - 0.5], ["newest", "oldest"])
+    else:
+        axes.set_ylabel("slots of each head", color=INK)
+        axes.set_yticks([(i + 0.5) * slots for i in range(heads)], [f"r = {r}" for r in window.resolutions(heads)])
+    _plain(axes)
+    return image
+
+
+def gates(window: BlurryWindow, tokens: int | None = None, slots: Sequence[int] | None = None, head: int = 0) -> Figure:
+    """The share of each token that each slot takes, over time.
+
+    Args:
+        window: the window; ``head`` picks one of its kv heads.
+        tokens: how many tokens from the start; one period and a half when None.
+        slots: which slots to draw; the first four when None.
+        head: index of the kv head.
+    """
+    heads = max(_kv_heads(window), head + 1)
+    period, phase = window.windows(heads)[head], window.phases(heads)[head]
+    resolution = period // window.slots
+    tokens = period + period // 2 if tokens is None else tokens
+    slots = range(min(4, window.slots)) if slots is None else slots
+    share = reference.gates(window, period, phase, 0, tokens)
+    figure = _figure(1.1 + 1.0 * len(slots))
+    rows = figure.subplots(len(slots), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, slot in zip(rows, slots, strict=True):
+        axes.axvspan(-0.5, reference.opening(slot, window.slots, resolution, phase) - 0.5, color=FAINT, lw=0)
+        axes.axhline(0, color=MUTED, lw=0.6)
+        time = share[:, slot].nan_to_num(0.0).nonzero().flatten()
+        axes.vlines(time, 0, share[time, slot], color=ACCENT, lw=max(1.0, min(3.0, 480 / tokens)))
+        axes.plot(time, share[time, slot], "o", color=ACCENT, ms=2.5)
+        for centre in range(slot * resolution + phase, tokens, period):
+            axes.axvline(centre, color=MUTED, lw=0.8, ls=(0, (2, 3)), zorder=0)
+        axes.set_ylabel(f"slot {slot}", color=INK)
+        axes.set_yticks([0, 1])
+        _plain(axes)
+    rows[0].set_xlim(-0.5, tokens - 0.5)
+    rows[0].set_ylim(top=1.12)
+    rows[-1].set_xlabel("token t   (dotted: the slot's centres; grey: the slot is shut)", color=INK)
+    law = f'"{window.kernel}"' + (f", sharpness {window.gate_sharpness:g}" if window.kernel == "fejer" else "")
+    _title(figure, f"Gates, the share of token t that a slot takes: {law}, {window.slots} slots, r = {resolution}")
+    return figure
+
+
+def reconstruction(signal: Tensor, windows: dict[str, BlurryWindow]) -> Figure:
+    """A signal, and what the slots of each window still say of it: the slots and the curve interpolated through them.
+
+    Args:
+        signal: ``(T,)`` real, one value per token.
+        windows: title -> window of one kv head.
+
+    Raises:
+        ValueError: ``signal`` is not one-dimensional or empty, or ``windows`` is empty.
+    """
+    if signal.dim() != 1 or not len(signal):
+        raise ValueError(f"signal must be (T,) with T at least 1, got shape {tuple(signal.shape)}")
+    if not windows:
+        raise ValueError("windows must hold at least one window, got none")
+    tokens = len(signal)
+    time = torch.arange(tokens)
+    figure = _figure(0.9 + 1.6 * len(windows))
+    rows = figure.subplots(len(windows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (title, window) in zip(rows, windows.items(), strict=True):
+        value = signal.detach().to("cpu", torch.float64).reshape(1, 1, tokens, 1)
+        state = blurry_window_attention(value, value, value, window, return_state=True)[1]
+        assert isinstance(state, BlurryState)
+        lag = torch.arange(10 * min(window.windows(1)[0], tokens) - 9, dtype=torch.float64) / 10
+        curve = state.reconstruct(lag)[1][0, 0, :, 0]
+        axes.plot(time, value.flatten(), color=MUTED, lw=0.9, label="signal, one value per token")
+        axes.plot(tokens - 1 - lag, curve, color=ACCENT, lw=1.8, label="what the slots say")
+        axes.axvspan(-0.5, tokens - 1.5 - float(lag[-1]), color=FAINT, lw=0, label="forgotten")
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        _plain(axes)
+    rows[0].set_xlim(-0.5, tokens - 0.5)
+    rows[-1].set_xlabel("token", color=INK)
+    handles, labels = rows[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
+    _title(figure, f"A history, and {next(iter(windows.values())).slots} slots of it")
+    return figure
+
+
+def _kv_heads(window: BlurryWindow) -> int:
+    return max(len(entry) if isinstance(entry, tuple) else 1 for entry in (window.window, window.phase))
+
+
+def _figure(height: float) -> Figure:
+    """An empty figure of the documentation's width, ``height`` inches high."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ModuleNotFoundError(
+            "blurry_attn.viz needs matplotlib; type: pip install matplotlib", name="matplotlib"
+        ) from None
+    return Figure(figsize=(10, height), dpi=140, layout="constrained")
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", weight="bold", color=INK)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def documentation() -> dict[str, Figure]:
+    """File name -> figure, for every picture of the documentation."""
+    sliding, blurry = BlurryWindow(32, 32), BlurryWindow(32, 256)
+    generator = torch.Generator().manual_seed(5)
+    steps = torch.randn(256, generator=generator, dtype=torch.float64)
+    wave = torch.sin(torch.arange(256, dtype=torch.float64) / 19) + 0.5 * torch.sin(torch.arange(256) / 6.1)
+    return {
+        "token_weights.png": token_weights(
+            {
+                "Sliding window: one token per slot, a sharp memory of 32 tokens": sliding,
+                "Blurry window, r = 8: eight tokens per slot, a blurred memory of 256 tokens": blurry,
+                "Pyramid: heads with r = 1, 2, 4, 8, sharp near and blurred far": BlurryWindow.pyramid(
+                    32, (1, 2, 4, 8)
+                ),
+            }
+        ),
+        "gates_fejer.png": gates(BlurryWindow(8, 64), tokens=136),
+        "gates_dirichlet.png": gates(BlurryWindow(8, 64, kernel="dirichlet"), tokens=136),
+        "reconstruction.png": reconstruction(
+            wave + 0.25 * steps, {"Sliding window of 32 tokens": sliding, "Blurry window, r = 8": blurry}
+        ),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m blurry_attn.viz", description="Draws the documentation's pictures."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the PNG files go")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        figures = documentation()
+    except ModuleNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for name, figure in figures.items():
+        figure.savefig(args.out / name)
+        print(args.out / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

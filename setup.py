@@ -1,0 +1,102 @@
+"""Builds the extension blurry_attn._C. The metadata is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import setuptools
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    raise SystemExit(
+        "blurry_attn: this build cannot see torch. Install torch, then type: pip install --no-build-isolation ."
+    ) from None
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"blurry_attn: the build needs setuptools 77 or newer, this is {setuptools.__version__}. "
+        "Type: pip install --upgrade setuptools"
+    )
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def build_cuda() -> bool:
+    """Whether to build the CUDA sources: the toolkit and a CUDA torch decide, not a card; BLURRY_CUDA=0|1 overrides."""
+    wish = os.environ.get("BLURRY_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"blurry_attn: BLURRY_CUDA is {wish!r}, it must be 0 or 1")
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"a CUDA build of torch (this is {torch.__version__})")
+    if cpp_extension.CUDA_HOME is None:
+        missing.append("the CUDA toolkit (nvcc on PATH, or CUDA_HOME)")
+    if wish == "1" and missing:
+        raise SystemExit(f"blurry_attn: BLURRY_CUDA=1 needs {' and '.join(missing)}")
+    return wish != "0" and not missing
+
+
+def use_ccache() -> None:
+    """Have ccache, where there is one, wrap the compilers; newer releases of torch do so themselves."""
+    ccache = shutil.which("ccache")
+    if ccache is None or hasattr(cpp_extension, "_wrap_compiler"):
+        return
+    # torch's check of the compiler takes no command of two words: Debian's folder of links named c++ and g++ serves.
+    if "CXX" not in os.environ and Path("/usr/lib/ccache/c++").exists():
+        os.environ["PATH"] = f"/usr/lib/ccache{os.pathsep}{os.environ['PATH']}"
+    if cpp_extension.CUDA_HOME is not None:
+        os.environ.setdefault("PYTORCH_NVCC", f"{ccache} {cpp_extension.CUDA_HOME}/bin/nvcc")
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def extension(cuda: bool) -> setuptools.Extension:
+    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    flags = ["-O3", "-g0", "-fvisibility=hidden"]
+    macros = [("BLURRY_TORCH_VERSION", f'"{torch.__version__}"')]
+    options: dict[str, Any] = {"name": "blurry_attn._C", "include_dirs": [str(ROOT / "csrc")]}
+    if not cuda:
+        return cpp_extension.CppExtension(
+            sources=files, define_macros=macros, extra_compile_args={"cxx": flags}, **options
+        )
+    # The PTX of 8.0 serves every later card that has no code of its own here.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
+    return cpp_extension.CUDAExtension(
+        sources=files + sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        define_macros=[*macros, ("BLURRY_CUDA_VERSION", f'"{torch.version.cuda}"')],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]},
+        **options,
+    )
+
+
+CUDA = build_cuda()
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Also writes blurry_attn/_build.py beside the extension: what it was built for, readable without loading it."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.inplace:  # an editable install: keep the objects, so that the next one compiles only what changed
+            self.build_temp = str(ROOT / "build" / sys.implementation.cache_tag)
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "blurry_attn" if self.inplace else Path(self.build_lib, "blurry_attn")
+        cuda = torch.version.cuda if CUDA else None
+        (package / "_build.py").write_text(
+            '"""What blurry_attn._C was built for; written by setup.py."""\n\n'
+            f"TORCH = {str(torch.__version__)!r}\nCUDA = {cuda!r}\n"
+        )
+
+
+use_ccache()
+setuptools.setup(ext_modules=[extension(CUDA)], cmdclass={"build_ext": BuildExtension})

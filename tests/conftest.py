@@ -1,0 +1,40 @@
+"""Every test runs with two threads, deterministic algorithms and fresh memory full of NaN; `device` covers the devices."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(2)
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: runs on a CUDA device")
+
+
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that the operators run on; inputs are made on the CPU and moved."""
+    if request.param == "cuda":
+        from blurry_attn import _C
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if _C.build_info()["cuda"] is None:
+            pytest.skip("built without CUDA kernels")
+    return torch.device(request.param)

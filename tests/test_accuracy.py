@@ -1,0 +1,121 @@
+"""Accuracy: against float64 of the same inputs, by the worst block of 64 tokens of one head of one sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import HALVES, KERNELS, assert_accurate, make_inputs, make_state, oracle, relative_error, run
+
+from blurry_attn import BlurryWindow, blurry_window_attention, reference
+
+# (slots, tokens per slot of each of two heads, tokens, head_dim, value_dim)
+SHAPES = {
+    "small": (2, (3, 1), 300, 8, 8),
+    "odd": (5, (5, 8), 700, 20, 12),
+    "even": (16, (8, 2), 1000, 32, 32),
+    "wide": (64, (13, 4), 1100, 16, 24),
+    "coarse": (5, (40, 17), 1000, 16, 16),
+}
+
+
+def case(kernel, shape):
+    slots, resolutions, tokens, dim, value_dim = SHAPES[shape]
+    if kernel == "dirichlet":
+        resolutions = tuple(min(r, 32) for r in resolutions)
+    window = BlurryWindow.pyramid(slots, resolutions, kernel)
+    state = make_state(window, [5, 12345], 2, dim, value_dim)
+    return window, make_inputs(2, 4, 2, tokens, dim, value_dim), state
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_oracle_equals_the_reference(kernel):
+    window = BlurryWindow.pyramid(5, (3, 8), kernel)
+    inputs, state = make_inputs(2, 4, 2, 60, 4, 6), make_state(window, [0, 7], 2, 4, 6)
+    expected = run(reference.blurry_window_attention, *inputs, window, state=state)
+    assert_accurate(run(oracle, *inputs, window, state=state), expected, torch.float64, window)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
+def test_float64_and_float32(kernel, shape, stated, device):
+    window, inputs, state = case(kernel, shape)
+    inputs = [x.float().double() for x in inputs]
+    state = state.to(dtype=torch.float32).to(dtype=torch.float64) if stated else None
+    expected = run(oracle, *inputs, window, state=state)
+    for dtype in (torch.float64, torch.float32):
+        ours = state.to(device, dtype) if stated else None
+        actual = run(blurry_window_attention, *(x.to(device, dtype) for x in inputs), window, state=ours)
+        assert all(x.dtype in (dtype, torch.int64) for x in actual.values())
+        assert_accurate(actual, expected, dtype, window)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision(kernel, shape, dtype, device):
+    """At most twice (gradients: three times) the error of plain PyTorch that keeps every tensor in that dtype."""
+    window, inputs, _ = case(kernel, shape)
+    inputs = [x.to(dtype) for x in inputs]
+    exact = run(oracle, *(x.double() for x in inputs), window)
+    plain = run(oracle, *inputs, window)
+    actual = run(blurry_window_attention, *(x.to(device) for x in inputs), window)
+    for name in exact.keys() - {"position"}:
+        state_like = name in ("lse", "end_key", "end_value")
+        assert actual[name].dtype == (torch.float32 if state_like else dtype), name
+        error, allowed = (relative_error(x[name], exact[name]) for x in (actual, plain))
+        factor = 3 if name.startswith("grad_") else 2
+        assert error <= factor * allowed, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
+        if name in ("end_key", "end_value"):  # sums in float32 of exact inputs
+            assert error <= (1e-4 if kernel == "dirichlet" else 1e-5), f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dims", [(1, 1), (60, 60), (100, 37), (3, 130), (256, 256), (512, 512)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 63, 65])
+def test_head_sizes_and_tails(kernel, dims, tokens, device):
+    window = BlurryWindow.pyramid(6, (4, 9), kernel)
+    inputs = [x.float().double() for x in make_inputs(1, 2, None, tokens, *dims)]
+    expected = run(oracle, *inputs, window)
+    for dtype in (torch.float64, torch.float32):
+        actual = run(blurry_window_attention, *(x.to(device, dtype) for x in inputs), window)
+        assert_accurate(actual, expected, dtype, window)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("batch,tokens", [(0, 7), (2, 0), (0, 0)])
+def test_empty(kernel, stated, batch, tokens, device):
+    window = BlurryWindow(4, 16, kernel)
+    inputs = make_inputs(batch, 4, 2, tokens, 6, 5, torch.float32, device)
+    state = make_state(window, [30, 2][:batch], 2, 6, 5, torch.float32, device) if stated else None
+    found = run(blurry_window_attention, *inputs, window, state=state)
+    assert found["out"].shape == (batch, 4, tokens, 5) and found["lse"].shape == (batch, 4, tokens)
+    assert found["end_key"].shape == (batch, 2, 4, 6) and found["end_value"].shape == (batch, 2, 4, 5)
+    assert found["position"].tolist() == ([30 + tokens, 2 + tokens] if stated else [tokens] * 2)[:batch]
+    assert [found[f"grad_{n}"].shape for n in ("query", "key", "value")] == [x.shape for x in inputs]
+    expected = run(reference.blurry_window_attention, *(x.cpu() for x in inputs), window,
+                   state=state and state.to("cpu"))  # fmt: skip
+    assert_accurate(found, expected, torch.float32, window)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_large_logits(kernel, dtype, device):
+    """Logits up to 10^5, above what float16 can hold: one slot wins, nothing overflows."""
+    window = BlurryWindow(4, 16, kernel)
+    query, key, value = make_inputs(1, 2, None, 100, 8, dtype=dtype, device=device)
+    found = run(blurry_window_attention, 100 * query, 300 * key, value, window, gradients=False, scale=1.0)
+    assert found["lse"].abs().max() > 1e5
+    assert all(x.isfinite().all() for x in found.values())
+    expected = run(oracle, *(x.cpu().double() for x in (100 * query, 300 * key, value)), window, gradients=False, scale=1.0)
+    assert relative_error(found["lse"], expected["lse"]) <= 1e-5
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scale", [0.0, -0.5, 2.0])
+def test_scale(kernel, scale, device):
+    window, inputs = BlurryWindow(4, 16, kernel), make_inputs()
+    expected = run(oracle, *inputs, window, scale=scale)
+    actual = run(blurry_window_attention, *(x.to(device) for x in inputs), window, scale=scale)
+    assert_accurate(actual, expected, torch.float64, window)

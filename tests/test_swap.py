@@ -1,0 +1,378 @@
+"""replace_sdpa: an unchanged model runs blurred inside, every call that cannot be replaced is an error."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from blurry_attn import BlurryWindow, reference, replace_sdpa
+
+WINDOW = BlurryWindow(3, 9)
+LENGTH, HEADS, WIDTH = 10, 2, 8
+CAUSAL = torch.ones(LENGTH, LENGTH).triu(1).bool()
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def by_hand(mha: nn.MultiheadAttention, x: torch.Tensor, window: BlurryWindow) -> torch.Tensor:
+    """x (B, T, E) -> (B, T, E): the weights of mha around the reference."""
+    query, key, value = (
+        y.unflatten(-1, (mha.num_heads, -1)).transpose(1, 2)
+        for y in F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, -1)
+    )
+    return mha.out_proj(reference.blurry_window_attention(query, key, value, window).transpose(1, 2).flatten(2))
+
+
+def layer_by_hand(layer: nn.TransformerEncoderLayer, x: torch.Tensor, window: BlurryWindow) -> torch.Tensor:
+    if layer.norm_first:
+        x = x + by_hand(layer.self_attn, layer.norm1(x), window)
+        return x + layer.linear2(F.relu(layer.linear1(layer.norm2(x))))
+    x = layer.norm1(x + by_hand(layer.self_attn, x, window))
+    return layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
+
+
+def encoder_layer(batch_first: bool = True, norm_first: bool = False, **options) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(
+        WIDTH,
+        HEADS,
+        12,
+        **{"dropout": 0.0, "dtype": torch.float64, **options},
+        batch_first=batch_first,
+        norm_first=norm_first,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fast_path_is_as_before():
+    assert torch.backends.mha.get_fastpath_enabled()
+    yield
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    ],
+    ids=["imported before", "operator", "overload"],
+)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_calls_are_replaced_by_any_name(function, scale):
+    query, key, value = double(2, 4, LENGTH, 6), double(2, 2, LENGTH, 6), double(2, 2, LENGTH, 3)
+    expected = reference.blurry_window_attention(query, key, value, WINDOW, scale=scale, enable_gqa=True)
+    with replace_sdpa(WINDOW):
+        got = function(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        close(F.scaled_dot_product_attention(query, key, value, None, 0.0, True, scale=scale, enable_gqa=True), got)
+    close(got, expected)
+    outside = function(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    assert (outside - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("mask", ["hint", "bool", "float"])
+def test_encoder_layer(mode, batch_first, norm_first, mask):
+    layer = encoder_layer(batch_first, norm_first).train(mode == "train")
+    x = double(3, LENGTH, WIDTH)
+    given = x if batch_first else x.transpose(0, 1)
+    src_mask = torch.zeros(LENGTH, LENGTH).double().masked_fill(CAUSAL, -torch.inf) if mask == "float" else CAUSAL
+    context = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(mode, torch.enable_grad)
+    with context():
+        full = layer(given, src_mask=src_mask, is_causal=mask == "hint")
+        with replace_sdpa(WINDOW):
+            got = layer(given, src_mask=src_mask, is_causal=mask == "hint")
+        expected = layer_by_hand(layer, x, WINDOW)
+    assert (got - full).abs().max() > 0.001
+    close(got if batch_first else got.transpose(0, 1), expected)
+
+
+def test_gradients_reach_the_weights():
+    layer, x = encoder_layer(), double(2, LENGTH, WIDTH).requires_grad_()
+    with replace_sdpa(WINDOW):
+        got = layer(x, src_mask=CAUSAL, is_causal=True)
+    inputs = (x, *layer.parameters())
+    weight = double(*got.shape)
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), inputs),
+        torch.autograd.grad((layer_by_hand(layer, x, WINDOW) * weight).sum(), inputs),
+        strict=True,
+    ):
+        close(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_encoder_of_several_layers(training):
+    encoder = nn.TransformerEncoder(encoder_layer(), 2).train(training)
+    x = double(2, LENGTH, WIDTH)
+    expected = x
+    for layer in encoder.layers:
+        expected = layer_by_hand(layer, expected, WINDOW)
+    with torch.no_grad(), replace_sdpa(WINDOW):
+        close(encoder(x, mask=nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=torch.float64)), expected)
+
+
+@pytest.mark.parametrize("kdim", [None, 6])
+def test_multihead_attention_unbatched_and_with_other_widths(kdim):
+    mha = nn.MultiheadAttention(WIDTH, HEADS, kdim=kdim, vdim=kdim, batch_first=True, dtype=torch.float64)
+    x, y = double(LENGTH, WIDTH), double(LENGTH, kdim or WIDTH)
+    whole = BlurryWindow(LENGTH, LENGTH)
+    expected = mha(x, y, y, attn_mask=CAUSAL, need_weights=False)[0]
+    with replace_sdpa(whole):
+        close(mha(x, y, y, attn_mask=CAUSAL, is_causal=True, need_weights=False)[0], expected)
+        close(mha(x, y, y, attn_mask=CAUSAL, need_weights=False)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    layer, x = encoder_layer(dtype=torch.float32).eval(), torch.randn(2, LENGTH, WIDTH)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context(), torch.autocast("cpu", dtype), replace_sdpa(WINDOW):
+            got = layer(x, src_mask=CAUSAL, is_causal=True)
+            attended = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        assert attended.dtype == dtype
+        expected = layer_by_hand(layer, x, WINDOW)
+        assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+T = LENGTH
+FLOAT_MASK = torch.zeros(T, T).masked_fill(CAUSAL, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ~CAUSAL,
+        (~CAUSAL).expand(2, 1, T, T),
+        (~CAUSAL).repeat(2, 2, 1, 1),
+        FLOAT_MASK.double(),
+        torch.zeros(T, T).masked_fill(CAUSAL, torch.finfo(torch.float32).min),
+        causal_upper_left(T, T),
+        causal_lower_right(T, T),
+    ],
+    ids=["bool", "expanded", "per head", "float", "lowest number", "upper left", "lower right"],
+)
+def test_a_mask_that_is_exactly_causal_counts_as_causal(mask):
+    x = double(2, 2, T, 4)
+    with replace_sdpa(WINDOW):
+        close(F.scaled_dot_product_attention(x, x, x, mask), reference.blurry_window_attention(x, x, x, WINDOW))
+
+
+X = torch.zeros(2, 2, T, 4)
+OTHER = (~CAUSAL).clone()
+OTHER[T - 1, 0] = False
+NESTED = torch.nested.nested_tensor([torch.zeros(3, 2, 4), torch.zeros(5, 2, 4)], layout=torch.jagged)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((X, X, X), {}, ValueError, "is_causal must be True: cannot replace"),
+        (
+            (X[:, :, :1], X[:, :, :1], X[:, :, :1]),
+            {},
+            ValueError,
+            "(query (2, 2, 1, 4), key (2, 2, 1, 4), no attn_mask)",
+        ),
+        ((X[:, :, :1], X, X), {}, ValueError, "(query (2, 2, 1, 4), key (2, 2, 10, 4), no attn_mask)"),
+        ((X[:, :, :3], X, X), {"is_causal": True}, ValueError, "key must have the length of query (3), got 10"),
+        ((X, X, X, OTHER), {}, NotImplementedError, "attn_mask must be None or exactly the causal mask, got another"),
+        ((X, X, X, torch.ones(T, T).bool()), {}, NotImplementedError, "another mask of shape (10, 10)"),
+        ((X, X, X, torch.ones(T).bool()), {}, NotImplementedError, "another mask of shape (10,)"),
+        ((X, X, X, torch.stack((~CAUSAL, OTHER))), {}, NotImplementedError, "another mask of shape (2, 10, 10)"),
+        ((X, X, X, FLOAT_MASK + torch.eye(T)), {}, NotImplementedError, "attn_mask must be None or exactly the causal"),
+        (
+            (X, X, X, FLOAT_MASK.clamp(min=-1e4)),
+            {},
+            NotImplementedError,
+            "attn_mask must be None or exactly the causal",
+        ),
+        ((X, X, X, FLOAT_MASK.clone().requires_grad_()), {}, NotImplementedError, "attn_mask must be None or exactly"),
+        ((X, X, X, torch.zeros(T, T).long()), {}, NotImplementedError, "attn_mask must be None or exactly the causal"),
+        ((X[:, :, :3], X, X, (~CAUSAL)[:3]), {}, NotImplementedError, "for query length 3 and key length 10"),
+        (
+            (X[:, :, :3], X, X, causal_lower_right(3, T)),
+            {},
+            NotImplementedError,
+            "for query length 3 and key length 10",
+        ),
+        ((X, X, X), {"dropout_p": 0.5, "is_causal": True}, NotImplementedError, "dropout_p must be 0"),
+        ((NESTED, NESTED, NESTED), {"is_causal": True}, NotImplementedError, "query must not be a nested tensor"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_other_calls_are_errors(args, options, error, message):
+    with pytest.raises(error) as caught, replace_sdpa(WINDOW):
+        F.scaled_dot_product_attention(*args, **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "is_causal must be True"),
+        (
+            {"src_mask": CAUSAL, "src_key_padding_mask": torch.arange(T).expand(2, T) > 7},
+            NotImplementedError,
+            "attn_mask must be None or exactly the causal mask",
+        ),
+    ],
+    ids=["no mask", "padding"],
+)
+def test_an_encoder_layer_that_is_not_causal_is_an_error(training, options, error, message):
+    with pytest.raises(error, match=message), torch.no_grad(), replace_sdpa(WINDOW):
+        encoder_layer().train(training)(double(2, T, WIDTH), **options)
+
+
+def test_attention_weights_and_dropout_in_modules_are_errors():
+    x, mha = double(2, T, WIDTH), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64).eval()
+    with pytest.raises(ValueError, match="need_weights must be False"), replace_sdpa(WINDOW):
+        mha(x, x, x, attn_mask=CAUSAL)
+    layer = encoder_layer(dropout=0.5)
+    with pytest.raises(NotImplementedError, match="dropout_p must be 0"), replace_sdpa(WINDOW):
+        layer(x, src_mask=CAUSAL, is_causal=True)
+    with replace_sdpa(WINDOW):
+        close(layer.eval()(x, src_mask=CAUSAL, is_causal=True), layer_by_hand(layer, x, WINDOW))
+
+
+def test_contexts_nest_and_are_entered_again():
+    inner_window = BlurryWindow(2, 8)
+    layer, x = encoder_layer(), double(2, T, WIDTH)
+    q = double(1, HEADS, T, 4)
+
+    def check(window: BlurryWindow) -> None:
+        close(
+            F.scaled_dot_product_attention(q, q, q, is_causal=True), reference.blurry_window_attention(q, q, q, window)
+        )
+        close(layer(x, src_mask=CAUSAL, is_causal=True), layer_by_hand(layer, x, window))
+
+    outer, inner = replace_sdpa(WINDOW), replace_sdpa(inner_window)
+    for _ in range(2):
+        with outer:
+            check(WINDOW)
+            with inner:
+                check(inner_window)
+                with outer:
+                    check(WINDOW)
+                check(inner_window)
+            check(WINDOW)
+
+
+@pytest.mark.parametrize("replace_first", [True, False])
+def test_other_modes_do_not_hide_calls(replace_first):
+    """A default device is a mode too, below or above this one."""
+    layer, x = encoder_layer().eval(), double(2, T, WIDTH)
+    contexts = [replace_sdpa(WINDOW), torch.device("cpu")]
+    first, second = contexts if replace_first else reversed(contexts)
+    with torch.no_grad(), first, second:
+        close(layer(x, src_mask=CAUSAL, is_causal=True), layer_by_hand(layer, x, WINDOW))
+
+
+def test_the_fast_path_comes_back_as_it_was():
+    for before in (True, False):
+        torch.backends.mha.set_fastpath_enabled(before)
+        try:
+            with replace_sdpa(WINDOW):
+                assert not torch.backends.mha.get_fastpath_enabled()
+                with replace_sdpa(WINDOW):
+                    assert not torch.backends.mha.get_fastpath_enabled()
+                assert not torch.backends.mha.get_fastpath_enabled()
+            assert torch.backends.mha.get_fastpath_enabled() is before
+            with pytest.raises(KeyError), replace_sdpa(WINDOW), replace_sdpa(WINDOW):
+                raise KeyError
+            assert torch.backends.mha.get_fastpath_enabled() is before
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    x = torch.zeros(1, 1, T, 4)
+    assert F.scaled_dot_product_attention(x, x, x).shape == x.shape
+
+
+def test_threads():
+    """A context holds in its own thread; the fast path stays off until the last thread has left."""
+    q = double(1, 2, T, 4)
+    full, blurred = (
+        F.scaled_dot_product_attention(q, q, q, is_causal=True),
+        reference.blurry_window_attention(q, q, q, WINDOW),
+    )
+    entered, leave = threading.Event(), threading.Event()
+    seen = {}
+
+    def worker() -> None:
+        with replace_sdpa(WINDOW):
+            entered.set()
+            leave.wait(60)
+            seen["inside"] = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+            seen["fast path"] = torch.backends.mha.get_fastpath_enabled()
+
+    thread = threading.Thread(target=worker)
+    with replace_sdpa(WINDOW):
+        thread.start()
+        assert entered.wait(60)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    close(F.scaled_dot_product_attention(q, q, q, is_causal=True), full)
+    leave.set()
+    thread.join(60)
+    close(seen["inside"], blurred)
+    assert seen["fast path"] is False
+
+
+def test_compiled_models_are_replaced_too():
+    torch._dynamo.reset()
+    layer, x = encoder_layer(), double(2, T, WIDTH)
+    compiled = torch.compile(layer, backend="eager")
+    full = compiled(x, src_mask=CAUSAL, is_causal=True)
+    with replace_sdpa(WINDOW):
+        close(compiled(x, src_mask=CAUSAL, is_causal=True), layer_by_hand(layer, x, WINDOW))
+    assert torch.equal(compiled(x, src_mask=CAUSAL, is_causal=True), full)
+
+
+@pytest.mark.parametrize(
+    ("backward", "use_reentrant"),
+    [("Tensor.backward", True), ("Tensor.backward", False), ("autograd.backward", False), ("autograd.grad", False)],
+)
+def test_activation_checkpointing(backward, use_reentrant):
+    """The forward that a backward runs again is replaced too."""
+    layer, x = encoder_layer(), double(2, T, WIDTH).requires_grad_()
+    with replace_sdpa(WINDOW):
+        out = checkpoint(lambda y: layer(y, src_mask=CAUSAL, is_causal=True), x, use_reentrant=use_reentrant)
+        loss = out.square().sum()
+        if backward == "autograd.grad":
+            x.grad = torch.autograd.grad(loss, x)[0]
+        elif backward == "Tensor.backward":
+            loss.backward()
+        else:
+            torch.autograd.backward(loss)
+    close(x.grad, torch.autograd.grad(layer_by_hand(layer, x, WINDOW).square().sum(), x)[0])
+
+
+def test_a_model_is_left_as_it_was():
+    layer, x = encoder_layer(), double(2, T, WIDTH)
+    twin = copy.deepcopy(layer)
+    before = layer(x, src_mask=CAUSAL, is_causal=True)
+    with replace_sdpa(WINDOW):
+        layer(x, src_mask=CAUSAL, is_causal=True)
+    assert torch.equal(layer(x, src_mask=CAUSAL, is_causal=True), before)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), twin.parameters(), strict=True))
+
+
+def test_bad_window():
+    with pytest.raises(TypeError, match="window must be a BlurryWindow, got int"):
+        replace_sdpa(64)
+    assert torch.backends.mha.get_fastpath_enabled()
