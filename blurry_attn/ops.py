@@ -162,35 +162,83 @@ def _state_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-@torch.library.register_fake("blurry_attn::forward")
-def _(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key, state_value, position,
-      return_state):  # fmt: skip
-    dtype = _state_dtype(query)
-    out = query.new_empty(*query.shape[:3], value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=dtype)
-    if not return_state:
-        none = query.new_empty(0, dtype=dtype)
-        return out, lse, none, torch.empty_like(none), query.new_empty(0, dtype=torch.int64)
-    sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots_shape = (sequences, key.shape[1], slots)
+def _empty_state(like: Tensor, sequences: int, key: Tensor, value: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    dtype = _state_dtype(like)
     return (
-        out,
-        lse,
-        query.new_empty(*slots_shape, key.shape[3], dtype=dtype),
-        query.new_empty(*slots_shape, value.shape[3], dtype=dtype),
-        query.new_empty(sequences, dtype=torch.int64),
+        like.new_empty(sequences, key.shape[1], slots, key.shape[3], dtype=dtype),
+        like.new_empty(sequences, value.shape[1], slots, value.shape[3], dtype=dtype),
     )
 
 
+@torch.library.register_fake("blurry_attn::forward")
+def _forward_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: int,
+    window: list[int],
+    phase: list[int],
+    kernel: str,
+    sharpness: float,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    state_key: Tensor | None,
+    state_value: Tensor | None,
+    position: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, ...]:
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=_state_dtype(query))
+    sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if return_state:
+        states = _empty_state(query, sequences, key, value, slots)
+        return out, lse, *states, query.new_empty(sequences, dtype=torch.int64)
+    none = query.new_empty(0, dtype=_state_dtype(query))
+    return out, lse, none, torch.empty_like(none), query.new_empty(0, dtype=torch.int64)
+
+
 @torch.library.register_fake("blurry_attn::backward")
-def _(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse, slots, window, phase, kernel,
-      sharpness, scale, cu_seqlens, state_key, state_value, position):  # fmt: skip
-    gradients = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
-    for tensor in (state_key, state_value):
-        gradients.append(query.new_empty(0, dtype=_state_dtype(query)) if tensor is None else tensor.new_empty(tensor.shape))
-    return tuple(gradients)
+def _backward_shapes(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_state_key: Tensor | None,
+    grad_state_value: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: int,
+    window: list[int],
+    phase: list[int],
+    kernel: str,
+    sharpness: float,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    state_key: Tensor | None,
+    state_value: Tensor | None,
+    position: Tensor | None,
+) -> tuple[Tensor, ...]:
+    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    if state_key is None:
+        none = query.new_empty(0, dtype=_state_dtype(query))
+        return *gradients, none, torch.empty_like(none)
+    return *gradients, *_empty_state(query, state_key.shape[0], key, value, slots)
 
 
 @torch.library.register_fake("blurry_attn::step")
-def _(query, key, value, state_key, state_value, position, slots, window, phase, kernel, sharpness, scale):
+def _step_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state_key: Tensor,
+    state_value: Tensor,
+    position: Tensor,
+    slots: int,
+    window: list[int],
+    phase: list[int],
+    kernel: str,
+    sharpness: float,
+    scale: float,
+) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])

@@ -70,8 +70,11 @@ def _write(content: Tensor, token: Tensor, share: Tensor) -> Tensor:
     return torch.where(taken, torch.where(share == 1, safe_token, mixed), content)
 
 
-def _head(q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, share: Tensor, scale: float):
-    """One kv head of one sequence: q (G, T, Dk), k (T, Dk), v (T, Dv), slots key (N, Dk), value (N, Dv), share (T, N)."""
+def _head(
+    q: Tensor, k: Tensor, v: Tensor, slots: tuple[Tensor, Tensor], share: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One kv head of one sequence: q (G, T, Dk), k (T, Dk), v (T, Dv), slots key (N, Dk) and value (N, Dv), share (T, N)."""
+    key, value = slots
     outs, lses = [], []
     for t in range(k.shape[0]):
         key = _write(key, k[t], share[t])
@@ -98,7 +101,7 @@ def blurry_window_attention(
     state: BlurryState | None = None,
     return_state: bool = False,
     return_lse: bool = False,
-):
+) -> Tensor | tuple:
     """As :func:`blurry_attn.blurry_window_attention`, in plain PyTorch: any device, differentiable through autograd."""
     kv_heads, head_dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
@@ -119,44 +122,40 @@ def blurry_window_attention(
         for h in range(kv_heads):
             share = gates(window, windows[h], phases[h], start, span.stop - span.start).to(query.device, work)
             if state is None:
-                slots = [key.new_zeros(window.slots, dim, dtype=work) for dim in (head_dim, value_dim)]
+                slots = tuple(key.new_zeros(window.slots, dim, dtype=work) for dim in (head_dim, value_dim))
             else:
                 resolution = windows[h] // window.slots
                 opens = [opening(m, window.slots, resolution, phases[h]) for m in range(window.slots)]
                 is_open = (torch.tensor(opens, device=query.device) < start).unsqueeze(-1)
-                slots = [x[s, h].to(work) for x in (state.key, state.value)]
-                slots = [torch.where(is_open, x, torch.zeros_like(x)) for x in slots]
-            o, l, k_end, v_end = _head(
+                given = (state.key[s, h].to(work), state.value[s, h].to(work))
+                slots = tuple(torch.where(is_open, x, torch.zeros_like(x)) for x in given)
+            o, lse_end, k_end, v_end = _head(
                 query[b, h * group : (h + 1) * group, span].to(work),
                 key[b, h, span].to(work),
                 value[b, h, span].to(work),
-                *slots,
+                (slots[0], slots[1]),
                 share,
                 scale,
             )
             outs.append(o)
-            lses.append(l)
+            lses.append(lse_end)
             keys.append(k_end)
             values.append(v_end)
-    if sequences and kv_heads:
-        per_sequence = [torch.cat(outs[i : i + kv_heads]) for i in range(0, len(outs), kv_heads)]
-        lse_per_sequence = [torch.cat(lses[i : i + kv_heads]) for i in range(0, len(lses), kv_heads)]
-        if cu_seqlens is None:
-            out, lse = torch.stack(per_sequence), torch.stack(lse_per_sequence)
-        else:
-            out, lse = torch.cat(per_sequence, 1).unsqueeze(0), torch.cat(lse_per_sequence, 1).unsqueeze(0)
+    count = len(sequences)
+    if count:
+        # (sequence, head) lists to (batch, heads, tokens, ...): sequences lie along the batch, or packed along tokens.
+        join = torch.stack if cu_seqlens is None else lambda rows: torch.cat(rows, 1).unsqueeze(0)
+        out = join([torch.cat(outs[i : i + kv_heads]) for i in range(0, len(outs), kv_heads)])
+        lse = join([torch.cat(lses[i : i + kv_heads]) for i in range(0, len(lses), kv_heads)])
     results: list = [out.to(query.dtype)]
     if return_lse:
         results.append(lse)
     if return_state:
-        shape = (len(sequences), kv_heads, window.slots)
-        lengths = torch.tensor([span.stop - span.start for _, span in sequences], dtype=torch.int64, device=query.device)
+        shape = (count, kv_heads, window.slots)
+        ends = [torch.stack(x) if count else key.new_zeros(0, dtype=work) for x in (keys, values)]
+        lengths = torch.tensor([span.stop - span.start for _, span in sequences], dtype=torch.int64)
+        position = lengths.to(query.device) + (0 if state is None else state.position)
         results.append(
-            BlurryState(
-                torch.stack(keys).reshape(*shape, head_dim) if keys else key.new_zeros(*shape, head_dim, dtype=work),
-                torch.stack(values).reshape(*shape, value_dim) if values else value.new_zeros(*shape, value_dim, dtype=work),
-                lengths + (0 if state is None else state.position),
-                window,
-            )
+            BlurryState(ends[0].reshape(*shape, head_dim), ends[1].reshape(*shape, value_dim), position, window)
         )
     return results[0] if len(results) == 1 else tuple(results)

@@ -36,7 +36,7 @@ def slot_weights(window: BlurryWindow, tokens: int, kv_heads: int = 1) -> Tensor
         kv_heads: number of key/value heads.
 
     Returns:
-        ``(kv_heads, N, tokens)`` float64, token 0 the oldest; an open slot's weights sum to one, a shut slot's are zero.
+        ``(kv_heads, N, tokens)`` float64, token 0 the oldest: an open slot has weights that sum to one, a shut one zeros.
 
     Raises:
         ValueError: ``tokens`` is less than 1.

@@ -18,7 +18,8 @@
 namespace blurry_attn {
 
 // What a head keeps: `slots` slots over `window[h]` tokens (a multiple of slots), centred at multiples of
-// window[h] / slots plus `phase[h]`, for every key/value head h. Kernel: "fejer" or "dirichlet", which ignores sharpness.
+// window[h] / slots plus `phase[h]`, for every key/value head h. Kernel: "fejer" or "dirichlet", which ignores
+// sharpness.
 struct Window {
   int64_t slots;
   std::vector<int64_t> window;
@@ -40,9 +41,9 @@ struct Attention {
 };
 
 struct Options {
-  std::optional<double> scale;            // 1 / sqrt(head_dim) where absent
-  std::optional<at::Tensor> cu_seqlens;   // (sequences + 1), int32 or int64: sequences packed along tokens, batch 1
-  std::optional<State> state;             // what came before the first token of each sequence
+  std::optional<double> scale;           // 1 / sqrt(head_dim) where absent
+  std::optional<at::Tensor> cu_seqlens;  // (sequences + 1), int32 or int64: sequences packed along tokens, batch 1
+  std::optional<State> state;            // what came before the first token of each sequence
   bool return_state = false;
 };
 

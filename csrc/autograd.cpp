@@ -19,11 +19,10 @@ using ForwardSignature = ForwardResult(const at::Tensor&, const at::Tensor&, con
                                        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                        const OptionalTensor&, bool);
 using BackwardSignature = BackwardResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                         const OptionalTensor&, const at::Tensor&, const at::Tensor&,
-                                         const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
-                                         at::IntArrayRef, at::IntArrayRef, c10::string_view, double, double,
-                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                         const OptionalTensor&);
+                                         const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                         const at::Tensor&, const at::Tensor&, int64_t, at::IntArrayRef,
+                                         at::IntArrayRef, c10::string_view, double, double, const OptionalTensor&,
+                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&);
 using StepSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&,
                                  at::Tensor&, int64_t, at::IntArrayRef, at::IntArrayRef, c10::string_view, double,
                                  double);
@@ -103,12 +102,11 @@ class Attend : public torch::autograd::Function<Attend> {
 };
 
 ForwardResult forward_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                               at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel,
-                               double sharpness, double scale, const OptionalTensor& cu_seqlens,
-                               const OptionalTensor& state_key, const OptionalTensor& state_value,
-                               const OptionalTensor& position, bool return_state) {
-  for (const OptionalTensor& tensor : {OptionalTensor(query), OptionalTensor(key), OptionalTensor(value), state_key,
-                                       state_value}) {
+                               at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
+                               double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                               const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
+  for (const OptionalTensor& tensor :
+       {OptionalTensor(query), OptionalTensor(key), OptionalTensor(value), state_key, state_value}) {
     refuse_forward_mode(tensor);
   }
   const Settings settings{slots, window.vec(), phase.vec(), std::string(kernel), sharpness, scale};
@@ -137,10 +135,9 @@ BackwardResult backward_autograd(const at::Tensor& grad_out, const OptionalTenso
                                   position);
 }
 
-at::Tensor step_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                         at::Tensor& state_key, at::Tensor& state_value, at::Tensor& position, int64_t slots,
-                         at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
-                         double scale) {
+at::Tensor step_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
+                         at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
+                         at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
   bool wanted = false;
   for (const at::Tensor& tensor : {query, key, value, state_key, state_value}) {
     refuse_forward_mode(tensor);
@@ -157,10 +154,9 @@ at::Tensor step_autograd(const at::Tensor& query, const at::Tensor& key, const a
 // Autocast computes in the autocast dtype; states stay as they are.
 template <c10::DeviceType device, c10::DispatchKey dispatch_key>
 ForwardResult forward_autocast(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                               at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel,
-                               double sharpness, double scale, const OptionalTensor& cu_seqlens,
-                               const OptionalTensor& state_key, const OptionalTensor& state_value,
-                               const OptionalTensor& position, bool return_state) {
+                               at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
+                               double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                               const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
   c10::impl::ExcludeDispatchKeyGuard guard(dispatch_key);
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const at::Tensor& t) { return at::autocast::cached_cast(type, t, device); };
@@ -168,10 +164,9 @@ ForwardResult forward_autocast(const at::Tensor& query, const at::Tensor& key, c
                                  cu_seqlens, state_key, state_value, position, return_state);
 }
 template <c10::DeviceType device, c10::DispatchKey dispatch_key>
-at::Tensor step_autocast(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                         at::Tensor& state_key, at::Tensor& state_value, at::Tensor& position, int64_t slots,
-                         at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
-                         double scale) {
+at::Tensor step_autocast(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
+                         at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
+                         at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
   c10::impl::ExcludeDispatchKeyGuard guard(dispatch_key);
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const at::Tensor& t) { return at::autocast::cached_cast(type, t, device); };

@@ -37,8 +37,7 @@ py::array_t<double> gate_table(const std::string& kernel, int64_t slots, int64_t
   }
   if (start < 0 || length < 0) throw std::invalid_argument("start and length must not be negative");
   const Cells cells = make_cells(slots, window, phase);
-  const auto table =
-      gates(kernel == "fejer" ? Kernel::fejer : Kernel::dirichlet, cells, sharpness, start, length);
+  const auto table = gates(kernel == "fejer" ? Kernel::fejer : Kernel::dirichlet, cells, sharpness, start, length);
   return py::array_t<double>({length, slots}, table.data());
 }
 

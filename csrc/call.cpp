@@ -10,7 +10,8 @@ namespace blurry_attn {
 namespace {
 
 void check_tensor(const at::Tensor& tensor, const char* name, const at::Tensor& query) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.is_nested(), name, " must not be a nested tensor; pack sequences with cu_seqlens");
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.is_nested(), name,
+                              " must not be a nested tensor; pack sequences with cu_seqlens");
   TORCH_CHECK_NOT_IMPLEMENTED(tensor.layout() == at::kStrided, name, " must be a dense tensor, got layout ",
                               tensor.layout());
   TORCH_CHECK_VALUE(tensor.dim() == 4, name, " must have 4 dimensions (batch, heads, tokens, head_dim), got ",
@@ -108,8 +109,8 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
                       ", got ", cu_seqlens->device());
     TORCH_CHECK_VALUE(query.size(0) == 1, "query must have batch 1 with cu_seqlens, got ", query.size(0));
   }
-  Call call{query, key, value, cells, fejer ? Kernel::fejer : Kernel::dirichlet, sharpness, scale, cu_seqlens, {}, {},
-            {}};
+  Call call{query,      key, value, cells, fejer ? Kernel::fejer : Kernel::dirichlet, sharpness, scale,
+            cu_seqlens, {},  {},    {}};
   TORCH_CHECK_VALUE(state_key.has_value() == state_value.has_value() && state_key.has_value() == position.has_value(),
                     "state_key, state_value and position must be given together");
   if (state_key) {

@@ -33,9 +33,7 @@ struct Call {
   int64_t slots() const { return cells.front().slots; }
   int64_t sequences() const { return cu_seqlens ? cu_seqlens->size(0) - 1 : batch(); }
   // float64 for float64 inputs, float32 for all others: of the state, lse and all sums.
-  at::ScalarType compute_type() const {
-    return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  }
+  at::ScalarType compute_type() const { return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
   at::TensorOptions compute_options() const { return query.options().dtype(compute_type()); }
   // Gate tables per kv head: flux_gates for "fejer", period_gates for the others.
   std::vector<std::vector<double>> gates() const;

@@ -121,8 +121,8 @@ void run_forward(const Call& call, const at::Tensor& out, const at::Tensor& lse,
       outputs.state_key = data<compute>(*state_key);
       outputs.state_value = data<compute>(*state_value);
     }
-    const auto run = call.kernel == Kernel::fejer ? cpu::window_forward<storage, compute>
-                                                  : cpu::scan_forward<storage, compute>;
+    const auto run =
+        call.kernel == Kernel::fejer ? cpu::window_forward<storage, compute> : cpu::scan_forward<storage, compute>;
     run(problem, outputs, std::ref(scratch), instruction_set());
   });
 }
@@ -194,8 +194,8 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
       gradients.state_key = data<compute>(grad_key_in);
       gradients.state_value = data<compute>(grad_value_in);
     }
-    const auto run = call.kernel == Kernel::fejer ? cpu::window_backward<storage, compute>
-                                                  : cpu::scan_backward<storage, compute>;
+    const auto run =
+        call.kernel == Kernel::fejer ? cpu::window_backward<storage, compute> : cpu::scan_backward<storage, compute>;
     run(problem, gradients, std::ref(scratch), instruction_set());
   });
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};

@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in EXTRA:
         raise
-    sys.exit(f"blurry-lm: {error.name} is not installed; type: pip install {error.name}")
+    sys.exit(f"blurry-lm: {error.name} is missing; the language model needs: pip install {' '.join(EXTRA)}")
 
 PROGRAM = "blurry-lm"
 RUNS = Path("runs")
@@ -60,7 +60,9 @@ def _train(args: argparse.Namespace) -> int:
             for name, value in _given(args, type(config)).items():
                 if value != getattr(config, name):
                     option = name.replace("_", "-")
-                    raise InputError(f"--{option}: {folder} was started with {getattr(config, name)}, got {value} to resume")
+                    raise InputError(
+                        f"--{option}: {folder} was started with {getattr(config, name)}, got {value} to resume"
+                    )
     else:
         model_config, train_config = _configs(args)
         names = (f"{model_config.mixer}-{n}" if n > 1 else model_config.mixer for n in count(1))
@@ -122,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--device", help="where to compute (default: the GPU if there is one, else the CPU)")
 
     shape = argparse.ArgumentParser(add_help=False)
-    shape.add_argument("--text", type=_absolute, metavar="FILE_OR_FOLDER", help="(default: the Python library's sources)")
+    shape.add_argument(
+        "--text", type=_absolute, metavar="FILE_OR_FOLDER", help="(default: the Python library's sources)"
+    )
     shape.add_argument("--dim", type=int, help=f"width of the model ({model.dim})")
     shape.add_argument("--layers", type=int, help=f"({model.layers})")
     shape.add_argument("--slots", type=int, help=f"slots per head; tokens in a sliding window ({model.slots})")
@@ -135,13 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     shape.add_argument("--steps", type=int, help=f"({schedule.steps})")
     shape.add_argument("--seed", type=int, help=f"({schedule.seed})")
 
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="A small byte-level language model on blurry window attention.")
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="A small byte-level language model on blurry window attention."
+    )
     commands = parser.add_subparsers(required=True, metavar="train | generate | compare")
 
     sub = commands.add_parser("train", parents=[shape, common], help="train a model")
     sub.add_argument("--mixer", choices=MIXERS, help=f"what mixes tokens ({model.mixer})")
     sub.add_argument("--learning-rate", type=float, help=f"peak ({schedule.learning_rate:g})")
-    sub.add_argument("--run", type=Path, metavar="FOLDER", help=f"what is written goes here (default: a new one in {RUNS}/)")
+    sub.add_argument(
+        "--run", type=Path, metavar="FOLDER", help=f"what is written goes here (default: a new one in {RUNS}/)"
+    )
     sub.add_argument("--resume", action="store_true", help="continue the run in --run (default: the newest)")
     sub.set_defaults(command=_train)
 
@@ -151,13 +159,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=int, default=400, help="bytes to add (%(default)s)")
     sub.add_argument("--temperature", type=float, help=f"0 takes the likeliest byte ({sampling.temperature:g})")
     sub.add_argument("--top-k", type=int, help=f"draw from the k likeliest bytes; 0: from all ({sampling.top_k})")
-    sub.add_argument("--top-p", type=float, help=f"draw from the likeliest bytes that fill this share ({sampling.top_p:g})")
+    sub.add_argument(
+        "--top-p", type=float, help=f"draw from the likeliest bytes that fill this share ({sampling.top_p:g})"
+    )
     sub.add_argument("--seed", type=int, help=f"({sampling.seed})")
     sub.set_defaults(command=_generate)
 
     sub = commands.add_parser("compare", parents=[shape, common], help="train all three mixers alike and plot them")
     sub.add_argument(
-        "--learning-rates", type=float, nargs="+", default=[2e-3, 4e-3], metavar="RATE", help="tried for each mixer (%(default)s)"
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        default=[2e-3, 4e-3],
+        metavar="RATE",
+        help="tried for each mixer (%(default)s)",
     )
     sub.add_argument("--run", type=Path, metavar="FOLDER", default=RUNS / "compare", help="(%(default)s)")
     sub.set_defaults(command=_compare)

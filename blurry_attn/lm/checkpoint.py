@@ -31,8 +31,8 @@ class TrainConfig:
 
     text: str | None = None
     context: int = 256
-    batch: int = 8
-    steps: int = 1000
+    batch: int = 4
+    steps: int = 2400
     learning_rate: float = 3e-3
     seed: int = 0
 

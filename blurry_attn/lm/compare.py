@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 
 from .checkpoint import TrainConfig, write_whole
 from .data import InputError
@@ -87,15 +87,15 @@ def _state(config: ModelConfig, length: int) -> tuple[int, int]:
 
 
 def _plot(path: Path, folder: Path, rows: list[Row], bigram: float) -> None:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for color, row in enumerate(rows):
         lines: list[dict[str, Any]] = [json.loads(x) for x in (folder / row.run / METRICS).read_text().splitlines()]
-        points = [line for line in lines if "validation_bits" in line]
         axes.plot([line["step"] for line in lines], [line["bits"] for line in lines], color=f"C{color}", alpha=0.15)
+        points = [(line["step"], line["validation_bits"]) for line in lines if "validation_bits" in line]
         label = f"{row.mixer}: {row.bits:.3f} ({row.state_elements:,} state elements)"
-        axes.plot([p["step"] for p in points], [p["validation_bits"] for p in points], f"C{color}o-", label=label)
+        axes.plot(*zip(*points, strict=True), f"C{color}o-", label=label)
     axes.axhline(bigram, color="gray", linestyle="--", label=f"byte bigram: {bigram:.3f}")
-    axes.set(xlabel="step", ylabel="bits per byte (dots: held-out files)", title="one token mixer against another")
+    axes.set(xlabel="step", ylabel="bits per byte (dots: held-out text)", title="three mixers, trained alike")
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -74,7 +74,7 @@ def load_text(path: Path | None, context: int) -> Text:
         raise InputError(f"--text {name}: no text found")
     for part, content in (("training", train), ("held-out", held_out)):
         if len(content) <= context:
-            raise InputError(f"--text {name}: too short, {len(content)} {part} bytes, want more than {context} (--context)")
+            raise InputError(f"--text {name}: too short, {len(content)} {part} bytes, --context wants over {context}")
     digest = hashlib.sha256(hashlib.sha256(train).digest() + hashlib.sha256(held_out).digest()).hexdigest()
     return Text(_bytes(train), _bytes(held_out), digest)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -53,14 +53,16 @@ class Sampling:
         return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
 
 
-def continuation(model: LanguageModel, prompt: bytes, tokens: int, sampling: Sampling) -> Iterator[tuple[int, list]]:
-    """Yields each new byte with the states of the layers after what came before it; ``prompt`` must not be empty."""
+def continuation(
+    model: LanguageModel, prompt: bytes, tokens: int, sampling: Sampling, states: list[Any]
+) -> Iterator[int]:
+    """Yields ``tokens`` bytes after ``prompt`` (not empty); ``states`` is filled, one per layer, and kept current."""
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
-    logits, states = model.prefill(torch.tensor([list(prompt)], device=device))
+    logits, states[:] = model.prefill(torch.tensor([list(prompt)], device=device))
     for index in range(tokens):
         token = sampling.draw(logits.float().cpu(), generator)
-        yield int(token), states
+        yield int(token)
         if index + 1 < tokens:
             logits = model.step(token.to(device), states)
 
@@ -81,17 +83,18 @@ def generate(folder: Path, prompt: str, tokens: int, sampling: Sampling, device:
     model.to(device).eval()
     out.write(prompt)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    states: list = []
+    states: list[Any] = []
     begin = time.perf_counter()
-    for byte, states in continuation(model, prompt.encode(errors="surrogateescape"), tokens, sampling):
+    for byte in continuation(model, prompt.encode(errors="surrogateescape"), tokens, sampling, states):
         out.write(decoder.decode(bytes([byte])))
         out.flush()
     seconds = time.perf_counter() - begin
     out.write(decoder.decode(b"", final=True) + "\n")
     out.flush()
     elements, size = state_size(states)
-    growth = "it grows with the text" if saved.model_config.mixer == "full" else "however long the text"
-    return f"{tokens} bytes in {seconds:.2f} s, {tokens / seconds:.0f} bytes/s; state {elements:,} elements, {size:,} bytes, {growth}"
+    growth = "and growing" if saved.model_config.mixer == "full" else "however long the text"
+    speed = f"{tokens} bytes in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
+    return f"{speed}; state: {elements:,} elements, {size:,} bytes, {growth}"
 
 
 def newest_run(root: Path) -> Path:

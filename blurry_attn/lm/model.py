@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,10 @@ class ModelConfig:
     """
 
     mixer: str = "blurry"
-    dim: int = 128
+    dim: int = 96
     layers: int = 4
     slots: int = 32
-    resolutions: tuple[int, ...] = (1, 1, 2, 2, 4, 4, 8, 8)
+    resolutions: tuple[int, ...] = (1, 1, 1, 1, 4, 4, 8, 8)
 
     def __post_init__(self) -> None:
         if self.mixer not in MIXERS:
@@ -77,7 +78,8 @@ class TokenSelfAttention(nn.Module):
         start = 0 if state is None else state.position
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         query, key, value = (
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = (rotary(y, positions, self.rope_base) for y in (query, key))
         if state is not None:
@@ -133,6 +135,11 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.dim)
         self.mlp = SwiGLU(config.dim)
 
+    def forward(self, x: Tensor, mix: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """``mix`` calls the mixer, in the one way or the other."""
+        x = x + mix(self.mixer, self.mixer_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
 
 class LanguageModel(nn.Module):
     """Bytes in, logits of the next byte out.
@@ -155,14 +162,14 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, 256)."""
-        return self._run(tokens, lambda mixer, x, _: mixer(x))
+        return self._run(tokens, lambda mixer, x: mixer(x))
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
         """tokens (B, T) int64 -> logits of the byte after the last one (B, 256), and the state of each layer."""
         states: list[Any] = []
 
-        def mix(mixer: nn.Module, x: Tensor, _: int) -> Tensor:
+        def mix(mixer: nn.Module, x: Tensor) -> Tensor:
             out, state = mixer(x, return_state=True)
             states.append(state)
             return out
@@ -172,13 +179,13 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Tensor, states: list[Any]) -> Tensor:
         """tokens (B, 1) int64 -> logits (B, 256); updates ``states`` in place."""
-        return self._run(tokens, lambda mixer, x, i: mixer.step(x, states[i]))[:, -1]
+        of_layer = iter(states)
+        return self._run(tokens, lambda mixer, x: cast(Any, mixer).step(x, next(of_layer)))[:, -1]
 
-    def _run(self, tokens: Tensor, mix: Any) -> Tensor:
+    def _run(self, tokens: Tensor, mix: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         x = self.embedding(tokens)
-        for i, block in enumerate(self.blocks):
-            x = x + mix(block.mixer, block.mixer_norm(x), i)
-            x = x + block.mlp(block.mlp_norm(x))
+        for block in self.blocks:
+            x = block(x, mix)
         return F.linear(self.norm(x), self.embedding.weight)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,9 +23,6 @@ from . import checkpoint
 from .checkpoint import TrainConfig, write_whole
 from .data import InputError, Text, load_text, ngram_bits
 from .model import LanguageModel, ModelConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
@@ -73,7 +70,7 @@ def train(model_config: ModelConfig, train_config: TrainConfig, folder: Path, de
         if (saved.model_config, saved.train_config) != (model_config, train_config):
             raise InputError(f"{folder}: holds a run of another configuration; choose another folder")
         if saved.digest != text.digest:
-            raise InputError(f"{folder}: the text is not what this run was started on, so it cannot go on to the same losses")
+            raise InputError(f"{folder}: not the text that this run was started on, so it cannot be continued")
         saved.restore(model, optimizer)
         start = saved.step
 
@@ -89,12 +86,13 @@ def train(model_config: ModelConfig, train_config: TrainConfig, folder: Path, de
     log = _kept_metrics(folder / METRICS, start)
     bits = next((line["validation_bits"] for line in reversed(log) if "validation_bits" in line), math.nan)
 
-    tokens = train_config.batch * train_config.context
+    tokens = train_config.batch * train_config.context  # per step
+    total = train_config.steps * tokens
     done = start
     with (
         _interrupts() as interrupted,
         (folder / METRICS).open("a") as metrics,
-        tqdm(total=train_config.steps * tokens, initial=start * tokens, unit="tok", unit_scale=True, smoothing=0.05) as bar,
+        tqdm(total=total, initial=start * tokens, unit="tok", unit_scale=True, smoothing=0.05) as bar,
     ):
         for step in range(start, train_config.steps):
             line: dict[str, Any] = {"step": step + 1, **_step(model, optimizer, text, train_config, step, device)}
@@ -104,7 +102,9 @@ def train(model_config: ModelConfig, train_config: TrainConfig, folder: Path, de
             last = done == train_config.steps
             if last or done * VALIDATIONS // train_config.steps > step * VALIDATIONS // train_config.steps:
                 line["validation_bits"] = bits = validate(model, inputs, targets)
-                bar.write(f"step {done}: validation {bits:.3f} bits per byte (unigram {unigram:.3f}, bigram {bigram:.3f})")
+                bar.write(
+                    f"step {done}: held-out bits per byte {bits:.3f} (unigram {unigram:.3f}, bigram {bigram:.3f})"
+                )
             log.append(line)
             metrics.write(json.dumps(line) + "\n")
             if "validation_bits" in line or interrupted.is_set():
@@ -195,13 +195,15 @@ def _interrupts() -> Iterator[threading.Event]:
 
 
 def _plot(path: Path, log: list[dict[str, Any]], unigram: float, bigram: float, title: str) -> None:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    axes.plot([line["step"] for line in log], [line["bits"] for line in log], color="C0", alpha=0.35, label="training")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    steps, bits = [line["step"] for line in log], [line["bits"] for line in log]
+    axes.plot(steps, bits, color="C0", alpha=0.35, label="training")
     points = [line for line in log if "validation_bits" in line]
-    axes.plot([line["step"] for line in points], [line["validation_bits"] for line in points], "C0o-", label="held-out files")
+    steps, bits = [line["step"] for line in points], [line["validation_bits"] for line in points]
+    axes.plot(steps, bits, "C0o-", label="held-out text")
     axes.axhline(unigram, color="gray", linestyle=":", label="byte unigram")
     axes.axhline(bigram, color="gray", linestyle="--", label="byte bigram")
     axes.set(xlabel="step", ylabel="bits per byte", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

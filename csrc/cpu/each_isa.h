@@ -41,25 +41,25 @@
   return plain::call;
 #endif
 
-#define BLURRY_DEFINE_ENTRIES(NAME)                                                                                \
-  namespace blurry_attn::cpu {                                                                                     \
-  template <typename storage, typename compute>                                                                    \
-  void NAME##_forward(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,          \
-                      const Allocate& allocate, int isa) {                                                         \
-    BLURRY_AT_LEVEL(forward(problem, outputs, allocate))                                                           \
-  }                                                                                                                \
-  template <typename storage, typename compute>                                                                    \
-  void NAME##_backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients,     \
-                       const Allocate& allocate, int isa) {                                                        \
-    BLURRY_AT_LEVEL(backward(problem, gradients, allocate))                                                        \
-  }                                                                                                                \
-  BLURRY_INSTANTIATE(NAME, double, double)                                                                         \
-  BLURRY_INSTANTIATE(NAME, float, float)                                                                           \
-  BLURRY_INSTANTIATE(NAME, c10::BFloat16, float)                                                                   \
-  BLURRY_INSTANTIATE(NAME, c10::Half, float)                                                                       \
+#define BLURRY_DEFINE_ENTRIES(NAME)                                                                            \
+  namespace blurry_attn::cpu {                                                                                 \
+  template <typename storage, typename compute>                                                                \
+  void NAME##_forward(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,      \
+                      const Allocate& allocate, int isa) {                                                     \
+    BLURRY_AT_LEVEL(forward(problem, outputs, allocate))                                                       \
+  }                                                                                                            \
+  template <typename storage, typename compute>                                                                \
+  void NAME##_backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients, \
+                       const Allocate& allocate, int isa) {                                                    \
+    BLURRY_AT_LEVEL(backward(problem, gradients, allocate))                                                    \
+  }                                                                                                            \
+  BLURRY_INSTANTIATE(NAME, double, double)                                                                     \
+  BLURRY_INSTANTIATE(NAME, float, float)                                                                       \
+  BLURRY_INSTANTIATE(NAME, c10::BFloat16, float)                                                               \
+  BLURRY_INSTANTIATE(NAME, c10::Half, float)                                                                   \
   }  // namespace blurry_attn::cpu
-#define BLURRY_INSTANTIATE(NAME, storage, compute)                                                         \
-  template void NAME##_forward(const Problem<storage, compute>&, const Outputs<storage, compute>&,         \
-                               const Allocate&, int);                                                      \
-  template void NAME##_backward(const Problem<storage, compute>&, const Gradients<storage, compute>&,      \
-                                const Allocate&, int);
+#define BLURRY_INSTANTIATE(NAME, storage, compute)                                                                     \
+  template void NAME##_forward(const Problem<storage, compute>&, const Outputs<storage, compute>&, const Allocate&,    \
+                               int);                                                                                   \
+  template void NAME##_backward(const Problem<storage, compute>&, const Gradients<storage, compute>&, const Allocate&, \
+                                int);

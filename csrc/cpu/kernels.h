@@ -38,12 +38,12 @@ using Parallel = std::function<void(int64_t count, const std::function<void(int6
 template <typename storage, typename compute>
 struct Problem {
   std::vector<Sequence> sequences;
-  std::vector<Cells> cells;                  // per kv head
-  std::vector<std::vector<compute>> gates;   // per kv head: flux_gates ("fejer") or period_gates (any kernel)
+  std::vector<Cells> cells;                 // per kv head
+  std::vector<std::vector<compute>> gates;  // per kv head: flux_gates ("fejer") or period_gates (any kernel)
   int64_t query_heads, tokens, key_dim, value_dim;
   compute scale;
   View<const storage> query, key, value;
-  const compute* state_key = nullptr;        // null: no state given
+  const compute* state_key = nullptr;  // null: no state given
   const compute* state_value = nullptr;
   Parallel parallel;
 
@@ -56,7 +56,7 @@ template <typename storage, typename compute>
 struct Outputs {
   View<storage> out;
   compute* lse;
-  compute* state_key = nullptr;              // null: no state wanted
+  compute* state_key = nullptr;  // null: no state wanted
   compute* state_value = nullptr;
 };
 

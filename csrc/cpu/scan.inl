@@ -12,13 +12,21 @@ struct Scan {
   const Cells& cells;
   int64_t entry, head, slots, key_width, value_width;  // entry: of the sequence in states
   std::vector<int64_t> openings;
-  std::vector<compute> keys, values, key, value;       // contents of all slots; the token
+  std::vector<compute> keys, values, key, value;  // contents of all slots; the token
 
   Scan(const Problem<storage, compute>& p, int64_t lane)
-      : problem(p), sequence(p.sequences[lane / p.kv_heads()]), cells(p.cells[lane % p.kv_heads()]),
-        entry(lane / p.kv_heads()), head(lane % p.kv_heads()), slots(cells.slots),
-        key_width(padded<compute>(p.key_dim)), value_width(padded<compute>(p.value_dim)), keys(slots * key_width),
-        values(slots * value_width), key(key_width), value(value_width) {
+      : problem(p),
+        sequence(p.sequences[lane / p.kv_heads()]),
+        cells(p.cells[lane % p.kv_heads()]),
+        entry(lane / p.kv_heads()),
+        head(lane % p.kv_heads()),
+        slots(cells.slots),
+        key_width(padded<compute>(p.key_dim)),
+        value_width(padded<compute>(p.value_dim)),
+        keys(slots * key_width),
+        values(slots * value_width),
+        key(key_width),
+        value(value_width) {
     for (int64_t m = 0; m < slots; ++m) openings.push_back(cells.slot_opening(m));
   }
 
@@ -203,8 +211,7 @@ void scan_lane_backward(const Problem<storage, compute>& problem, int64_t lane,
 }
 
 template <typename storage, typename compute>
-void backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients,
-              const Allocate&) {
+void backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients, const Allocate&) {
   problem.parallel(static_cast<int64_t>(problem.sequences.size()) * problem.kv_heads(),
                    [&](int64_t lane) { scan_lane_backward(problem, lane, gradients); });
 }

@@ -6,8 +6,8 @@
 namespace blurry_attn::cpu::BLURRY_ISA {
 namespace {
 
-constexpr int64_t kStretch = 512;      // tokens of one work item, at least
-constexpr int64_t kBlock = 16;         // query rows handled at once, at most
+constexpr int64_t kStretch = 512;  // tokens of one work item, at least
+constexpr int64_t kBlock = 16;     // query rows handled at once, at most
 constexpr int64_t kSlotsPerItem = 16;
 
 // The geometry of one lane: which cells its tables hold.
@@ -193,7 +193,7 @@ struct StretchView {
   int64_t first_cell, columns, row_width;  // standing cells first_cell .. first_cell + columns - 1
   std::vector<compute> keys_t, values_t;   // [dim][row_width]
   std::vector<compute> flux_keys, flux_values, scratch;
-  int64_t trailing;                        // the trailing cell of the last token
+  int64_t trailing;  // the trailing cell of the last token
 
   StretchView(const Window<storage, compute>& w, const Stretch& stretch, bool with_values)
       : window(w), lane(w.lanes[stretch.lane]), cells(lane.cells), gates(w.gates(lane)) {
@@ -320,8 +320,8 @@ struct Columns {
     const int64_t width = contents.width, ld = view.row_width;
     const compute* standing = contents.row(view.lane, view.first_cell);
     if (common_end > common) {
-      product(rows, width, common_end - common, weights + common, ld, int64_t(1), standing + common * width, width,
-              out, width, false);
+      product(rows, width, common_end - common, weights + common, ld, int64_t(1), standing + common * width, width, out,
+              width, false);
     } else {
       zero_row(out, rows * width);
     }
@@ -398,8 +398,8 @@ void forward(const Problem<storage, compute>& problem, const Outputs<storage, co
   if (outputs.state_key) window.write_state(outputs.state_key, outputs.state_value);
 }
 
-// What a query row gives to the two cells in flux, [batch][query head][token][2 cells]: the scaled gradient of the logit
-// and the probability, which times the query and the gradient of the output are the gradients of the contents.
+// What a query row gives to the two cells in flux, [batch][query head][token][2 cells]: the scaled gradient of the
+// logit and the probability, which times the query and the gradient of the output are the gradients of the contents.
 template <typename compute>
 struct Flux {
   compute* logit;
@@ -472,7 +472,12 @@ struct Adjoint {
 
   Adjoint(const Window<storage, compute>& w, const Lane& l, const Gradients<storage, compute>& g,
           const Flux<compute>& f)
-      : window(w), lane(l), gradients(g), flux(f), key(w.key_width), value(w.value_width),
+      : window(w),
+        lane(l),
+        gradients(g),
+        flux(f),
+        key(w.key_width),
+        value(w.value_width),
         row(w.key_width > w.value_width ? w.key_width : w.value_width) {}
 
   void begin(int64_t cell, const Table<compute>& grad_keys, const Table<compute>& grad_values) {
@@ -614,17 +619,15 @@ void backward(const Problem<storage, compute>& problem, const Gradients<storage,
     colours[(s.begin - lane.begin()) / length % 2].push_back(s);
   }
   for (const std::vector<Stretch>& items : colours) {
-    problem.parallel(static_cast<int64_t>(items.size()), [&](int64_t i) {
-      attend_backward(window, items[i], gradients, flux, grad_keys, grad_values);
-    });
+    problem.parallel(static_cast<int64_t>(items.size()),
+                     [&](int64_t i) { attend_backward(window, items[i], gradients, flux, grad_keys, grad_values); });
   }
   window.for_slots([&](const Lane& lane, int64_t first, int64_t last) {
     echo(window, lane, first, last, gradients, flux, grad_keys, grad_values);
   });
   const std::vector<Stretch> items = window.stretches(false);
-  problem.parallel(static_cast<int64_t>(items.size()), [&](int64_t i) {
-    tokens_backward(window, items[i], gradients, flux, grad_keys, grad_values);
-  });
+  problem.parallel(static_cast<int64_t>(items.size()),
+                   [&](int64_t i) { tokens_backward(window, items[i], gradients, flux, grad_keys, grad_values); });
 }
 
 }  // namespace

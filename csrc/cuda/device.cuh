@@ -1,0 +1,227 @@
+// What the CUDA kernels share: number types, launches, and the law as device code sees it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace blurry_attn::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <typename compute, typename storage>
+__device__ __forceinline__ compute to_compute(storage x) {
+  return static_cast<compute>(x);
+}
+template <>
+__device__ __forceinline__ float to_compute<float, __nv_bfloat16>(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+template <>
+__device__ __forceinline__ float to_compute<float, __half>(__half x) {
+  return __half2float(x);
+}
+template <typename storage, typename compute>
+__device__ __forceinline__ storage to_storage(compute x) {
+  return static_cast<storage>(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 to_storage<__nv_bfloat16, float>(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ __forceinline__ __half to_storage<__half, float>(float x) {
+  return __float2half(x);
+}
+
+template <typename type>
+struct alignas(4 * sizeof(type)) Quad {
+  type x[4];
+};
+
+// Elements d .. d + 3 of a row of `dim`, zeros past its end. `whole`: four neighbours are one aligned access.
+template <typename compute, typename storage>
+__device__ __forceinline__ Quad<compute> load_quad(const storage* row, int64_t element, int d, int dim, bool whole) {
+  Quad<compute> quad;
+  if (whole && d + 4 <= dim) {
+    const Quad<storage> raw = *reinterpret_cast<const Quad<storage>*>(row + d);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) quad.x[e] = to_compute<compute>(raw.x[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) quad.x[e] = d + e < dim ? to_compute<compute>(row[(d + e) * element]) : compute(0);
+  }
+  return quad;
+}
+
+inline bool has_whole_quads(const View& view, int64_t element_size) {
+  const int64_t quad = 4 * element_size;
+  return view.element == 1 && reinterpret_cast<uintptr_t>(view.data) % quad == 0 && view.batch % 4 == 0 &&
+         view.head % 4 == 0 && view.token % 4 == 0;
+}
+
+template <typename storage>
+__device__ __forceinline__ storage* row_of(const View& view, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<storage*>(view.data) + batch * view.batch + head * view.head + token * view.token;
+}
+
+template <typename compute>
+__device__ __forceinline__ compute warp_sum(compute x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+  return x;
+}
+template <typename compute>
+__device__ __forceinline__ compute warp_max(compute x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const compute other = __shfl_xor_sync(kAllLanes, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// The law of one kv head on the device.
+template <typename compute>
+struct Law {
+  Cells cells;
+  const compute* gates;
+  Kernel kernel;
+
+  __device__ Law(const Problem& problem, int64_t head)
+      : cells(problem.laws[head].cells),
+        gates(static_cast<const compute*>(problem.gates) + problem.laws[head].gates),
+        kernel(problem.kernel) {}
+
+  __device__ bool is_open(int slot, int64_t token) const { return token >= cells.slot_opening(slot); }
+};
+
+// What a token gives to the slots, made once per token: gate() is then cheap for every slot.
+template <typename compute>
+struct TokenGates {
+  int64_t token;
+  int slot[2];       // "fejer": the two slots in flux,
+  compute share[2];  // and their gates
+  int offset;        // any other kernel: offset in the period from the centre of slot 0
+  bool settled;      // every slot was opened before
+
+  __device__ void make(const Law<compute>& law, int64_t t) {
+    const Cells& cells = law.cells;
+    token = t;
+    if (law.kernel == Kernel::fejer) {
+      const int64_t trailing = cells.trailing(t);
+      for (int which = 0; which < 2; ++which) {
+        const int64_t cell = trailing + which;
+        slot[which] = static_cast<int>(cells.slot(cell));
+        share[which] = cells.is_open(cell, t) ? cells.gate(law.gates, cell, t) : compute(0);
+      }
+    } else {
+      const int64_t from_centre = t - cells.centre(0), window = cells.window();
+      offset = static_cast<int>(from_centre - floor_div(from_centre, window) * window);
+      settled = t > cells.opening(cells.slots - 1);
+    }
+  }
+  // The share of the token that `m` takes; 0 where it is shut.
+  __device__ compute gate(const Law<compute>& law, int m) const {
+    if (law.kernel == Kernel::fejer) return m == slot[0] ? share[0] : m == slot[1] ? share[1] : compute(0);
+    if (!settled) {
+      const int64_t opening = law.cells.slot_opening(m);
+      if (token <= opening) return token == opening ? compute(1) : compute(0);
+    }
+    const int from_centre = offset - m * static_cast<int>(law.cells.resolution);
+    return law.gates[from_centre < 0 ? from_centre + static_cast<int>(law.cells.window()) : from_centre];
+  }
+};
+
+// Runs body(token, gate) over the tokens from .. to - 1 of which an open slot takes a share, in order.
+template <typename compute, typename body_type>
+__device__ void walk_slot(const Law<compute>& law, int slot, int64_t from, int64_t to, const body_type& body) {
+  const Cells& cells = law.cells;
+  if (law.kernel != Kernel::fejer) {
+    for (int64_t t = from; t < to; ++t) {
+      TokenGates<compute> gates;
+      gates.make(law, t);
+      body(t, gates.gate(law, slot));
+    }
+    return;
+  }
+  const int64_t base = cells.trailing(from);
+  const int64_t ahead = slot - cells.slot(base);
+  for (int64_t cell = base + (ahead < 0 ? ahead + cells.slots : ahead); cells.flux_begin(cell) + 1 < to;
+       cell += cells.slots) {
+    int64_t begin = cells.flux_begin(cell) + 1, end = cells.flux_end(cell) + 1;
+    if (cells.opens(cell) && cells.opening(cell) > begin) begin = cells.opening(cell);
+    begin = begin > from ? begin : from;
+    end = end < to ? end : to;
+#pragma unroll 4
+    for (int64_t t = begin; t < end; ++t) body(t, cells.gate(law.gates, cell, t));
+  }
+}
+
+// A gate of 1 replaces and a gate of 0 leaves, unread.
+template <typename compute>
+__device__ __forceinline__ compute written(compute content, compute token, compute gate) {
+  return gate == compute(1) ? token : gate == compute(0) ? content : content + gate * (token - content);
+}
+
+// One sequence: its batch entry, its first row and its rows there, and its tokens before them.
+struct Sequence {
+  int64_t index, batch, row, length, position;
+
+  __device__ Sequence(const Problem& problem, int64_t i) : index(i) {
+    batch = problem.cu_seqlens ? 0 : i;
+    row = problem.cu_seqlens ? boundary(problem, i) : 0;
+    const int64_t end = problem.cu_seqlens ? boundary(problem, i + 1) : problem.tokens;
+    length = end > row ? end - row : 0;
+    position = problem.position ? problem.position[i] : 0;
+    position = position > 0 ? position : 0;
+  }
+  // cu_seqlens[i], brought into range.
+  __device__ static int64_t boundary(const Problem& problem, int64_t i) {
+    const int64_t x = problem.cu_seqlens_is_64 ? static_cast<const int64_t*>(problem.cu_seqlens)[i]
+                                               : static_cast<const int32_t*>(problem.cu_seqlens)[i];
+    return x < 0 ? 0 : x > problem.tokens ? problem.tokens : x;
+  }
+  __device__ int64_t end() const { return position + length; }
+};
+
+// Launches and names what cannot be launched. All blocks lie in grid.x, which holds 2^31 - 1.
+template <typename... parameters, typename... arguments>
+void launch(const char* name, void (*kernel)(parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+            cudaStream_t stream, const arguments&... args) {
+  if (blocks == 0) return;
+  const auto fail = [name](const std::string& why) {
+    throw std::runtime_error("blurry_attn: CUDA kernel " + std::string(name) + ": " + why);
+  };
+  if (blocks > INT32_MAX) fail("the problem needs " + std::to_string(blocks) + " blocks, more than a grid holds");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters(args)...);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // what is reported here shall not surface again elsewhere
+    fail(cudaGetErrorString(error));
+  }
+}
+
+// Calls body(storage{}, compute{}) for the dtype.
+template <typename body_type>
+void for_type(DType dtype, const body_type& body) {
+  switch (dtype) {
+    case DType::float64: return body(double(), double());
+    case DType::float32: return body(float(), float());
+    case DType::bfloat16: return body(__nv_bfloat16(), float());
+    case DType::float16: return body(__half(), float());
+  }
+}
+
+}  // namespace blurry_attn::cuda
