@@ -60,7 +60,8 @@ def sources(*patterns: str) -> list[str]:
 
 def extension(cuda: bool) -> setuptools.Extension:
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
-    flags = ["-O3", "-g0", "-fvisibility=hidden"]
+    # OpenMP only to compile: its symbols are those of the library that torch loads, the one pool of threads.
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]
     macros = [("BLURRY_TORCH_VERSION", f'"{torch.__version__}"')]
     options: dict[str, Any] = {"name": "blurry_attn._C", "include_dirs": [str(ROOT / "csrc")]}
     if not cuda:

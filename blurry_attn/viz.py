@@ -36,7 +36,7 @@ def slot_weights(window: BlurryWindow, tokens: int, kv_heads: int = 1) -> Tensor
         kv_heads: number of key/value heads.
 
     Returns:
-        ``(kv_heads, N, tokens)`` float64, token 0 the oldest: an open slot has weights that sum to one, a shut one zeros.
+        ``(kv_heads, N, tokens)`` float64, token 0 the oldest. They sum to one in an open slot; a shut one has none.
 
     Raises:
         ValueError: ``tokens`` is less than 1.
@@ -124,12 +124,19 @@ def gates(window: BlurryWindow, tokens: int | None = None, slots: Sequence[int] 
         tokens: how many tokens from the start; one period and a half when None.
         slots: which slots to draw; the first four when None.
         head: index of the kv head.
+
+    Raises:
+        ValueError: ``tokens`` is less than 1, or ``slots`` is empty or names one that is not there.
     """
     heads = max(_kv_heads(window), head + 1)
     period, phase = window.windows(heads)[head], window.phases(heads)[head]
     resolution = period // window.slots
     tokens = period + period // 2 if tokens is None else tokens
-    slots = range(min(4, window.slots)) if slots is None else slots
+    slots = list(range(min(4, window.slots)) if slots is None else slots)
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if not slots or not all(0 <= slot < window.slots for slot in slots):
+        raise ValueError(f"slots must be in 0 .. {window.slots - 1}, got {slots}")
     share = reference.gates(window, period, phase, 0, tokens)
     figure = _figure(1.1 + 1.0 * len(slots))
     rows = figure.subplots(len(slots), 1, sharex=True, sharey=True, squeeze=False)[:, 0]

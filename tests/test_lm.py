@@ -12,6 +12,7 @@ import sysconfig
 import textwrap
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from math import log2
 from pathlib import Path
 
@@ -179,7 +180,10 @@ def test_generate_streams_text_and_says_what_it_took(run: training.Result):
             self.flushes += 1
 
     outs = [Stream() for _ in range(3)]
-    lines = [generate(run.folder, "é = ", 30, Sampling(seed=seed), CPU, out) for seed, out in zip((1, 1, 2), outs)]
+    lines = [
+        generate(run.folder, "é = ", 30, Sampling(seed=seed), CPU, out)
+        for seed, out in zip((1, 1, 2), outs, strict=True)
+    ]
     assert outs[0].flushes >= 30
     assert outs[0].getvalue().startswith("é = ")
     assert outs[0].getvalue() == outs[1].getvalue() != outs[2].getvalue()
@@ -248,7 +252,7 @@ def test_batches_follow_from_seed_and_step(text: Path):
 def test_ngram_bits_are_those_of_counting():
     train, inputs, targets = b"abababac", b"abz", b"bay"
     singles = Counter(train)
-    pairs = Counter(zip(train, train[1:], strict=False))
+    pairs = Counter(pairwise(train))
     unigram = {b: (singles[b] + 1) / (len(train) + 256) for b in range(256)}
     firsts = Counter(train[:-1])
     bigram = [(pairs[a, b] + unigram[b]) / (firsts[a] + 1) for a, b in zip(inputs, targets, strict=True)]

@@ -8,9 +8,10 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,52 +27,63 @@ ROOT = Path(__file__).parents[2]
 MAX_ROUNDS = 200
 
 
-def measure(case: Case, suite: Suite, meter: Meter, device: str) -> list[dict[str, Any]]:
-    """One row per provider and mode, with seconds and peak bytes, or the reason why there are none.
+Row = dict[str, Any]
 
-    All calls of a case take turns, one each per round, so that a busy moment of the machine falls on all alike.
-    """
+
+def prepare(case: Case, suite: Suite, meter: Meter, device: str) -> dict[tuple[str, str], Row]:
+    """One row per provider and mode, warmed up: with its peak memory, or the reason why it has no result."""
     inputs = case.inputs(device)
-    rows: list[dict[str, Any]] = []
-    calls: dict[int, Callable[[], None]] = {}
+    rows: dict[tuple[str, str], Row] = {}
     for name in suite.providers:
         provider = PROVIDERS[name]
         for mode in MODES:
-            row: dict[str, Any] = {"provider": name, "label": provider.label.format(**asdict(case)), "mode": mode}
+            row: Row = {"provider": name, "label": provider.label.format(**asdict(case)), "mode": mode}
             row["case"] = asdict(case)
-            rows.append(row)
+            rows[name, mode] = row
             if reason := provider.skip(case):
                 row["skipped"] = reason
                 continue
             try:
-                attend = provider.prepare(case)
-
-                def call(attend=attend, mode=mode) -> None:
-                    one_call(attend, mode, *inputs)
-
-                for _ in range(2):
-                    meter.seconds(call)
+                one_call(provider.prepare(case), mode, *inputs)
                 row["peak_bytes"] = meter.peak_bytes(name, case, mode)
-                calls[len(rows) - 1] = call
             except Exception as error:
                 row["failed"] = _reason(error)
-    samples: dict[int, list[float]] = {index: [] for index in calls}
+    return rows
+
+
+def sample(case: Case, rows: dict[tuple[str, str], Row], suite: Suite, meter: Meter, device: str) -> None:
+    """Adds times to every row that can be run: all calls take turns, so that a busy moment falls on all alike."""
+    inputs = case.inputs(device)
+    calls = {}
+    for (name, mode), row in rows.items():
+        if "peak_bytes" in row:
+            calls[name, mode] = partial(one_call, PROVIDERS[name].prepare(case), mode, *inputs)
+            calls[name, mode]()
     start = time.perf_counter()
     for done in range(MAX_ROUNDS):
         if done >= suite.rounds and time.perf_counter() - start >= suite.seconds:
             break
-        for index, call in calls.items():
-            samples[index].append(meter.seconds(call))
-    for index, times in samples.items():
-        median = statistics.median(times)
-        rows[index] |= {
-            "seconds": median,
-            "seconds_per_token": median / case.tokens,
-            "seconds_min": min(times),
-            "seconds_max": max(times),
-            "rounds": len(times),
-        }
-    return rows
+        for key, call in calls.items():
+            rows[key].setdefault("times", []).append(meter.seconds(call))
+
+
+def measure(suite: Suite, meter: Meter, device: str) -> list[Row]:
+    """All rows of a suite. Its lengths are gone through several times, so that they too can be compared."""
+    table = []
+    for case in suite.cases:
+        print(f"T = {case.length}: warm-up and memory", file=sys.stderr, flush=True)
+        table.append((case, prepare(case, suite, meter, device)))
+    for sweep in range(suite.sweeps):
+        for case, rows in table:
+            print(f"T = {case.length}: time, {sweep + 1} of {suite.sweeps}", file=sys.stderr, flush=True)
+            sample(case, rows, suite, meter, device)
+    for case, rows in table:
+        for row in rows.values():
+            if times := row.pop("times", None):
+                median = statistics.median(times)
+                row |= {"seconds": median, "seconds_per_token": median / case.tokens}
+                row |= {"seconds_min": min(times), "seconds_max": max(times), "calls": len(times)}
+    return [row for _, rows in table for row in rows.values()]
 
 
 def _reason(error: Exception) -> str:
@@ -94,9 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=sorted(METERS), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one tiny case: does everything run?")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for the JSON and the plot (default: beside the code)"
-    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for JSON and plot (default: beside the code)")
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(given)
     if args.threads < 1:
@@ -111,13 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": meter.hardware(),
         "versions": _versions(),
-        "time": "median over rounds in which all providers take turns, after two warm-up calls each",
+        "time": f"median of rounds in which all providers take turns, in {suite.sweeps} sweeps over the lengths",
         "memory": meter.memory,
-        "rows": [],
+        "rows": measure(suite, meter, args.device),
     }
-    for case in suite.cases:
-        print(f"T = {case.length} ...", file=sys.stderr, flush=True)
-        result["rows"] += measure(case, suite, meter, args.device)
     result["checks"] = report.checks(result["rows"], suite.checks)
     json_file = out / f"{args.device}.json"
     json_file.write_text(json.dumps(result, indent=1) + "\n")

@@ -77,13 +77,15 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Suite:
-    """Everything one command measures on one device; ``rounds`` and ``seconds`` are the least spent on each case."""
+    """Everything one command measures on one device: ``sweeps`` times over all cases, each time at least ``rounds`` calls
+    of every provider and at least ``seconds`` in all per case."""
 
     cases: tuple[Case, ...]
     providers: tuple[str, ...]
     checks: tuple[Ratio, ...] = field(default=())
-    rounds: int = 7
-    seconds: float = 3.0
+    sweeps: int = 3
+    rounds: int = 3
+    seconds: float = 1.5
 
 
 SUITES: dict[str, Suite] = {
@@ -103,5 +105,5 @@ SUITES: dict[str, Suite] = {
     ),
 }
 QUICK: dict[str, Suite] = {
-    "cpu": Suite(cases=(Case(length=512, heads=2),), providers=SUITES["cpu"].providers, rounds=2, seconds=0.0)
+    "cpu": Suite(cases=(Case(length=512, heads=2),), providers=SUITES["cpu"].providers, sweeps=1, rounds=2, seconds=0.0)
 }

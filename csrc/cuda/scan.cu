@@ -5,7 +5,8 @@
 //   adjoint: G_t[m] = w_t[m] a_t + (1 - g_{t+1}[m]) G_{t+1}[m],  y_t = sum_m g_t[m] G_t[m]     grad_key, grad_value
 // Each keeps its share of the slots in registers. Logits and weights live for as many stretches at once as a bounded
 // workspace holds. A stretch's rows are its (token, query head of the group) pairs; the heads of a group share the slots.
-#include <climits>
+#include <type_traits>
+#include <utility>
 
 #include "device.cuh"
 
@@ -26,21 +27,24 @@ constexpr int kBlocksPerProcessor = sizeof(compute) == 4 ? 2 : 1;
 // its sequences give alone.
 struct Plan {
   int64_t length;     // tokens of a stretch
+  int64_t rows;       // tokens of the longest one that there can be
   int64_t per_batch;  // stretches of a batch entry; 0: sequences are packed
   int64_t count;      // of stretches, those included that hold no token
 
   explicit Plan(const Problem& problem) {
     length = problem.slots * 4 > 512 ? problem.slots * 4 : 512;
     if (problem.kernel != Kernel::fejer && 2 * problem.longest_window > length) length = 2 * problem.longest_window;
+    rows = length < problem.tokens ? length : problem.tokens;
     per_batch = 0;
     count = problem.tokens / length + problem.sequences;
+    if (problem.sequences == 0) count = 0;
     if (!problem.cu_seqlens) {
       per_batch = problem.tokens > 0 ? (problem.tokens + length - 1) / length : 1;
       count = per_batch * problem.sequences;
     }
   }
   int64_t slot_elements(const Problem& p, int64_t dim) const { return count * p.kv_heads * p.slots * dim; }
-  int64_t weights_per_stretch(const Problem& p) const { return length * p.query_heads * p.slots; }
+  int64_t weights_per_stretch(const Problem& p) const { return rows * p.query_heads * p.slots; }
   // Stretches whose logits are held at once.
   int64_t at_once(const Problem& p) const {
     const int64_t each = weights_per_stretch(p), held = each < kWeights ? kWeights / (each > 0 ? each : 1) : 1;
@@ -387,7 +391,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   const bool holds = tile.thread < kSlotsPerThread && mine < p.slots;
   const int64_t opening = law.cells.slot_opening(mine);
   const int total = stretch.length * group;
-  results += (block.entry * p.kv_heads + block.head) * plan.length * group * p.slots + mine;
+  results += (block.entry * p.kv_heads + block.head) * plan.rows * group * p.slots + mine;
   for (int begin = 0; begin < total; begin += shape.chunk) {
     const int count = min(shape.chunk, total - begin);
     __syncthreads();
@@ -442,7 +446,7 @@ __device__ __forceinline__ void for_rows(const Problem& p, const Plan& plan, int
   const BlockIndex block(p, tiles);
   const Stretch stretch(p, plan, first_stretch + block.entry);
   const int group = static_cast<int>(p.query_heads / p.kv_heads), warps = blockDim.x / kWarp;
-  const int64_t offset = (block.entry * p.kv_heads + block.head) * plan.length * group;
+  const int64_t offset = (block.entry * p.kv_heads + block.head) * plan.rows * group;
   for (int i = block.tile * warps + threadIdx.x / kWarp; i < stretch.length * group; i += tiles * warps) {
     const int64_t head = stretch.sequence.batch * p.query_heads + block.head * group + i % group;
     body(head * p.tokens + stretch.row() + i / group, (offset + i) * p.slots);
@@ -560,7 +564,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   const int mine = first_dim + dim0 + owned_value<dims>(tile.thread);
   const bool holds = tile.thread < dims && mine < side.dim;
   const int total = stretch.length * group, slots = static_cast<int>(p.slots);
-  weights += (block.entry * p.kv_heads + block.head) * plan.length * group * p.slots;
+  weights += (block.entry * p.kv_heads + block.head) * plan.rows * group * p.slots;
   for (int begin = 0; begin < total; begin += shape.chunk) {
     const int count = min(shape.chunk, total - begin);
     __syncthreads();
@@ -654,7 +658,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   }
   const int slots = static_cast<int>(p.slots);
   const compute* weights = static_cast<const compute*>(adjoint.weights) +
-                           (block.entry * p.kv_heads + block.head) * plan.length * group * p.slots;
+                           (block.entry * p.kv_heads + block.head) * plan.rows * group * p.slots;
   for (int end = length * group; end > 0; end -= shape.chunk) {
     const int begin = max(0, end - shape.chunk), count = end - begin;
     __syncthreads();
@@ -853,7 +857,7 @@ struct Scan {
     launch("scan_carries", scan_carries<compute>, count * p.kv_heads * tiles, kMaxThreads, 0, p.stream, p, plan, tiles,
            first, first + count, decays, side, adjoint);
   }
-  int row_tiles() const { return static_cast<int>((plan.length * (p.query_heads / p.kv_heads) + 63) / 64); }
+  int row_tiles() const { return static_cast<int>((plan.rows * (p.query_heads / p.kv_heads) + 63) / 64); }
 
   void forward(const Outputs& outputs, compute* memory) const {
     compute* boundary_keys = memory;

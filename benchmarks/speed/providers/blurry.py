@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import cast
+
+from torch import Tensor
 
 from ..cases import Attend, Case
 from . import provider
@@ -12,4 +14,9 @@ from . import provider
 def blurry(case: Case) -> Attend:
     from blurry_attn import BlurryWindow, blurry_window_attention
 
-    return partial(blurry_window_attention, window=BlurryWindow(case.slots, case.slots * case.resolution))
+    window = BlurryWindow(case.slots, case.slots * case.resolution)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return cast(Tensor, blurry_window_attention(query, key, value, window))
+
+    return attend

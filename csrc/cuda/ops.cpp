@@ -1,0 +1,223 @@
+// The CUDA implementation's callers: from tensors to raw pointers, strides and the current stream.
+#include <ATen/Functions.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "call.h"
+#include "kernels.h"
+
+namespace blurry_attn {
+
+namespace {
+
+bool capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
+
+// The laws of a call's heads on its device.
+struct Tables {
+  at::Tensor laws, gates;
+};
+
+Tables make_tables(const Call& call) {
+  std::vector<cuda::HeadLaw> laws;
+  std::vector<double> gates;
+  std::map<int64_t, int64_t> offsets;  // heads of one resolution share a table
+  const std::vector<std::vector<double>> tables = call.gates();
+  for (size_t h = 0; h < tables.size(); ++h) {
+    const auto [entry, is_new] = offsets.emplace(call.cells[h].resolution, static_cast<int64_t>(gates.size()));
+    if (is_new) gates.insert(gates.end(), tables[h].begin(), tables[h].end());
+    laws.push_back({call.cells[h], entry->second});
+  }
+  const at::Tensor law_bytes = at::empty({static_cast<int64_t>(laws.size() * sizeof(cuda::HeadLaw))}, at::kByte);
+  std::memcpy(law_bytes.mutable_data_ptr(), laws.data(), laws.size() * sizeof(cuda::HeadLaw));
+  const at::Tensor gate_numbers = at::empty({static_cast<int64_t>(gates.size())}, at::kDouble);
+  std::copy(gates.begin(), gates.end(), gate_numbers.mutable_data_ptr<double>());
+  return {law_bytes.to(call.query.device()), gate_numbers.to(call.compute_type()).to(call.query.device())};
+}
+
+// Tables are made once and kept for good, since a captured graph may hold their addresses.
+const Tables& tables_of(const Call& call) {
+  std::vector<int64_t> key{call.query.get_device(), static_cast<int64_t>(call.compute_type()),
+                           static_cast<int64_t>(call.kernel), 0};
+  std::memcpy(&key.back(), &call.sharpness, sizeof(double));
+  for (const Cells& cells : call.cells) key.insert(key.end(), {cells.slots, cells.resolution, cells.phase});
+  static std::mutex mutex;
+  static auto& cache = *new std::map<std::vector<int64_t>, Tables>;  // outlives the CUDA context: never freed
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = cache.find(key);
+  if (found == cache.end()) {
+    TORCH_CHECK(!capturing(), "blurry_attn: the first call with this window on this device copies its tables there, "
+                              "which a CUDA graph cannot capture; make one call before the capture");
+    found = cache.emplace(std::move(key), make_tables(call)).first;
+  }
+  return found->second;
+}
+
+cuda::View view(const at::Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2),
+          tensor.stride(3)};
+}
+const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(tensor->contiguous()) : tensor; }
+
+cuda::DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return cuda::DType::float64;
+    case at::kFloat: return cuda::DType::float32;
+    case at::kBFloat16: return cuda::DType::bfloat16;
+    default: return cuda::DType::float16;
+  }
+}
+
+void check_limits(const Call& call) {
+  TORCH_CHECK_NOT_IMPLEMENTED(call.slots() <= cuda::kMaxSlots, "slots must be at most ", cuda::kMaxSlots,
+                              " on CUDA, got ", call.slots());
+  TORCH_CHECK_NOT_IMPLEMENTED(call.key_dim() <= cuda::kMaxHeadDim, "query must have a head_dim of at most ",
+                              cuda::kMaxHeadDim, " on CUDA, got ", call.key_dim());
+  TORCH_CHECK_NOT_IMPLEMENTED(call.value_dim() <= cuda::kMaxHeadDim, "value must have a head_dim of at most ",
+                              cuda::kMaxHeadDim, " on CUDA, got ", call.value_dim());
+}
+
+// A look at values of device tensors waits for the device, so a captured call goes without; the kernels clamp them.
+void check_values(const Call& call) {
+  if (capturing()) return;
+  if (call.cu_seqlens) checked_cu_seqlens(call.cu_seqlens->cpu(), call.tokens());
+  if (call.position) check_positions(call.position->cpu());
+}
+
+// `cu_seqlens` contiguous.
+cuda::Problem make_problem(const Call& call) {
+  const Tables& tables = tables_of(call);
+  cuda::Problem problem{};
+  problem.dtype = dtype_of(call.query.scalar_type());
+  problem.kernel = call.kernel;
+  problem.batch = call.batch();
+  problem.query_heads = call.query_heads();
+  problem.kv_heads = call.kv_heads();
+  problem.tokens = call.tokens();
+  problem.key_dim = call.key_dim();
+  problem.value_dim = call.value_dim();
+  problem.slots = call.slots();
+  problem.sequences = call.sequences();
+  for (const Cells& cells : call.cells) problem.longest_window = std::max(problem.longest_window, cells.window());
+  problem.scale = call.scale;
+  problem.query = view(call.query);
+  problem.key = view(call.key);
+  problem.value = view(call.value);
+  problem.laws = static_cast<const cuda::HeadLaw*>(tables.laws.const_data_ptr());
+  problem.gates = tables.gates.const_data_ptr();
+  problem.cu_seqlens = data(call.cu_seqlens);
+  problem.cu_seqlens_is_64 = call.cu_seqlens && call.cu_seqlens->scalar_type() == at::kLong;
+  problem.state_key = data(call.state_key);
+  problem.state_value = data(call.state_value);
+  problem.position = static_cast<const int64_t*>(data(call.position));
+  problem.stream = c10::cuda::getCurrentCUDAStream().stream();
+  return problem;
+}
+
+at::Tensor workspace(const Call& call, int64_t bytes) { return at::empty({bytes}, call.query.options().dtype(at::kByte)); }
+
+at::Tensor positions_after(const Call& call) {
+  const at::Tensor lengths = call.cu_seqlens ? at::diff(call.cu_seqlens->to(at::kLong))
+                                             : at::full({call.sequences()}, call.tokens(),
+                                                        call.query.options().dtype(at::kLong));
+  return call.position ? lengths.add(*call.position) : lengths;
+}
+
+ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                           at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
+                           double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                           const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
+  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, dense(cu_seqlens),
+                               state_key, state_value, position);
+  check_limits(call);
+  const c10::DeviceGuard guard(query.device());
+  check_values(call);
+  const at::Tensor out = call.empty_out(), lse = call.empty_lse();
+  const at::Tensor none = at::empty({0}, call.compute_options());
+  const at::Tensor end_key = return_state ? call.empty_state_key() : none;
+  const at::Tensor end_value = return_state ? call.empty_state_value() : at::empty_like(none);
+  const cuda::Problem problem = make_problem(call);
+  cuda::Outputs outputs{view(out), lse.mutable_data_ptr()};
+  if (return_state) {
+    outputs.state_key = end_key.mutable_data_ptr();
+    outputs.state_value = end_value.mutable_data_ptr();
+  }
+  const at::Tensor memory = workspace(call, cuda::forward_workspace(problem));
+  cuda::scan_forward(problem, outputs, memory.mutable_data_ptr());
+  return {out, lse, end_key, end_value,
+          return_state ? positions_after(call) : at::empty({0}, query.options().dtype(at::kLong))};
+}
+
+BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                             const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
+                             const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                             const at::Tensor& out, const at::Tensor& lse, int64_t slots, at::IntArrayRef window,
+                             at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
+                             const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                             const OptionalTensor& state_value, const OptionalTensor& position) {
+  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, dense(cu_seqlens),
+                               state_key, state_value, position);
+  check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse);
+  check_limits(call);
+  const c10::DeviceGuard guard(query.device());
+  const at::Tensor grad_query = at::empty(query.sizes(), query.options());
+  const at::Tensor grad_key = at::empty(key.sizes(), key.options());
+  const at::Tensor grad_value = at::empty(value.sizes(), value.options());
+  const at::Tensor none = at::empty({0}, call.compute_options());
+  const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : none;
+  const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : at::empty_like(none);
+  const at::Tensor dense_lse = lse.contiguous();
+  const OptionalTensor dense_grad_lse = dense(grad_lse);
+  const OptionalTensor grad_key_end = dense(grad_state_key), grad_value_end = dense(grad_state_value);
+  const cuda::Problem problem = make_problem(call);
+  cuda::Gradients gradients{view(grad_out), dense_lse.const_data_ptr()};
+  gradients.grad_lse = data(dense_grad_lse);
+  gradients.grad_state_key = data(grad_key_end);
+  gradients.grad_state_value = data(grad_value_end);
+  gradients.query = view(grad_query);
+  gradients.key = view(grad_key);
+  gradients.value = view(grad_value);
+  if (call.state_key) {
+    gradients.state_key = grad_key_in.mutable_data_ptr();
+    gradients.state_value = grad_value_in.mutable_data_ptr();
+  }
+  const at::Tensor memory = workspace(call, cuda::backward_workspace(problem));
+  cuda::scan_backward(problem, gradients, memory.mutable_data_ptr());
+  return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
+}
+
+at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
+                     at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
+                     at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
+  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, {}, state_key,
+                               state_value, position);
+  check_step(call);
+  check_limits(call);
+  const c10::DeviceGuard guard(query.device());
+  const at::Tensor out = call.empty_out();
+  // The call's state is the given one, or a contiguous copy of it.
+  cuda::step(make_problem(call), view(out), const_cast<void*>(call.state_key->const_data_ptr()),
+             const_cast<void*>(call.state_value->const_data_ptr()),
+             static_cast<int64_t*>(const_cast<void*>(call.position->const_data_ptr())));
+  if (!call.state_key->is_same(state_key)) state_key.copy_(*call.state_key);
+  if (!call.state_value->is_same(state_value)) state_value.copy_(*call.state_value);
+  if (!call.position->is_same(position)) position.copy_(*call.position);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(blurry_attn, CUDA, m) {
+  m.impl("forward", forward_cuda);
+  m.impl("backward", backward_cuda);
+  m.impl("step", step_cuda);
+}
+
+}  // namespace blurry_attn
