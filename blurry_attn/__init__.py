@@ -2,8 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import _load  # noqa: F401  (first: says in one line why the compiled part cannot be loaded)
-from . import reference
+from . import (
+    _load,  # noqa: F401  (first: says in one line why the compiled part cannot be loaded)
+    reference,
+)
 from .modules import BlurrySelfAttention, BlurryWindowAttention
 from .ops import blurry_window_attention, blurry_window_step
 from .state import BlurryState

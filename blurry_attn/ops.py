@@ -1,4 +1,4 @@
-"""The operators in Python: argument checks that the C++ side cannot make, shapes for tracing, and the public functions."""
+"""The operators in Python: the checks that must come before dispatch, shapes for tracing, and the public functions."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ def _check_arguments(query: Tensor, key: Tensor, value: Tensor, window: BlurryWi
                 f"{name} must have 4 dimensions (batch, heads, tokens, head_dim), "
                 f"got {tensor.dim()} in shape {tuple(tensor.shape)}"
             )
+        if tensor.layout != torch.strided:
+            raise NotImplementedError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
     if not isinstance(window, BlurryWindow):
         raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
     if query.shape[1] != key.shape[1] and not enable_gqa:
@@ -69,8 +73,8 @@ def blurry_window_attention(
     r"""Causal attention over N slots that hold a blurred history of P tokens (see docs/law.md).
 
     With K_t[m], V_t[m] the contents of slot m after token t,
-    :math:`o_t = \sum_m \mathrm{softmax}_m(\mathrm{scale}\; q_t \cdot K_t[m])\, V_t[m]` over open slots. Cost and state per
-    token do not depend on the length of the history. The same inputs give the same bits in every run.
+    :math:`o_t = \sum_m \mathrm{softmax}_m(\mathrm{scale}\; q_t \cdot K_t[m])\, V_t[m]` over open slots. Cost and state
+    per token do not depend on the length of the history. The same inputs give the same bits in every run.
 
     Args:
         query: (B, Hq, T, Dk), float64, float32, bfloat16 or float16, any strides.

@@ -1,11 +1,12 @@
 """Blurry window attention in plain PyTorch, token by token from the law: what every kernel is tested against.
 
-Written from the law alone, it shares no arithmetic with the C++ sources. It is slow and keeps everything autograd needs.
+Written from the law alone, it shares no arithmetic with the C++ sources. It is slow and keeps all that autograd needs.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .window import BlurryWindow
 
 
 def dirichlet(x: int, slots: int, window: int) -> float:
-    """The cardinal Dirichlet kernel D(x) of ``slots`` samples over the period ``window``: D(0) = 1, D(j window/slots) = 0."""
+    """The cardinal Dirichlet kernel D(x) of ``slots`` samples over ``window``: 1 at 0 and 0 at the other samples."""
     x %= window
     if x % (window // slots) == 0:
         return 1.0 if x == 0 else 0.0
@@ -73,7 +74,7 @@ def _write(content: Tensor, token: Tensor, share: Tensor) -> Tensor:
 def _head(
     q: Tensor, k: Tensor, v: Tensor, slots: tuple[Tensor, Tensor], share: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One kv head of one sequence: q (G, T, Dk), k (T, Dk), v (T, Dv), slots key (N, Dk) and value (N, Dv), share (T, N)."""
+    """One kv head of one sequence: q (G, T, Dk), k (T, Dk), v (T, Dv), slots (N, Dk) and (N, Dv), share (T, N)."""
     key, value = slots
     outs, lses = [], []
     for t in range(k.shape[0]):
@@ -110,7 +111,7 @@ def blurry_window_attention(
         sequences = [(b, slice(0, query.shape[2])) for b in range(query.shape[0])]
     else:
         ends = cu_seqlens.tolist()
-        sequences = [(0, slice(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        sequences = [(0, slice(a, b)) for a, b in pairwise(ends)]
     group = query.shape[1] // kv_heads
     windows, phases = window.windows(kv_heads), window.phases(kv_heads)
 

@@ -205,7 +205,7 @@ def _figure(height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if str(error.name).partition(".")[0] != "matplotlib":
             raise
         raise ModuleNotFoundError(
             "blurry_attn.viz needs matplotlib; type: pip install matplotlib", name="matplotlib"

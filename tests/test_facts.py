@@ -21,7 +21,9 @@ MIXED = {
 def test_constant_values_give_that_constant(kernel, dtype, device):
     query, key, _ = make_inputs(2, 5, None, 3000, 4, dtype=dtype, device=device)
     constant = randn(2, 5, 1, 3, dtype=dtype, device=device, seed=7)
-    out, state = blurry_window_attention(query, key, constant.expand(-1, -1, 3000, -1), MIXED[kernel], return_state=True)
+    out, state = blurry_window_attention(
+        query, key, constant.expand(-1, -1, 3000, -1), MIXED[kernel], return_state=True
+    )
     bound = tolerance("out", dtype, MIXED[kernel])
     assert relative_error(out, constant.expand_as(out)) <= bound
     assert relative_error(state.value, constant.expand_as(state.value)) <= bound

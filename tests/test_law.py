@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from blurry_attn import BlurryWindow, _C, reference
+from blurry_attn import _C, BlurryWindow, reference
 
 SIZES = [(slots, r) for slots, r in itertools.product((2, 3, 4, 5, 6, 7, 16, 65), (1, 2, 3, 5, 6, 7, 8, 32))] + [
     (2, 300),
@@ -58,11 +58,11 @@ def test_dirichlet_interpolates(slots, r):
     gates = table("dirichlet", slots, r, r // 2, 2 * period, period)
     assert not gates.isnan().any()
     torch.testing.assert_close(gates.sum(1), torch.ones(period, dtype=torch.float64), rtol=0, atol=1e-13)
-    x = torch.arange(2 * period, 3 * period).unsqueeze(1) - torch.arange(slots) * r - r // 2
+    x = (torch.arange(2 * period, 3 * period).unsqueeze(1) - torch.arange(slots) * r - r // 2).double()
     harmonics = torch.arange(1, (slots + 1) // 2, dtype=torch.float64)
     cosine = 1 + 2 * (2 * math.pi / period * x.unsqueeze(-1) * harmonics).cos().sum(-1)
     if slots % 2 == 0:
-        cosine = cosine + (math.pi / r * x.double()).cos()
+        cosine = cosine + (math.pi / r * x).cos()
     torch.testing.assert_close(gates, cosine / slots, rtol=0, atol=1e-11)
     centred = x % r == 0
     assert torch.equal(gates[centred], (x[centred] % period == 0).double())

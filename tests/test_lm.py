@@ -49,7 +49,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(text: Path) -> TrainConfig:
-    return TrainConfig(text=str(text), context=64, batch=8, steps=40, learning_rate=1e-2)
+    return TrainConfig(text=str(text), context=64, batch=4, steps=24, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 def test_compare_trains_all_mixers_alike(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    arguments = ["compare", "--text", str(text), "--run", str(tmp_path), *OPTIONS, "--steps", "8", "--batch", "2"]
+    arguments = ["compare", "--text", str(text), "--run", str(tmp_path), *OPTIONS, "--steps", "4", "--batch", "2"]
     assert main([*arguments, "--learning-rates", "1e-2", "3e-3"]) == 0
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "compare.json").read_text())

@@ -62,7 +62,9 @@ def test_sequences_of_one_batch_at_different_positions(kernel, device):
         whole.append(in_pieces([length + more], *sequence, window))
         first = [x[:, :, :length] for x in sequence]
         states.append(blurry_window_attention(*first, window, return_state=True)[1])
-    state = BlurryState(*(torch.cat([getattr(s, name) for s in states]) for name in ("key", "value", "position")), window)
+    state = BlurryState(
+        *(torch.cat([getattr(s, name) for s in states]) for name in ("key", "value", "position")), window
+    )
     rest = [torch.cat([x[b, :, n : n + more].unsqueeze(0) for b, n in enumerate(seen)]) for x in inputs]
     expected = {n: torch.cat([w[n][:, :, -more:] if n in ("out", "lse") else w[n] for w in whole]) for n in whole[0]}
     actual = in_pieces([more], *rest, window, state)

@@ -64,11 +64,8 @@ class Ratio:
     at_most: bool = False
     per_token: bool = False
 
-    def value(self, seconds: Callable[[str, int], float | None]) -> float | None:
-        """The measured ratio; None where either side was not measured. ``seconds(provider, length)`` looks one up."""
-        above, below = seconds(self.provider, self.length), seconds(self.over, self.over_length)
-        if above is None or below is None:
-            return None
+    def value(self, above: float, below: float) -> float:
+        """The ratio of the two measured times, in seconds."""
         return above / below * (self.over_length / self.length if self.per_token else 1.0)
 
     def met(self, value: float) -> bool:
@@ -77,8 +74,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Suite:
-    """Everything one command measures on one device: ``sweeps`` times over all cases, each time at least ``rounds`` calls
-    of every provider and at least ``seconds`` in all per case."""
+    """Everything one command measures on one device.
+
+    All cases are gone through ``sweeps`` times; each time every provider is called at least ``rounds`` times, and each
+    case is given at least ``seconds``.
+    """
 
     cases: tuple[Case, ...]
     providers: tuple[str, ...]

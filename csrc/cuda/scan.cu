@@ -90,21 +90,25 @@ __device__ __forceinline__ int64_t slot_at(const Problem& p, int64_t entry, int6
   return ((entry * p.kv_heads + head) * p.slots + slot) * dim;
 }
 
+// Element of a given tensor of slots, at a slot that is open at `token`; else 0.
+template <typename compute>
+__device__ __forceinline__ compute given(const Problem& p, const Law<compute>& law, const void* slots, int64_t token,
+                                         int64_t sequence, int64_t head, int slot, int64_t dim, int d) {
+  if (!slots || !law.is_open(slot, token)) return compute(0);
+  return static_cast<const compute*>(slots)[slot_at(p, sequence, head, slot, dim) + d];
+}
 // What a slot holds just before the first token of its sequence.
 template <typename compute>
 __device__ __forceinline__ compute given_content(const Problem& p, const Law<compute>& law, const void* state,
                                                  const Sequence& sequence, int64_t head, int slot, int64_t dim, int d) {
-  if (!state || !law.is_open(slot, sequence.position - 1)) return compute(0);
-  return static_cast<const compute*>(state)[slot_at(p, sequence.index, head, slot, dim) + d];
+  return given(p, law, state, sequence.position - 1, sequence.index, head, slot, dim, d);
 }
-
 // What the returned state's gradient gives to a slot at the end of its sequence.
 template <typename compute>
 __device__ __forceinline__ compute given_gradient(const Problem& p, const Law<compute>& law, const void* gradient,
                                                   const Sequence& sequence, int64_t head, int slot, int64_t dim,
                                                   int d) {
-  return given_content<compute>(p, law, law.is_open(slot, sequence.end() - 1) ? gradient : nullptr, sequence, head,
-                                slot, dim, d);
+  return given(p, law, gradient, sequence.end() - 1, sequence.index, head, slot, dim, d);
 }
 
 // Adds `values` over the `threads` neighbouring threads (a power of two, at least `count`); each of the first `count`

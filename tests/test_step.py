@@ -1,0 +1,76 @@
+"""A step is the whole, one token at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import HALVES, KERNELS, assert_accurate, make_inputs, make_state, relative_error, run
+
+from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
+
+PYRAMID = {kernel: BlurryWindow.pyramid(5, (1, 4, 9), kernel) for kernel in KERNELS}
+
+
+def steps(inputs, state, **options):
+    with torch.no_grad():
+        outs = [
+            blurry_window_step(*(x[:, :, t : t + 1] for x in inputs), state, **options)
+            for t in range(inputs[0].shape[2])
+        ]
+    return torch.cat(outs, 2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("position", [(0, 0), (3, 41)], ids=str)
+def test_steps_equal_whole(kernel, dtype, position, device):
+    window = PYRAMID[kernel]
+    inputs = make_inputs(2, 6, 3, 70, 8, 5, dtype, device)
+    state = make_state(window, position, 3, 8, 5, dtype, device)
+    whole = run(blurry_window_attention, *inputs, window, state=state, gradients=False, scale=0.4)
+    out = steps(inputs, state, enable_gqa=True, scale=0.4)
+    assert out.dtype == dtype
+    found = {"out": out, "end_key": state.key, "end_value": state.value, "position": state.position}
+    if position != (0, 0):  # a shut slot of the given state is left as it is until it opens
+        assert (state.position > 45).all()
+    assert_accurate(found, {name: whole[name] for name in found}, dtype, window)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision(kernel, dtype, device):
+    """The state stays float32: a step rounds its output and nothing else."""
+    window = BlurryWindow(6, 24, kernel)
+    inputs = make_inputs(2, 2, tokens=60, dtype=dtype, device=device)
+    state = BlurryState.empty(2, 2, 8, window=window, device=device)
+    out = steps(inputs, state)
+    exact = blurry_window_attention(*(x.double() for x in inputs), window, return_state=True)
+    assert out.dtype == dtype and state.key.dtype == torch.float32
+    assert relative_error(out, exact[0].to(dtype)) <= 2 * torch.finfo(dtype).eps
+    assert relative_error(state.key, exact[1].key) <= 1e-5
+
+
+def test_in_place_through_views(device):
+    """The state's own memory is written, also where it is a part of a larger one."""
+    window = BlurryWindow(4, 16)
+    inputs = [x[:, :, :1] for x in make_inputs(dtype=torch.float32, device=device)]
+    whole = make_state(window, [7, 8, 9, 10], dtype=torch.float32, device=device)
+    part = BlurryState(whole.key[1:3], whole.value[1:3], whole.position[1:3], window)
+    alone, before = part.clone(), whole.clone()
+    out = blurry_window_step(*inputs, part)
+    assert torch.equal(out, blurry_window_step(*inputs, alone))
+    assert torch.equal(whole.key[1:3], alone.key) and whole.position.tolist() == [7, 9, 10, 10]
+    assert torch.equal(whole.key[::3], before.key[::3]) and torch.equal(whole.value[::3], before.value[::3])
+
+
+def test_then_whole_again(device):
+    """Prefill, steps, prefill: a chat's second turn."""
+    window = PYRAMID["fejer"]
+    inputs = make_inputs(2, 3, tokens=90, device=device)
+    first, middle, last = ([x[:, :, a:b] for x in inputs] for a, b in ((0, 33), (33, 50), (50, 90)))
+    out, state = blurry_window_attention(*first, window, return_state=True)
+    outs = [out, steps(middle, state)]
+    out, state = blurry_window_attention(*last, window, state=state, return_state=True)
+    whole = run(blurry_window_attention, *inputs, window, gradients=False)
+    found = {"out": torch.cat([*outs, out], 2), "end_key": state.key, "position": state.position}
+    assert_accurate(found, {name: whole[name] for name in found}, torch.float64, window)
