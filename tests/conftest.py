@@ -1,10 +1,11 @@
-"""Every test runs with two threads, deterministic algorithms and fresh memory full of NaN; `device` covers the devices."""
+"""Every test runs with two threads, deterministic algorithms and fresh memory full of NaN, on each device."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a busy machine: threads that wait do not spin
 
 import pytest
 import torch

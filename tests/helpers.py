@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from blurry_attn import BlurryState, BlurryWindow, reference
+from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, reference
 
 WINDOWS = {
     "fejer": BlurryWindow(4, 16),
@@ -78,6 +79,17 @@ def shut_slots(window: BlurryWindow, position: Sequence[int], kv_heads: int) -> 
     return torch.tensor(opens) >= torch.tensor(position).reshape(-1, 1, 1)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For loops of many small operations, which threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run(
     attend: Callable,
     query: Tensor,
@@ -96,23 +108,24 @@ def run(
     leaves = {name: leaf.detach().requires_grad_(gradients) for name, leaf in leaves.items()}
     if state is not None:
         state = BlurryState(leaves["state_key"], leaves["state_value"], state.position, state.window)
-    out, lse, end = attend(
-        *(leaves[name] for name in ("query", "key", "value")),
-        window,
-        state=state,
-        enable_gqa=True,
-        return_lse=True,
-        return_state=True,
-        **options,
-    )
-    results = {"out": out, "lse": lse, "end_key": end.key, "end_value": end.value}
-    found = {name: result.detach() for name, result in results.items()} | {"position": end.position}
-    if gradients:
-        cotangents = [
-            randn(*x.shape, dtype=x.dtype, device=x.device, seed=200 + i) for i, x in enumerate(results.values())
-        ]
-        grads = torch.autograd.grad(list(results.values()), list(leaves.values()), cotangents)
-        found |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    with nullcontext() if attend is blurry_window_attention else one_thread():
+        out, lse, end = attend(
+            *(leaves[name] for name in ("query", "key", "value")),
+            window,
+            state=state,
+            enable_gqa=True,
+            return_lse=True,
+            return_state=True,
+            **options,
+        )
+        results = {"out": out, "lse": lse, "end_key": end.key, "end_value": end.value}
+        found = {name: result.detach() for name, result in results.items()} | {"position": end.position}
+        if gradients:
+            cotangents = [
+                randn(*x.shape, dtype=x.dtype, device=x.device, seed=200 + i) for i, x in enumerate(results.values())
+            ]
+            grads = torch.autograd.grad(list(results.values()), list(leaves.values()), cotangents)
+            found |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return found
 
 
@@ -147,10 +160,11 @@ def oracle(
         slots = [torch.where(kept, x.to(dtype), 0.0) for x in (state.key, state.value)]
     query = query.reshape(batch, kv_heads, -1, tokens, dim)
     outs, lses = [], []
-    for t in range(tokens):
-        slots = [x + share[:, :, t] * (new[:, :, t, None] - x) for x, new in zip(slots, (key, value), strict=True)]
-        logits = scale * (query[:, :, :, t] @ slots[0].mT)
-        logits = logits.masked_fill(shut[:, :, t, None], -math.inf)
+    for q, k, v, gate, closed in zip(
+        *(x.unbind(-2) for x in (query, key, value)), share.unbind(2), shut.unbind(2), strict=True
+    ):
+        slots = [x + gate * (new.unsqueeze(-2) - x) for x, new in zip(slots, (k, v), strict=True)]
+        logits = (scale * (q @ slots[0].mT)).masked_fill(closed.unsqueeze(2), -math.inf)
         outs.append(torch.softmax(logits, -1) @ slots[1])
         lses.append(torch.logsumexp(logits, -1))
     out, lse = torch.stack(outs, 3).flatten(1, 2), torch.stack(lses, 3).flatten(1, 2)
@@ -207,7 +221,7 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 def history_weights(
     attend: Callable, window: BlurryWindow, tokens: int, kv_heads: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Weight of each token in each output (heads, tokens, tokens), and in each slot at the end (heads, slots, tokens)."""
+    """Weight of each token in each output (heads, tokens, tokens) and each final slot (heads, slots, tokens)."""
     query, key, _ = make_inputs(1, kv_heads, None, tokens, 8, dtype=dtype, device=device)
     one_hot = torch.eye(tokens, dtype=dtype, device=device).expand(1, kv_heads, -1, -1)
     out, state = attend(query, key, one_hot, window, return_state=True)

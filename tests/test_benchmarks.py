@@ -30,10 +30,11 @@ def test_speed_runs_on_a_tiny_case(tmp_path: Path) -> None:
     rows = {(row["provider"], row["mode"]): row for row in result["rows"]}
     assert set(rows) == {(name, mode) for name in SUITES["cpu"].providers for mode in MODES}
     for row in rows.values():
-        # The output is new memory in every mode, and in the other there are three gradients besides.
+        # The output is new memory, and with the backward three gradients besides; the system's count of resident
+        # pages lags by up to 64 pages per thread.
         case, tensors = row["case"], 1 if row["mode"] == "forward" else 4
         tensor = 4 * case["batch"] * case["heads"] * case["length"] * case["head_dim"]
-        assert 0.9 * tensors * tensor < row["peak_bytes"]
+        assert tensors * tensor - 2**19 < row["peak_bytes"]
         assert row["seconds"] > 0 and row["seconds_per_token"] == row["seconds"] / case["length"]
     assert done.stdout.rstrip().endswith(report.table(result))
 

@@ -19,8 +19,7 @@ assert len(CASES) >= 13, "tests/golden is incomplete"
 def load(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[dict, BlurryWindow, dict[str, torch.Tensor]]:
     arrays = dict(np.load(path))
     config = json.loads(str(arrays.pop("config")))
-    window = BlurryWindow(*(config.get(name) for name in ("slots", "window", "kernel")),
-                          None if config["kernel"] == "dirichlet" else config["sharpness"], config.get("phase"))  # fmt: skip
+    window = BlurryWindow(*(config.get(name) for name in ("slots", "window", "kernel", "sharpness", "phase")))
     return config, window, {name: torch.from_numpy(x).to(device, dtype) for name, x in arrays.items()}
 
 

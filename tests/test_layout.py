@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -122,13 +123,13 @@ def test_packed_sequences_have_the_bits_of_each_alone(kernel, dtype, stated, end
         out, lse, end = blurry_window_attention(*leaves, window, enable_gqa=True, state=state, cu_seqlens=cu_seqlens,
                                                 return_lse=True, return_state=True)  # fmt: skip
         (out.sum() + lse.sum() + end.key.sum() + end.value.sum()).backward()
-        for s, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        for s, (a, b) in enumerate(pairwise(ends)):
             alone = [x[:, :, a:b].detach().requires_grad_() for x in inputs]
             part = state and BlurryState(*(x[s : s + 1] for x in (state.key, state.value, state.position)), window)
-            o, l, e = blurry_window_attention(*alone, window, enable_gqa=True, state=part, return_lse=True,
+            o, z, e = blurry_window_attention(*alone, window, enable_gqa=True, state=part, return_lse=True,
                                               return_state=True)  # fmt: skip
-            (o.sum() + l.sum() + e.key.sum() + e.value.sum()).backward()
-            assert torch.equal(out[:, :, a:b], o) and torch.equal(lse[:, :, a:b], l)
+            (o.sum() + z.sum() + e.key.sum() + e.value.sum()).backward()
+            assert torch.equal(out[:, :, a:b], o) and torch.equal(lse[:, :, a:b], z)
             for name in ("key", "value", "position"):
                 assert torch.equal(getattr(end, name)[s : s + 1], getattr(e, name))
             for x, y in zip(leaves, alone, strict=True):

@@ -373,3 +373,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: TrainConfig, tmp_path: 
         not (tmp_path / checkpoint.FILE).exists()
         or torch.isfinite(checkpoint.load(tmp_path).tensors["model.embedding.weight"]).all()
     )
+
+
+def test_a_missing_package_is_named():
+    code = "import runpy, sys; sys.modules['tqdm'] = None; runpy.run_module('blurry_attn.lm', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("blurry-lm: tqdm is missing") and done.stderr.count("\n") == 1

@@ -105,5 +105,7 @@ SUITES: dict[str, Suite] = {
     ),
 }
 QUICK: dict[str, Suite] = {
-    "cpu": Suite(cases=(Case(length=512, heads=2),), providers=SUITES["cpu"].providers, sweeps=1, rounds=2, seconds=0.0)
+    "cpu": Suite(
+        cases=(Case(length=1024, heads=4),), providers=SUITES["cpu"].providers, sweeps=1, rounds=2, seconds=0.0
+    )
 }

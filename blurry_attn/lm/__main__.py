@@ -15,6 +15,7 @@ EXTRA = ("tqdm", "safetensors", "matplotlib", "numpy")
 try:
     import torch
 
+    from .. import _C
     from . import checkpoint
     from .checkpoint import TrainConfig
     from .compare import PLOT as COMPARE_PLOT
@@ -109,7 +110,7 @@ def _configs(args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig]:
 
 def _device(args: argparse.Namespace) -> torch.device:
     if args.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and _C.build_info()["cuda"] else "cpu")
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)

@@ -31,14 +31,14 @@ struct Problem {
   DType dtype;
   Kernel kernel;
   int64_t batch, query_heads, kv_heads, tokens, key_dim, value_dim, slots, sequences;
-  int64_t longest_window;             // over the kv heads
+  int64_t longest_window;  // over the kv heads
   double scale;
   View query, key, value;
-  const HeadLaw* laws;                // [kv_heads]
-  const void* gates;                  // compute: flux_gates ("fejer") or period_gates of the heads
-  const void* cu_seqlens = nullptr;   // null: one sequence per batch entry; values out of range are clamped
+  const HeadLaw* laws;               // [kv_heads]
+  const void* gates;                 // compute: flux_gates ("fejer") or period_gates of the heads
+  const void* cu_seqlens = nullptr;  // null: one sequence per batch entry; values out of range are clamped
   bool cu_seqlens_is_64 = false;
-  const void* state_key = nullptr;    // compute (sequence, kv head, slot, element), contiguous; null: none given
+  const void* state_key = nullptr;  // compute (sequence, kv head, slot, element), contiguous; null: none given
   const void* state_value = nullptr;
   const int64_t* position = nullptr;  // [sequences]; null: 0
   cudaStream_t stream = nullptr;
@@ -46,8 +46,8 @@ struct Problem {
 
 struct Outputs {
   View out;
-  void* lse;                    // compute (batch, query head, token), contiguous
-  void* state_key = nullptr;    // compute, as the given one; null: not wanted
+  void* lse;                  // compute (batch, query head, token), contiguous
+  void* state_key = nullptr;  // compute, as the given one; null: not wanted
   void* state_value = nullptr;
 };
 

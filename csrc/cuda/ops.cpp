@@ -52,8 +52,9 @@ const Tables& tables_of(const Call& call) {
   const std::lock_guard<std::mutex> lock(mutex);
   auto found = cache.find(key);
   if (found == cache.end()) {
-    TORCH_CHECK(!capturing(), "blurry_attn: the first call with this window on this device copies its tables there, "
-                              "which a CUDA graph cannot capture; make one call before the capture");
+    TORCH_CHECK(!capturing(),
+                "blurry_attn: the first call with this window on this device copies its tables there, "
+                "which a CUDA graph cannot capture; make one call before the capture");
     found = cache.emplace(std::move(key), make_tables(call)).first;
   }
   return found->second;
@@ -121,12 +122,14 @@ cuda::Problem make_problem(const Call& call) {
   return problem;
 }
 
-at::Tensor workspace(const Call& call, int64_t bytes) { return at::empty({bytes}, call.query.options().dtype(at::kByte)); }
+at::Tensor workspace(const Call& call, int64_t bytes) {
+  return at::empty({bytes}, call.query.options().dtype(at::kByte));
+}
 
 at::Tensor positions_after(const Call& call) {
-  const at::Tensor lengths = call.cu_seqlens ? at::diff(call.cu_seqlens->to(at::kLong))
-                                             : at::full({call.sequences()}, call.tokens(),
-                                                        call.query.options().dtype(at::kLong));
+  const at::Tensor lengths = call.cu_seqlens
+                                 ? at::diff(call.cu_seqlens->to(at::kLong))
+                                 : at::full({call.sequences()}, call.tokens(), call.query.options().dtype(at::kLong));
   return call.position ? lengths.add(*call.position) : lengths;
 }
 

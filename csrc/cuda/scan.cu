@@ -4,7 +4,8 @@
 //   mix:     y_t = sum_m w_t[m] S_t[m]        out (probabilities, value) and grad_query (grad_logits, key)
 //   adjoint: G_t[m] = w_t[m] a_t + (1 - g_{t+1}[m]) G_{t+1}[m],  y_t = sum_m g_t[m] G_t[m]     grad_key, grad_value
 // Each keeps its share of the slots in registers. Logits and weights live for as many stretches at once as a bounded
-// workspace holds. A stretch's rows are its (token, query head of the group) pairs; the heads of a group share the slots.
+// workspace holds. A stretch's rows are its (token, query head of the group) pairs; the heads of a group share the
+// slots.
 #include <type_traits>
 #include <utility>
 
@@ -55,9 +56,9 @@ struct Plan {
 // Stretch number `x` of a plan.
 struct Stretch {
   Sequence sequence;
-  int64_t number;   // in its sequence
-  int64_t time;     // of its first token
-  int length;       // tokens; 0 only if the sequence is empty
+  int64_t number;  // in its sequence
+  int64_t time;    // of its first token
+  int length;      // tokens; 0 only if the sequence is empty
   bool exists, last;
 
   __device__ Stretch(const Problem& problem, const Plan& plan, int64_t x) : sequence(problem, find(problem, plan, x)) {
@@ -235,10 +236,10 @@ int rows_that_fit(int64_t bytes_per_row) {
 // The tokens of one side, key or value, and the slots that hold them.
 struct Side {
   View tokens;
-  bool whole;                 // quads of elements are aligned
+  bool whole;  // quads of elements are aligned
   int dim;
-  const void* given;          // state
-  void* boundaries;           // compute [stretch][kv head][slot][dim]: contents before the first token of a stretch
+  const void* given;  // state
+  void* boundaries;   // compute [stretch][kv head][slot][dim]: contents before the first token of a stretch
 };
 
 // A thread's tile in dot: slots slot0 .. slot0 + 3 by the dims (4 (j across + thread) + e).
@@ -318,7 +319,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
     __syncthreads();
     if (threadIdx.x < count) chunk.info[threadIdx.x].make(law, begin + threadIdx.x);
     stage_rows<storage>(chunk.tokens, dim_width, count, 0, side.dim, side.tokens.element, side.whole, [&](int i) {
-      return row_of<const storage>(side.tokens, sequence.batch, block.head, sequence.row + begin + i - sequence.position);
+      return row_of<const storage>(side.tokens, sequence.batch, block.head,
+                                   sequence.row + begin + i - sequence.position);
     });
     __syncthreads();
     stage_gates(p, law, chunk.info, chunk.gates, chunk.plain, slot_width, count, first_slot, 1, 0);
@@ -345,16 +347,15 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
 // "fejer": the same, each element of a slot going along the slot's cells through the whole sequence. Tokens between
 // lobes cost nothing.
 template <typename storage, typename compute>
-__global__ void __launch_bounds__(kMaxThreads)
-    scan_chains(Problem p, Plan plan, Side side, int tiles, compute* end) {
+__global__ void __launch_bounds__(kMaxThreads) scan_chains(Problem p, Plan plan, Side side, int tiles, compute* end) {
   const BlockIndex block(p, tiles);
   const int64_t element = static_cast<int64_t>(block.tile) * blockDim.x + threadIdx.x;
   if (element >= p.slots * side.dim) return;
   const int slot = static_cast<int>(element / side.dim), d = static_cast<int>(element % side.dim);
   const Sequence sequence(p, block.entry);
   const Law<compute> law(p, block.head);
-  const storage* tokens = row_of<const storage>(side.tokens, sequence.batch, block.head, sequence.row) +
-                          d * side.tokens.element;
+  const storage* tokens =
+      row_of<const storage>(side.tokens, sequence.batch, block.head, sequence.row) + d * side.tokens.element;
   compute* boundaries = static_cast<compute*>(side.boundaries) +
                         slot_at(p, Stretch::first(p, plan, block.entry), block.head, slot, side.dim) + d;
   const int64_t step = slot_at(p, 1, 0, 0, side.dim);
@@ -541,6 +542,35 @@ struct MixTile {
       }
     }
   }
+  // The adjoint of write(): adds what goes to the token to `sums`, and keeps what goes to the content before.
+  template <bool add>
+  __device__ __forceinline__ void unwrite(const compute* gates, bool plain, compute (&sums)[dims]) {
+#pragma unroll
+    for (int j = 0; j < kSlots / 4; ++j) {
+      const Quad<compute> gate = *reinterpret_cast<const Quad<compute>*>(gates + slot(j));
+      if (plain) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+#pragma unroll
+          for (int i = 0; i < dims; ++i) {
+            if (add) sums[i] += gate.x[e] * content[4 * j + e][i];
+            content[4 * j + e][i] -= gate.x[e] * content[4 * j + e][i];
+          }
+        }
+      } else if (gate.x[0] != 0 || gate.x[1] != 0 || gate.x[2] != 0 || gate.x[3] != 0) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const bool taken = gate.x[e] != compute(0), replaced = gate.x[e] == compute(1);
+#pragma unroll
+          for (int i = 0; i < dims; ++i) {
+            const compute share = taken ? gate.x[e] * content[4 * j + e][i] : compute(0);
+            if (add) sums[i] += share;
+            content[4 * j + e][i] = replaced ? compute(0) : content[4 * j + e][i] - share;
+          }
+        }
+      }
+    }
+  }
 };
 
 // mix. `results` has the shape of the query with the side's dim.
@@ -577,12 +607,11 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
     }
     stage_rows<compute>(chunk.weights, slot_width, count, 0, slots, 1, slots % 4 == 0,
                         [&](int i) { return weights + static_cast<int64_t>(begin + i) * slots; });
-    stage_rows<storage>(chunk.tokens, dim_width, count, first_dim, side.dim, side.tokens.element, side.whole,
-                        [&](int i) {
-                          const int token = (begin + i) / group, head = (begin + i) % group;
-                          return head == 0 ? row_of<const storage>(side.tokens, batch, block.head, row0 + token)
-                                           : nullptr;
-                        });
+    stage_rows<storage>(
+        chunk.tokens, dim_width, count, first_dim, side.dim, side.tokens.element, side.whole, [&](int i) {
+          const int token = (begin + i) / group, head = (begin + i) % group;
+          return head == 0 ? row_of<const storage>(side.tokens, batch, block.head, row0 + token) : nullptr;
+        });
     __syncthreads();
     stage_gates(p, law, chunk.info, chunk.gates, chunk.plain, slot_width, count, 0, group, begin);
     __syncthreads();
@@ -619,13 +648,13 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
 
 // The gradients of one side.
 struct Adjoint {
-  View rows;                   // the a_t: query or grad_out
+  View rows;  // the a_t: query or grad_out
   bool rows_whole;
-  const void* weights;         // of the stretches in hand
-  void* carries;               // compute [stretch][kv head][slot][dim]: G at the first token, its write undone
-  const void* grad_state;      // of the returned state; null: not given
+  const void* weights;     // of the stretches in hand
+  void* carries;           // compute [stretch][kv head][slot][dim]: G at the first token, its write undone
+  const void* grad_state;  // of the returned state; null: not given
   View grad_tokens;
-  void* grad_given;            // of the given state; null: not wanted
+  void* grad_given;  // of the given state; null: not wanted
 };
 
 // adjoint, from the last token of a stretch to the first. `local`: from zero, for what the stretch adds to its carry
@@ -695,23 +724,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
       }
       if (head-- > 0) continue;
       // All heads of the group are in: now the token's write, backwards.
-      const bool plain = chunk.plain[i];
-#pragma unroll
-      for (int j = 0; j < Tile::kSlots / 4; ++j) {
-        const Quad<compute> g = *reinterpret_cast<const Quad<compute>*>(chunk.gates + i * slot_width + tile.slot(j));
-        if (!plain && g.x[0] == 0 && g.x[1] == 0 && g.x[2] == 0 && g.x[3] == 0) continue;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-#pragma unroll
-          for (int d = 0; d < dims; ++d) {
-            compute& content = tile.content[4 * j + e][d];
-            if (plain || g.x[e] != compute(0)) {
-              if (!local) sums[d] += g.x[e] * content;
-              content = !plain && g.x[e] == compute(1) ? compute(0) : content - g.x[e] * content;
-            }
-          }
-        }
-      }
+      tile.template unwrite<!local>(chunk.gates + i * slot_width, chunk.plain[i], sums);
       if (!local) {
         sum_over_threads(sums, tile.thread, shape.across);
         if (holds) {
@@ -723,9 +736,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
       --token;
     }
   }
-  compute* out = local ? carries + slot_at(p, x, block.head, 0, side.dim)
-                       : static_cast<compute*>(adjoint.grad_given) +
-                             slot_at(p, sequence.index, block.head, 0, side.dim);
+  compute* out = local
+                     ? carries + slot_at(p, x, block.head, 0, side.dim)
+                     : static_cast<compute*>(adjoint.grad_given) + slot_at(p, sequence.index, block.head, 0, side.dim);
   if (!local && (stretch.number > 0 || !adjoint.grad_given)) return;
 #pragma unroll
   for (int s = 0; s < Tile::kSlots; ++s) {
@@ -753,9 +766,8 @@ __global__ void __launch_bounds__(kMaxThreads) scan_decays(Problem p, Plan plan,
   if (law.kernel != Kernel::fejer && stretch.length >= law.cells.window()) {
     decay = 0;  // the slot was centred within the stretch
   } else {
-    walk_slot(law, slot, stretch.time, stretch.time + stretch.length, [&](int64_t, compute gate) {
-      decay = gate == compute(1) ? compute(0) : decay * (compute(1) - gate);
-    });
+    walk_slot(law, slot, stretch.time, stretch.time + stretch.length,
+              [&](int64_t, compute gate) { decay = gate == compute(1) ? compute(0) : decay * (compute(1) - gate); });
   }
   decays[slot_at(p, block.entry, block.head, slot, 1)] = decay;
 }
@@ -817,17 +829,16 @@ struct Scan {
     Shape shape = make_shape(side.dim, kDimsPerThread, p.slots, kSlotsPerThread);
     const int64_t numbers = kDimsPerThread * shape.across + kSlotsPerThread * shape.along;
     shape.chunk = rows_that_fit(Chunk<compute>::bytes_per_row(numbers));
-    launch("scan_boundaries", scan_boundaries<storage, compute>,
-           plan.count * (end ? 2 : 1) * p.kv_heads * shape.tiles, shape.threads(), bytes(shape, numbers), p.stream, p,
-           plan, side, shape, plan.count, end);
+    launch("scan_boundaries", scan_boundaries<storage, compute>, plan.count * (end ? 2 : 1) * p.kv_heads * shape.tiles,
+           shape.threads(), bytes(shape, numbers), p.stream, p, plan, side, shape, plan.count, end);
   }
   void dot(const Side& side, const View& rows, double scale, int64_t first, int64_t count, compute* results) const {
     Shape shape = make_shape(side.dim, kDimsPerThread, p.slots, kSlotsPerThread);
     const int64_t numbers = 2 * kDimsPerThread * shape.across + kSlotsPerThread * shape.along;
     shape.chunk = rows_that_fit(Chunk<compute>::bytes_per_row(numbers));
     launch("scan_dot", scan_dot<storage, compute>, count * p.kv_heads * shape.tiles, shape.threads(),
-           bytes(shape, numbers), p.stream, p, plan, side, shape, first, rows, whole(rows),
-           static_cast<compute>(scale), results);
+           bytes(shape, numbers), p.stream, p, plan, side, shape, first, rows, whole(rows), static_cast<compute>(scale),
+           results);
   }
   // Calls body(tile width as a type, shape, bytes) with the tile that holds all slots.
   template <typename body_type>
@@ -894,10 +905,11 @@ struct Scan {
     compute* decays = grad_logits + stretches * plan.weights_per_stretch(p);
     const Side keys = side(p.key, p.key_dim, p.state_key, boundary_keys);
     const Side values = side(p.value, p.value_dim, p.state_value, boundary_values);
-    const Adjoint key_adjoint{p.query,       whole(p.query),           grad_logits,   key_carries,
-                              gradients.grad_state_key, gradients.key, gradients.state_key};
-    const Adjoint value_adjoint{gradients.grad_out, whole(gradients.grad_out), probabilities, value_carries,
-                                gradients.grad_state_value, gradients.value,   gradients.state_value};
+    const Adjoint key_adjoint{p.query,       whole(p.query),     grad_logits, key_carries, gradients.grad_state_key,
+                              gradients.key, gradients.state_key};
+    const Adjoint value_adjoint{gradients.grad_out,   whole(gradients.grad_out),  probabilities,
+                                value_carries,        gradients.grad_state_value, gradients.value,
+                                gradients.state_value};
     boundaries(keys, nullptr);
     boundaries(values, nullptr);
     launch("scan_decays", scan_decays<compute>, plan.count * p.kv_heads * tiles_of(p.slots), kMaxThreads, 0, p.stream,

@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kThreads)
       compute sum = 0;
       for (int d = lane; d < key_dim; d += kWarp) {
         compute* content = state_key + static_cast<int64_t>(m) * key_dim + d;
-        const compute now = i == 0 ? update(content, to_compute<compute>(key[d * p.key.element]), gates[m], open[m] == 2)
-                                   : *content;
+        const compute now =
+            i == 0 ? update(content, to_compute<compute>(key[d * p.key.element]), gates[m], open[m] == 2) : *content;
         sum += to_compute<compute>(query[d * p.query.element]) * now;
       }
       sum = warp_sum(sum);
@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int m = share; m < slots && d < value_dim; m += shares) {
         compute* content = state_value + static_cast<int64_t>(m) * value_dim + d;
         const compute now =
-            i == 0 ? update(content, to_compute<compute>(value[d * p.value.element]), gates[m], open[m] == 2) : *content;
+            i == 0 ? update(content, to_compute<compute>(value[d * p.value.element]), gates[m], open[m] == 2)
+                   : *content;
         sum += weights[m] * now;
       }
       partial[threadIdx.x] = sum;

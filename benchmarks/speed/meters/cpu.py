@@ -7,8 +7,8 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,9 +31,9 @@ class CpuMeter:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         torch.set_num_threads(threads)
-        # Processes are forked from a server that has imported torch and done nothing else.
+        # Processes are forked from a server, started with the first of them, that has done nothing but imports.
         self.fresh = multiprocessing.get_context("forkserver")
-        self.fresh.set_forkserver_preload(["benchmarks.speed.__main__"])
+        self.fresh.set_forkserver_preload(["benchmarks.speed.__main__", "blurry_attn"])
 
     def hardware(self) -> dict[str, object]:
         return {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "threads": self.threads}
@@ -44,8 +44,27 @@ class CpuMeter:
         return time.perf_counter() - start
 
     def peak_bytes(self, provider: str, case: Case, mode: str) -> int:
-        with patch.dict(os.environ, ALLOCATOR), ProcessPoolExecutor(1, mp_context=self.fresh) as process:
-            return process.submit(_peak, provider, case, mode, self.threads).result()
+        receiver, sender = self.fresh.Pipe(duplex=False)
+        process = self.fresh.Process(target=_send_peak, args=(sender, provider, case, mode, self.threads), daemon=True)
+        with patch.dict(os.environ, ALLOCATOR):
+            process.start()
+        sender.close()
+        try:
+            answer = receiver.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(f"the memory process ended with status {process.exitcode}") from None
+        process.join()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _send_peak(sender: Connection, provider: str, case: Case, mode: str, threads: int) -> None:
+    try:
+        sender.send(_peak(provider, case, mode, threads))
+    except Exception as error:
+        sender.send(error)
 
 
 def _cpu_model() -> str:
