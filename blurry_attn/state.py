@@ -20,14 +20,13 @@ def _openings(slots: int, window: int, phase: int) -> list[int]:
 def _dirichlet(x: Tensor, slots: int, window: Tensor) -> Tensor:
     """Cardinal Dirichlet kernel of ``slots`` samples over the period ``window``, at the offsets ``x`` (float64)."""
     x = torch.remainder(x, window)
-    at_centre = torch.remainder(x, window // slots) == 0
-    is_one = at_centre & (x == 0)
     # Near the end of the period the angle loses its digits; measured from the nearer end it keeps them.
     x = torch.where(x > window / 2, x - window, x)
+    at_centre = torch.remainder(x, window // slots) == 0
     angle = torch.where(at_centre, 1.0, x * torch.pi / window)
     denominator = torch.sin(angle) if slots % 2 else torch.tan(angle)
     between = torch.sin(slots * angle) / (slots * denominator)
-    return torch.where(at_centre, is_one.to(x.dtype), between)
+    return torch.where(at_centre, (x == 0).to(x.dtype), between)
 
 
 @dataclass(eq=False, repr=False)

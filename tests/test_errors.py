@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import make_inputs, make_state
+from torch.autograd import forward_ad
 
 from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step, reference
 
@@ -60,7 +61,7 @@ CASES = {
     "value heads": (change(2, lambda x: x[:, :1]), ValueError, "value must have key's number of heads 2, got 1"),
     "heads": (change(0, lambda x: x[:, :1]), ValueError, "query must have as many heads as key .* enable_gqa=True"),
     "gqa": (
-        lambda device: ([torch.randn(1, h, 5, 8, device=device) for h in (3, 2, 2)], {"enable_gqa": True}),
+        lambda device: (make_inputs(1, 3, 2, 5, device=device), {"enable_gqa": True}),
         ValueError,
         "query must have a multiple of key's 2 heads, got 3",
     ),
@@ -76,9 +77,14 @@ CASES = {
     "cu_seqlens end": (numbers(0, 19), ValueError, "cu_seqlens must end at the number of tokens 20, got 19"),
     "cu_seqlens order": (numbers(0, 12, 9, 20), ValueError, "cu_seqlens must not decrease, got 9 after 12"),
     "cu_seqlens batch": (
-        lambda device: (make_inputs(2, dtype=torch.float32, device=device), {"cu_seqlens": torch.tensor([0, 50])}),
+        lambda device: (make_inputs(2, device=device), {"cu_seqlens": torch.tensor([0, 50], device=device)}),
         ValueError,
-        "query must have batch 1 with cu_seqlens|cu_seqlens must be on query's device",
+        "query must have batch 1 with cu_seqlens, got 2",
+    ),
+    "cu_seqlens device": (
+        option(cu_seqlens=lambda device: torch.tensor([0, 20], device="meta")),
+        ValueError,
+        "cu_seqlens must be on query's device",
     ),
     "state batch": (
         option(state=lambda device: make_state(WINDOW, [3, 4], dtype=torch.float32, device=device)),
@@ -101,7 +107,11 @@ CASES = {
         "state must have been made with the same window",
     ),
     "state type": (option(state=3), TypeError, "state must be a BlurryState, got int"),
-    "state device": (state(position=lambda x: x.to("meta")), ValueError, "position must be on the device of key"),
+    "state device": (
+        option(state=lambda device: make_state(WINDOW, [3], dtype=torch.float32, device="meta")),
+        ValueError,
+        "state.key must be on query's device",
+    ),
     "position": (state(position=lambda x: -x), ValueError, "state.position must not be negative, got -3"),
 }
 
@@ -109,15 +119,23 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_refused(case, device):
     make, error, message = CASES[case]
+    arguments, options = make(device)
     with pytest.raises(error, match=message):
-        arguments, options = make(device)
         blurry_window_attention(*arguments, WINDOW, **options)
 
 
-def test_nested(device):
-    nested = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 5, 8)], device=device)
-    with pytest.raises(NotImplementedError, match="query must not be a nested tensor"):
-        blurry_window_attention(nested, nested, nested, WINDOW)
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested(which, layout, device):
+    parts = [torch.zeros(tokens, 2, 8, device=device) for tokens in (3, 5)]
+    inputs = list(make_inputs(dtype=torch.float32, device=device))
+    inputs[which] = torch.nested.nested_tensor(parts, layout=layout).transpose(1, 2)
+    name = ("query", "key", "value")[which]
+    with pytest.raises(
+        NotImplementedError, match=f"{name} must not be a nested tensor; pack sequences with cu_seqlens"
+    ):
+        blurry_window_attention(*inputs, WINDOW)
 
 
 def test_window_of_other_heads(device):
@@ -163,10 +181,15 @@ def test_state_in_parts(device):
     ("make", "error", "message"),
     [
         (lambda q, k, v: (q, k, v.double()), TypeError, "value must have query's dtype"),
-        (lambda q, k, v: (q, k[:, :1], v), ValueError, "heads"),
+        (lambda q, k, v: (q, k[:, :1], v), ValueError, "query must have as many heads as key"),
         (lambda q, k, v: (q.repeat(1, 1, 2, 1), k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1)), ValueError, "one token"),
         (lambda q, k, v: (q[:1], k[:1], v[:1]), ValueError, "state.key must have shape"),
-        (lambda q, k, v: (q.requires_grad_(), k, v), NotImplementedError, r"torch.no_grad\(\)"),
+        (lambda q, k, v: (q.long(), k, v), TypeError, "query must be float64, float32, bfloat16 or float16"),
+        (lambda q, k, v: (q.double(), k.double(), v.double()), TypeError, "state.key must be Double"),
+        (lambda q, k, v: (q[..., :3], k[..., :3], v), ValueError, "state.key must have shape"),
+        (lambda q, k, v: (q, k, v[..., :3]), ValueError, "state.value must have shape"),
+        (lambda q, k, v: (q, k, v[0]), ValueError, "value must have 4 dimensions"),
+        (lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")), ValueError, "state.key must be on query's device"),
     ],
 )
 def test_refused_step_leaves_the_state(make, error, message, device):
@@ -179,24 +202,52 @@ def test_refused_step_leaves_the_state(make, error, message, device):
         assert torch.equal(getattr(state, name), getattr(before, name))
 
 
-def test_no_forward_mode_and_no_second_derivative(device):
-    inputs = [x.requires_grad_() for x in make_inputs(device=device)]
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda q: blurry_window_attention(q, q, q, WINDOW), (inputs[0].detach(),), (inputs[1].detach(),))
-    with pytest.raises(NotImplementedError, match="double backward"):
-        torch.autograd.grad(blurry_window_attention(*inputs, WINDOW).sum(), inputs, create_graph=True)
+def step_arguments(device):
+    inputs = [x[:, :, :1].contiguous() for x in make_inputs(1, device=device)]
+    given = make_state(WINDOW, [40], device=device)
+    return [*inputs, given.key, given.value], given.position
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 9, 8), (2, 2, 0, 8), (0, 2, 0, 8)], ids=["B = 0", "T = 0", "both"])
-@pytest.mark.parametrize("kernel", ["fejer", "dirichlet"])
-def test_nothing_is_fine(shape, kernel, device):
-    window = BlurryWindow(4, 16, kernel)
-    inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
-    out, lse, state = blurry_window_attention(*inputs, window, return_lse=True, return_state=True)
-    assert out.shape == shape and lse.shape == shape[:3]
-    assert state.key.shape == (shape[0], 2, 4, 8) and not state.key.any() and state.position.tolist() == [0] * shape[0]
-    (out.sum() + state.value.sum()).backward()
-    assert all(x.grad.shape == shape for x in inputs)
+def attend(position, *tensors):
+    given = BlurryState(*tensors[3:], position, WINDOW)
+    return blurry_window_attention(*tensors[:3], WINDOW, state=given, return_state=True)[0]
+
+
+def step(position, *tensors):
+    return blurry_window_step(*tensors[:3], BlurryState(*tensors[3:], position, WINDOW))
+
+
+@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "state.key", "state.value"])
+@pytest.mark.parametrize("call", [attend, step])
+def test_forward_mode_is_refused(call, which, device):
+    tensors, position = step_arguments(device)
+    before = [x.clone() for x in (*tensors, position)]
+    with forward_ad.dual_level():
+        tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation is not implemented"):
+            call(position, *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, position), strict=True))
+
+
+@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "state.key", "state.value"])
+def test_double_backward_is_refused(which, device):
+    tensors, position = step_arguments(device)
+    tensors[which].requires_grad_()
+    with pytest.raises(NotImplementedError, match="double backward is not implemented"):
+        torch.autograd.grad(attend(position, *tensors).sum(), tensors[which], create_graph=True)
+
+
+@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "state.key", "state.value"])
+def test_a_step_refuses_gradients_and_leaves_the_state(which, device):
+    tensors, position = step_arguments(device)
+    before = [x.clone() for x in (*tensors, position)]
+    tensors[which].requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"call it under torch.no_grad\(\)"):
+        step(position, *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, position), strict=True))
+    with torch.no_grad():
+        assert not step(position, *tensors).requires_grad
+    assert position.tolist() == [41]
 
 
 def test_reference_takes_the_same_call(device):

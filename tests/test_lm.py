@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from math import log2
@@ -36,6 +37,14 @@ from blurry_attn.lm.train import Interrupted, learning_rate, train
 CPU = torch.device("cpu")
 TINY = ModelConfig(dim=32, layers=2, slots=8, resolutions=(1, 1, 4, 4))
 OPTIONS = ["--dim", "16", "--layers", "1", "--slots", "4", "--resolutions", "1,2", "--context", "32", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """``generate`` takes one thread; the next test has its own again."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import KERNELS, make_inputs, make_state
+from helpers import KERNELS, make_inputs, make_state, randn
 from torch import nn
 
-from blurry_attn import BlurrySelfAttention, BlurryWindow, blurry_window_attention
+from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
 
 WINDOW = {kernel: BlurryWindow(4, (4, 12), kernel) for kernel in KERNELS}
 
@@ -33,13 +33,15 @@ def test_opcheck_forward(kernel, stated, packed, device):
     torch.library.opcheck(torch.ops.blurry_attn.forward.default, arguments)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("stated", [False, True], ids=["fresh", "stated"])
-def test_opcheck_backward(stated, device):
-    inputs, _, state = tensors(device, False)
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_opcheck_backward(kernel, stated, packed, device):
+    inputs, cu_seqlens, state = tensors(device, False, packed=packed)
     state = state if stated else [None] * 3
-    out, lse, *end = torch.ops.blurry_attn.forward(*inputs, *law("fejer"), None, *state, stated)
+    out, lse, *end = torch.ops.blurry_attn.forward(*inputs, *law(kernel), cu_seqlens, *state, stated)
     gradients = [out, lse, *end[:2]] if stated else [out, None, None, None]
-    arguments = (*gradients, *inputs, out, lse, *law("fejer"), None, *state)
+    arguments = (*gradients, *inputs, out, lse, *law(kernel), cu_seqlens, *state)
     torch.library.opcheck(torch.ops.blurry_attn.backward.default, arguments)
 
 
@@ -74,7 +76,7 @@ def test_compile(backend, device):
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(eager, fullgraph=True, backend=counter)
     for tokens in (20, 31, 57):
-        x = torch.randn(2, tokens, 32, device=device)
+        x = randn(2, tokens, 32, dtype=torch.float32, device=device)
         expected, actual = eager(x), compiled(x)
         torch.testing.assert_close(actual, expected)
         gradients = [torch.autograd.grad(y.square().sum(), list(eager.parameters())) for y in (actual, expected)]
@@ -82,12 +84,69 @@ def test_compile(backend, device):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compile_with_everything(kernel, device):
+    """Grouped heads, packed sequences, states in and out, lse, gradients: one graph."""
+    torch._dynamo.reset()
+    window = WINDOW[kernel]
+
+    def everything(query, key, value, slots_key, slots_value, position, cu_seqlens):
+        given = BlurryState(slots_key, slots_value, position, window)
+        out, lse, end = blurry_window_attention(query, key, value, window, enable_gqa=True, cu_seqlens=cu_seqlens,
+                                                state=given, return_lse=True, return_state=True)  # fmt: skip
+        return out, lse, end.key, end.value, end.position
+
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    for tokens in (20, 33):
+        inputs, cu_seqlens, state = tensors(device, True, tokens, packed=True)
+        leaves = [*inputs, *state[:2]]
+        results = [f(*inputs, *state, cu_seqlens) for f in (everything, compiled)]
+        grads = [torch.autograd.grad([x.sum() for x in found[:4]], leaves) for found in results]
+        for eager, ours in zip((*results[0], *grads[0]), (*results[1], *grads[1]), strict=True):
+            assert torch.equal(eager, ours)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiled_step_updates_the_state(kernel, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(blurry_window_step, fullgraph=True, backend="aot_eager")
+    state = make_state(WINDOW[kernel], [3, 50], dtype=torch.float32, device=device)
+    plain = state.clone()
+    for seed in range(3):
+        inputs = make_inputs(tokens=1, dtype=torch.float32, device=device, seed=seed)
+        assert torch.equal(compiled(*inputs, state), blurry_window_step(*inputs, plain))
+    assert torch.equal(state.key, plain.key) and torch.equal(state.value, plain.value)
+    assert state.position.tolist() == [6, 53]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_export_of_the_function(kernel, device):
+    """With a dynamic length, lse and the returned state."""
+
+    class Attend(nn.Module):
+        def forward(self, query, key, value):
+            out, lse, state = blurry_window_attention(
+                query, key, value, WINDOW[kernel], return_lse=True, return_state=True
+            )
+            return out, lse, state.key, state.value, state.position
+
+    inputs = make_inputs(tokens=20, dtype=torch.float32, device=device)
+    shape = {2: torch.export.Dim("tokens")}
+    program = torch.export.export(Attend(), inputs, dynamic_shapes=(shape, shape, shape))
+    for tokens in (1, 20, 75):
+        inputs = make_inputs(tokens=tokens, dtype=torch.float32, device=device)
+        for actual, expected in zip(program.module()(*inputs), Attend()(*inputs), strict=True):
+            assert torch.equal(actual, expected)
+
+
 def test_export(device):
     eager = module(device)
     tokens = torch.export.Dim("tokens")
-    program = torch.export.export(eager, (torch.randn(2, 20, 32, device=device),), dynamic_shapes=({1: tokens},))
+    program = torch.export.export(
+        eager, (randn(2, 20, 32, dtype=torch.float32, device=device),), dynamic_shapes=({1: tokens},)
+    )
     for length in (1, 20, 63):
-        x = torch.randn(2, length, 32, device=device)
+        x = randn(2, length, 32, dtype=torch.float32, device=device)
         torch.testing.assert_close(program.module()(x), eager(x))
 
 
@@ -104,10 +163,3 @@ def test_autocast(kernel, dtype, device):
     assert torch.equal(out, blurry_window_attention(*halves, window, enable_gqa=True))
     out.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 and x.grad.isfinite().all() for x in inputs)
-
-
-def test_no_gradient_is_asked_for_what_needs_none(device):
-    query, key, value = make_inputs(device=device)
-    blurry_window_attention(query.requires_grad_(), key, value, BlurryWindow(4, 16)).sum().backward()
-    assert query.grad is not None and key.grad is None and value.grad is None
-    assert not blurry_window_attention(query.detach(), key, value, BlurryWindow(4, 16)).requires_grad

@@ -69,3 +69,58 @@ def test_state_elements():
     window = BlurryWindow(64, 512)
     assert window.state_elements(8, 32) == 8 * 64 * 64
     assert window.state_elements(8, 32, 16) == 8 * 64 * 48
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((1, 8), ValueError, "slots must be at least 2, got 1"),
+        ((-4, 8), ValueError, "slots must be at least 2, got -4"),
+        ((4.0, 8), TypeError, "slots must be an int, got 4.0"),
+        ((True, 8), TypeError, "slots must be an int, got True"),
+        ((4, 18), ValueError, r"window must be a positive multiple of slots \(4\), got 18"),
+        ((4, 0), ValueError, "window must be a positive multiple of slots"),
+        ((4, -8), ValueError, "window must be a positive multiple of slots"),
+        ((4, (8, 9)), ValueError, "window must be a positive multiple of slots .* got 9"),
+        ((4, ()), ValueError, "window must be an int or a non-empty tuple"),
+        ((4, 8.0), TypeError, "window must be an int, got 8.0"),
+        ((4, (8, "8")), TypeError, r"window\[1\] must be an int, got '8'"),
+        ((4, "8"), TypeError, "window must be an int, got '8'"),
+        ((4, 8, "hann"), ValueError, r"kernel must be one of \('fejer', 'dirichlet'\), got 'hann'"),
+        ((4, 8, None), ValueError, "kernel must be one of"),
+        ((4, 8, "fejer", 0.99), ValueError, "sharpness must be finite and at least 1, got 0.99"),
+        ((4, 8, "fejer", float("inf")), ValueError, "sharpness must be finite and at least 1, got inf"),
+        ((4, 8, "fejer", float("nan")), ValueError, "sharpness must be finite and at least 1, got nan"),
+        ((4, 8, "fejer", "6"), TypeError, "sharpness must be a float or None, got '6'"),
+        ((4, 8, "dirichlet", 6.0), ValueError, "sharpness must be None with kernel='dirichlet', got 6.0"),
+        ((4, 132, "dirichlet"), ValueError, r"window must be at most 32 \* slots with kernel='dirichlet'.* got 132"),
+        ((4, (8, 132), "dirichlet"), ValueError, r"window must be at most 32 \* slots"),
+        ((4, 8, "fejer", None, 2), ValueError, r"phase must be in 0 .. 1 .* got 2"),
+        ((4, 8, "fejer", None, -1), ValueError, r"phase must be in 0 .. 1 .* got -1"),
+        ((4, (4, 8), "fejer", None, 1), ValueError, r"phase must be in 0 .. 0 .* got 1"),
+        ((4, (8, 16), "fejer", None, (0, 4)), ValueError, r"phase must be in 0 .. 3 .* got 4"),
+        ((4, (8, 16), "fejer", None, (0, 1, 1)), ValueError, r"phase must have one entry per window \(2\), got 3"),
+        ((4, 8, "fejer", None, 0.5), TypeError, "phase must be an int, got 0.5"),
+        ((4, 8, "fejer", None, ()), ValueError, "phase must be an int or a non-empty tuple"),
+    ],
+)
+def test_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        BlurryWindow(*arguments)
+
+
+def test_refused_pyramid():
+    with pytest.raises(ValueError, match="resolutions must be at least 1, got 0"):
+        BlurryWindow.pyramid(4, (1, 0))
+    with pytest.raises(TypeError, match=r"resolutions\[0\] must be an int, got 1.5"):
+        BlurryWindow.pyramid(4, (1.5,))
+    with pytest.raises(TypeError, match="slots must be an int"):
+        BlurryWindow.pyramid("4", (1,))
+
+
+@pytest.mark.parametrize("method", ["windows", "resolutions", "phases"])
+def test_another_number_of_heads_is_refused(method):
+    with pytest.raises(ValueError, match=r"window must have one entry per kv head \(3\), got 2"):
+        getattr(BlurryWindow(4, (4, 8)), method)(3)
+    with pytest.raises(ValueError, match=r"phase must have one entry per kv head \(3\), got 2"):
+        BlurryWindow(4, 8, phase=(0, 1)).phases(3)

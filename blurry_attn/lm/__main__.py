@@ -83,6 +83,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     sampling = Sampling(**_given(args, Sampling))
+    torch.set_num_threads(1)  # one byte of one sequence is too little work to share
     line = generate(args.run or newest_run(RUNS), args.prompt, args.tokens, sampling, _device(args), sys.stdout)
     print(line, file=sys.stderr)
     return 0

@@ -25,9 +25,9 @@ class Sampling:
         InputError: a number out of its range; the message names the option.
     """
 
-    temperature: float = 0.7
+    temperature: float = 0.8
     top_k: int = 0
-    top_p: float = 0.95
+    top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:

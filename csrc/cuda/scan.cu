@@ -597,6 +597,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   });
   const int mine = first_dim + dim0 + owned_value<dims>(tile.thread);
   const bool holds = tile.thread < dims && mine < side.dim;
+  storage* to =
+      row_of<storage>(results, batch, static_cast<int64_t>(block.head) * group, row0) + mine * results.element;
   const int total = stretch.length * group, slots = static_cast<int>(p.slots);
   weights += (block.entry * p.kv_heads + block.head) * plan.rows * group * p.slots;
   for (int begin = 0; begin < total; begin += shape.chunk) {
@@ -634,10 +636,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
         }
       }
       sum_over_threads(sums, tile.thread, shape.across);
-      if (holds) {
-        row_of<storage>(results, batch, block.head * group + head, row0 + token)[mine * results.element] =
-            to_storage<storage>(sums[0]);
-      }
+      if (holds) to[token * results.token + head * results.head] = to_storage<storage>(sums[0]);
       if (++head == group) {
         head = 0;
         ++token;
@@ -685,6 +684,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   });
   const int mine = first_dim + dim0 + owned_value<dims>(tile.thread);
   const bool holds = tile.thread < dims && mine < side.dim;
+  storage* to = row_of<storage>(adjoint.grad_tokens, batch, block.head, row0) + mine * adjoint.grad_tokens.element;
   int length = stretch.length;
   if (local && law.kernel != Kernel::fejer && law.cells.window() < length) {
     length = static_cast<int>(law.cells.window());
@@ -727,10 +727,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
       tile.template unwrite<!local>(chunk.gates + i * slot_width, chunk.plain[i], sums);
       if (!local) {
         sum_over_threads(sums, tile.thread, shape.across);
-        if (holds) {
-          row_of<storage>(adjoint.grad_tokens, batch, block.head, row0 + token)[mine * adjoint.grad_tokens.element] =
-              to_storage<storage>(sums[0]);
-        }
+        if (holds) to[token * adjoint.grad_tokens.token] = to_storage<storage>(sums[0]);
       }
       head = group - 1;
       --token;

@@ -11,8 +11,6 @@ class Law : public testing::TestWithParam<Cells> {
  protected:
   const Cells cells = GetParam();
 };
-}
-;
 
 TEST_P(Law, KernelIsOneAtItsSampleAndZeroAtTheOthers) {
   for (int64_t m = 0; m < 2 * cells.slots; ++m) {

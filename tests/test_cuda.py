@@ -1,0 +1,250 @@
+"""What only CUDA has: against the CPU and float64, streams, devices, graphs, large grids. The other files run there too."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import (
+    HALVES,
+    KERNELS,
+    assert_accurate,
+    assert_same_bits,
+    compute_dtype,
+    make_inputs,
+    make_state,
+    oracle,
+    relative_error,
+    run,
+)
+
+from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
+
+pytestmark = [pytest.mark.cuda, pytest.mark.parametrize("device", ["cuda"], indirect=True)]
+
+DTYPES = (torch.float64, torch.float32, *HALVES)
+PYRAMID = {
+    "fejer": BlurryWindow(16, (16, 128, 320)),  # the third: no gate of 1, so an echo from stretch to stretch
+    "dirichlet": BlurryWindow(16, (16, 128, 320), "dirichlet"),
+}
+CPU = torch.device("cpu")
+
+
+def setup(kernel, dtype, device, tokens=1300, batch=2):
+    window = PYRAMID[kernel]
+    inputs = make_inputs(batch, 6, 3, tokens, 24, 40, dtype, device)
+    return window, inputs, make_state(window, [7 + 991 * b for b in range(batch)], 3, 24, 40, dtype, device)
+
+
+def steps(inputs, state, tokens):
+    with torch.no_grad():
+        return torch.cat(
+            [blurry_window_step(*(x[:, :, t : t + 1] for x in inputs), state, enable_gqa=True) for t in tokens], 2
+        )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_against_the_cpu_and_float64(kernel, dtype, device):
+    """Over several stretches of time, from states at different positions."""
+    window, inputs, state = setup(kernel, dtype, CPU)
+    exact = run(oracle, *(x.double() for x in inputs), window, state=state.to(dtype=torch.float64))
+    on_device = run(blurry_window_attention, *(x.to(device) for x in inputs), window, state=state.to(device))
+    assert_accurate(on_device, exact, dtype, window)
+    on_cpu = run(blurry_window_attention, *inputs, window, state=state)
+    assert_accurate(on_device, on_cpu, dtype, window)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_against_the_cpu(kernel, dtype, device):
+    """Both round float32 results: they differ by about a rounding."""
+    window, inputs, _ = setup(kernel, dtype, CPU)
+    on_device = run(blurry_window_attention, *(x.to(device) for x in inputs), window)
+    on_cpu = run(blurry_window_attention, *inputs, window)
+    for name, x in on_device.items():
+        assert relative_error(x, on_cpu[name]) <= 2 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_over_many_stretches(kernel, dtype, device):
+    window, inputs, state = setup(kernel, dtype, device, 2500, 1)
+    ends = [0, 0, 700, 701, 2500, 2500]
+    position = torch.tensor([0, 3, 10**10, 50, 12], device=device)
+    slots = [x.expand(5, -1, -1, -1).contiguous() for x in (state.key, state.value)]
+    state = BlurryState(*slots, position, window)
+    packed = run(blurry_window_attention, *inputs, window, state=state, cu_seqlens=torch.tensor(ends, device=device))
+    for s, (a, b) in enumerate(pairwise(ends)):
+        part = BlurryState(*(x[s : s + 1] for x in (state.key, state.value, state.position)), window)
+        alone = run(blurry_window_attention, *(x[:, :, a:b] for x in inputs), window, state=part, gradients=False)
+        for name in ("out", "lse"):
+            assert torch.equal(packed[name][:, :, a:b], alone[name]), (name, s)
+        for name in ("end_key", "end_value", "position"):
+            assert torch.equal(packed[name][s : s + 1], alone[name]), (name, s)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_largest_sizes(kernel, dtype, device):
+    window = BlurryWindow(1024, 2048, kernel)
+    inputs = make_inputs(2, 2, 1, 40, 512, 300, torch.float32)
+    inputs, state = [x.to(dtype) for x in inputs], make_state(window, [5, 5000], 1, 512, 300, dtype)
+    exact = run(oracle, *(x.double() for x in inputs), window, state=state.to(dtype=torch.float64))
+    found = run(blurry_window_attention, *(x.to(device) for x in inputs), window, state=state.to(device))
+    assert_accurate(found, exact, dtype, window)
+
+
+@pytest.mark.parametrize("slots, dim, value_dim", [(1025, 8, 8), (4, 513, 8), (4, 8, 513)])
+def test_limits(slots, dim, value_dim, device):
+    inputs = make_inputs(1, 1, 1, 4, dim, value_dim, device=device)
+    with pytest.raises(NotImplementedError, match=r"must (be|have a head_dim of) at most (1024|512).* on CUDA, got"):
+        blurry_window_attention(*inputs, BlurryWindow(slots, slots))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_more_heads_than_a_grid_is_wide(kernel, device):
+    window, inputs = BlurryWindow(2, 4, kernel), make_inputs(35_000, 2, None, 3, 4, dtype=torch.float32)
+    found = run(blurry_window_attention, *(x.to(device) for x in inputs), window)
+    assert_accurate(found, run(blurry_window_attention, *inputs, window), torch.float32, window)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_every_run(kernel, dtype, device):
+    window, inputs, state = setup(kernel, dtype, device)
+    first = run(blurry_window_attention, *inputs, window, state=state)
+    for _ in range(3):
+        assert_same_bits(run(blurry_window_attention, *inputs, window, state=state), first)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(kernel, dtype, device):
+    """Channels last, and rows that no wide access fits: odd offsets and gaps."""
+    window, inputs, state = setup(kernel, dtype, device, 200)
+    expected = run(blurry_window_attention, *inputs, window, state=state)
+    channels_last = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    assert_same_bits(run(blurry_window_attention, *channels_last, window, state=state), expected)
+    gapped = [x.new_empty(*x.shape[:3], 2 * x.shape[3] + 1)[..., 1::2].copy_(x) for x in inputs]
+    assert_same_bits(run(blurry_window_attention, *gapped, window, state=state), expected)
+    shifted = [torch.cat([x.new_empty(*x.shape[:3], 1), x], -1)[..., 1:] for x in inputs]
+    assert_same_bits(run(blurry_window_attention, *shifted, window, state=state), expected)
+
+
+def test_on_another_stream(device):
+    """Work is queued on the current stream: behind what made the inputs there, and nowhere else."""
+    window, inputs, state = setup("fejer", torch.float32, device, 300)
+    expected = run(blurry_window_attention, *inputs, window, state=state)
+    expected_step = steps(inputs, state.clone(), range(5))
+    torch.cuda.synchronize()
+    late, stream = [torch.full_like(x, float("nan")) for x in inputs], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for x, y in zip(late, inputs, strict=True):
+            x.copy_(y)
+        found = run(blurry_window_attention, *late, window, state=state)
+        found_step = steps(late, state.clone(), range(5))
+    stream.synchronize()
+    assert_same_bits(found, expected)
+    assert torch.equal(found_step, expected_step)
+
+
+def test_on_another_device(device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    window, inputs, state = setup("fejer", torch.float32, device, 300)
+    expected = run(blurry_window_attention, *inputs, window, state=state)
+    other = torch.device("cuda", 1)
+    with torch.cuda.device(0):
+        found = run(blurry_window_attention, *(x.to(other) for x in inputs), window, state=state.to(other))
+        out = steps([x.to(other) for x in inputs], state.to(other), range(5))
+    assert all(x.device == other for x in found.values()) and out.device == other
+    assert_same_bits({name: x.to(device) for name, x in found.items()}, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_graph_of_the_step(kernel, dtype, device):
+    """Positions advance inside the graph: its replays are the following tokens."""
+    window, inputs, state = setup(kernel, dtype, device, 60)
+    eager = state.clone()
+    expected = steps(inputs, eager, range(60))
+    token = [x[:, :, :1].clone() for x in inputs]
+    with torch.no_grad():
+        blurry_window_step(*token, state.clone(), enable_gqa=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = blurry_window_step(*token, state, enable_gqa=True)
+    for t in range(60):
+        for x, y in zip(token, inputs, strict=True):
+            x.copy_(y[:, :, t : t + 1])
+        graph.replay()
+        assert torch.equal(out, expected[:, :, t : t + 1]), t
+    for name in ("key", "value", "position"):
+        assert torch.equal(getattr(state, name), getattr(eager, name))
+
+
+def test_graph_with_an_unseen_window_is_refused(device):
+    window, graph = BlurryWindow(4, 4 * 8191), torch.cuda.CUDAGraph()
+    token, state = make_inputs(1, 1, 1, 1, 8, device=device), make_state(window, [0], 1, device=device)
+    with pytest.raises(RuntimeError, match="make one call before the capture"), torch.no_grad(), torch.cuda.graph(graph):
+        blurry_window_step(*token, state)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_graph_with_cu_seqlens_out_of_range(kernel, device):
+    """A captured call cannot look at values; nothing is read or written out of bounds, and no harm stays."""
+    window, inputs, _ = setup(kernel, torch.float32, device, 1300, 1)
+    valid = torch.tensor([0, 100, 1000, 1300], device=device)
+    cu_seqlens = valid.clone()
+
+    def call():
+        return blurry_window_attention(*inputs, window, enable_gqa=True, cu_seqlens=cu_seqlens, return_state=True)
+
+    with torch.no_grad():
+        expected, expected_state = call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, state = call()
+    for bad in ([5, 10**12, -7, 2000], [1300, 0, 1300, 0], [-(2**62), 2**62, -(2**62), 2**62]):
+        cu_seqlens.copy_(torch.tensor(bad))
+        graph.replay()
+        torch.cuda.synchronize()
+    cu_seqlens.copy_(valid)
+    graph.replay()
+    assert torch.equal(out, expected) and torch.equal(state.key, expected_state.key)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast(kernel, dtype, device):
+    window, inputs, state = setup(kernel, torch.float32, device, 200)
+    expected = run(blurry_window_attention, *(x.to(dtype) for x in inputs), window, state=state)
+    with torch.autocast("cuda", dtype):
+        found = run(blurry_window_attention, *inputs, window, state=state)
+        out = steps(inputs, state.clone(), range(3))
+    assert found["out"].dtype == out.dtype == dtype and found["lse"].dtype == compute_dtype(dtype)
+    for name in ("grad_query", "grad_key", "grad_value"):
+        assert found[name].dtype == torch.float32
+    assert_same_bits({name: x.to(expected[name].dtype) for name, x in found.items()}, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_more_elements_than_32_bits_count(kernel, device):
+    """The last sequence of a batch of more than 2^31 elements has the bits that it has alone."""
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GiB of free memory on the device")
+    window, shape = BlurryWindow(16, 64, kernel), (33, 16, 65536, 64)
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator) for _ in range(3)]
+    leaves = [x.requires_grad_() for x in inputs]
+    out = blurry_window_attention(*leaves, window)
+    grads = torch.autograd.grad(out, leaves, out.detach())
+    alone = [x[-1:].detach().requires_grad_() for x in inputs]
+    last = blurry_window_attention(*alone, window)
+    assert torch.equal(out[-1:], last)
+    for x, y in zip(grads, torch.autograd.grad(last, alone, last.detach()), strict=True):
+        assert torch.equal(x[-1:], y)
