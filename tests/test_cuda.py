@@ -190,7 +190,11 @@ def test_graph_of_the_step(kernel, dtype, device):
 def test_graph_with_an_unseen_window_is_refused(device):
     window, graph = BlurryWindow(4, 4 * 8191), torch.cuda.CUDAGraph()
     token, state = make_inputs(1, 1, 1, 1, 8, device=device), make_state(window, [0], 1, device=device)
-    with pytest.raises(RuntimeError, match="make one call before the capture"), torch.no_grad(), torch.cuda.graph(graph):
+    with (
+        pytest.raises(RuntimeError, match="make one call before the capture"),
+        torch.no_grad(),
+        torch.cuda.graph(graph),
+    ):
         blurry_window_step(*token, state)
 
 
