@@ -25,8 +25,7 @@ def _check_arguments(query: Tensor, key: Tensor, value: Tensor, window: BlurryWi
             )
         if tensor.layout != torch.strided:
             raise NotImplementedError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+        _check_device(name, tensor, query)
     if not isinstance(window, BlurryWindow):
         raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
     if query.shape[1] != key.shape[1] and not enable_gqa:
@@ -35,9 +34,15 @@ def _check_arguments(query: Tensor, key: Tensor, value: Tensor, window: BlurryWi
         )
 
 
-def _check_state(state: BlurryState, window: BlurryWindow) -> None:
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def _check_state(state: BlurryState, window: BlurryWindow, query: Tensor) -> None:
     if not isinstance(state, BlurryState):
         raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
+    _check_device("state.key", state.key, query)
     if state.window != window:
         raise ValueError(f"state must have been made with the same window: {state.window}, got {window}")
 
@@ -100,7 +105,9 @@ def blurry_window_attention(
     """
     _check_arguments(query, key, value, window, enable_gqa)
     if state is not None:
-        _check_state(state, window)
+        _check_state(state, window, query)
+    if isinstance(cu_seqlens, Tensor):
+        _check_device("cu_seqlens", cu_seqlens, query)
     out, lse, state_key, state_value, position = torch.ops.blurry_attn.forward(
         query,
         key,
@@ -150,6 +157,7 @@ def blurry_window_step(
     if not isinstance(state, BlurryState):
         raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
     _check_arguments(query, key, value, state.window, enable_gqa)
+    _check_device("state.key", state.key, query)
     return torch.ops.blurry_attn.step(
         query,
         key,

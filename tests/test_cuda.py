@@ -1,4 +1,4 @@
-"""What only CUDA has: against the CPU and float64, streams, devices, graphs, large grids. The other files run there too."""
+"""What only a card can show: CUDA against the CPU and the float64 reference, streams, graphs, devices, autocast."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_on_another_device(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_graph_of_the_step(kernel, dtype, device):
     """Positions advance inside the graph: its replays are the following tokens."""
-    window, inputs, state = setup(kernel, dtype, device, 60)
+    _, inputs, state = setup(kernel, dtype, device, 60)
     eager = state.clone()
     expected = steps(inputs, eager, range(60))
     token = [x[:, :, :1].clone() for x in inputs]
