@@ -4,6 +4,10 @@
 #include <ATen/Version.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 
 #include "attention.h"
@@ -98,13 +102,24 @@ cpu::Problem<storage, compute> make_problem(const Call& call) {
   return problem;
 }
 
+// Fresh memory costs about as much to touch as the kernels do, unless it comes in huge pages: asks for them.
+at::Tensor in_huge_pages(at::Tensor tensor) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), end = begin + tensor.nbytes();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
+#endif
+  return tensor;
+}
+
 // Scratch memory for one call.
 struct Scratch {
   at::TensorOptions options;
   std::vector<at::Tensor> tensors;
 
   void* operator()(int64_t elements) {
-    tensors.push_back(at::empty({elements}, options));
+    tensors.push_back(in_huge_pages(at::empty({elements}, options)));
     return tensors.back().mutable_data_ptr();
   }
 };
@@ -144,7 +159,7 @@ ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const 
                           const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
   const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
                                state_value, position);
-  const at::Tensor out = call.empty_out(), lse = call.empty_lse();
+  const at::Tensor out = in_huge_pages(call.empty_out()), lse = call.empty_lse();
   if (!return_state) {
     run_forward(call, out, lse, {}, {});
     const at::Tensor none = at::empty({0}, call.compute_options());
@@ -165,9 +180,9 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
   const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
                                state_value, position);
   check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse);
-  const at::Tensor grad_query = at::empty(query.sizes(), query.options());
-  const at::Tensor grad_key = at::empty(key.sizes(), key.options());
-  const at::Tensor grad_value = at::empty(value.sizes(), value.options());
+  const at::Tensor grad_query = in_huge_pages(at::empty(query.sizes(), query.options()));
+  const at::Tensor grad_key = in_huge_pages(at::empty(key.sizes(), key.options()));
+  const at::Tensor grad_value = in_huge_pages(at::empty(value.sizes(), value.options()));
   const at::Tensor none = at::empty({0}, call.compute_options());
   const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : none;
   const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : at::empty_like(none);

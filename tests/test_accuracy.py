@@ -28,6 +28,11 @@ def case(kernel, shape):
     return window, make_inputs(2, 4, 2, tokens, dim, value_dim), state
 
 
+def test_fresh_memory_is_nan(device):
+    """What every other test relies on: memory that nobody has written cannot pass for a zero."""
+    assert torch.empty(1000, device=device).isnan().all()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_oracle_equals_the_reference(kernel):
     window = BlurryWindow.pyramid(5, (3, 8), kernel)

@@ -88,3 +88,23 @@ def test_gates_repeat_exactly():
     for kernel in ("fejer", "dirichlet"):
         near, far = (table(kernel, 6, 7, 3, start, 42) for start in (42, 42 * 10**15))
         assert torch.equal(near, far)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel": "hann"}, "kernel must be 'fejer' or 'dirichlet', got 'hann'"),
+        ({"slots": 1}, "slots must be at least 2, got 1"),
+        ({"window": 18}, "window must be a positive multiple of slots, got 18"),
+        ({"window": 0}, "window must be a positive multiple of slots, got 0"),
+        ({"phase": 4}, "phase must be in 0 .. window / slots - 1, got 4"),
+        ({"phase": -1}, "phase must be in 0 .. window / slots - 1, got -1"),
+        ({"start": -1}, "start and length must not be negative"),
+        ({"length": -1}, "start and length must not be negative"),
+    ],
+)
+def test_bad_arguments_of_the_table(changes, message):
+    good = {"kernel": "fejer", "slots": 4, "window": 16, "phase": 0, "sharpness": 6.0, "start": 0, "length": 3}
+    assert _C.gates(**good).shape == (3, 4)
+    with pytest.raises(ValueError, match=message):
+        _C.gates(**good | changes)
