@@ -99,16 +99,22 @@ cpu::Problem<storage, compute> make_problem(const Call& call) {
     problem.state_value = data<compute>(*call.state_value);
   }
   problem.parallel = parallel;
+  problem.threads = at::get_num_threads();
   return problem;
 }
 
-// Fresh memory costs about as much to touch as the kernels do, unless it comes in huge pages: asks for them.
+// Fresh memory costs about as much to touch as the kernels do, unless it comes in huge pages. Asks for them, and has
+// each touched by one thread: two that meet in a page both clear it.
 at::Tensor in_huge_pages(at::Tensor tensor) {
 #ifdef __linux__
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), end = begin + tensor.nbytes();
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
+  if (last > first && madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) == 0) {
+    parallel((last - first) / kPage, [first](int64_t i) {
+      reinterpret_cast<std::atomic<char>*>(first + i * kPage)->fetch_or(0, std::memory_order_relaxed);
+    });
+  }
 #endif
   return tensor;
 }

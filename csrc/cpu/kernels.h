@@ -46,6 +46,7 @@ struct Problem {
   const compute* state_key = nullptr;  // null: no state given
   const compute* state_value = nullptr;
   Parallel parallel;
+  int64_t threads;  // that parallel() runs on
 
   int64_t kv_heads() const { return static_cast<int64_t>(cells.size()); }
   int64_t group() const { return query_heads / kv_heads(); }

@@ -1,6 +1,7 @@
 // "fejer" in its parallel form, for one instruction set. Per sequence and kv head ("lane"), two tables hold one row of
 // contents per cell: rows 0 .. slots - 1 are the slots as given, then come the cells of this call. A query sees
 // slots - 2 standing cells, which are rows of the tables, and two cells in flux, whose contents are carried along.
+// Lanes are worked on in rounds, so that the tables stay in the caches and small, however long a call is.
 #include "vec.h"
 
 namespace blurry_attn::cpu::BLURRY_ISA {
@@ -9,12 +10,14 @@ namespace {
 constexpr int64_t kStretch = 512;  // tokens of one work item, at least
 constexpr int64_t kBlock = 16;     // query rows handled at once, at most
 constexpr int64_t kSlotsPerItem = 16;
+constexpr int64_t kRoundBytes = int64_t(4) << 20;  // of tables and thread
 
 // The geometry of one lane: which cells its tables hold.
 struct Lane {
   Sequence sequence;
   Cells cells;
-  int64_t index, batch_entry, head;  // index: of (sequence, kv head); batch_entry: of the sequence
+  int64_t batch_entry, head;
+  int64_t first_row, first_scalar;  // where its rows of the tables and its scalars begin in those of the round
 
   int64_t begin() const { return sequence.position; }
   int64_t end() const { return sequence.position + sequence.length; }
@@ -22,7 +25,7 @@ struct Lane {
   // The cell of the last row: the leading one at the last token.
   int64_t newest() const { return sequence.length ? cells.trailing(end() - 1) + 1 : base() + cells.slots - 1; }
   int64_t rows() const { return newest() - base() + 1; }
-  int64_t row(int64_t cell) const { return cell - base(); }
+  int64_t row(int64_t cell) const { return first_row + cell - base(); }
   // Whether the slot of `cell` is open just before `token`.
   bool opened(int64_t cell, int64_t token) const { return cells.slot_opening(cells.slot(cell)) < token; }
   // The token after `token` at which a block of query rows ends: blocks are aligned to cells, so that rows which see
@@ -39,51 +42,66 @@ struct Stretch {
   int64_t lane, begin, end;
 };
 
-// Contents (or their gradients) of all lanes: one row of `width` numbers per cell.
+// Contents (or their gradients) of a round's lanes: one row of `width` numbers per cell.
 template <typename compute>
 struct Table {
   compute* data = nullptr;
   int64_t width = 0;
-  std::vector<int64_t> offsets;
 
-  compute* row(const Lane& lane, int64_t cell) const { return data + (offsets[lane.index] + lane.row(cell)) * width; }
+  compute* row(const Lane& lane, int64_t cell) const { return data + lane.row(cell) * width; }
 };
 
 template <typename storage, typename compute>
 struct Window {
   const Problem<storage, compute>& problem;
   const Allocate& allocate;
-  std::vector<Lane> lanes;
-  int64_t key_width, value_width, table_rows;
+  std::vector<Lane> lanes;  // of the round
+  int64_t key_width, value_width;
   Table<compute> keys, values;
 
   Window(const Problem<storage, compute>& p, const Allocate& a)
       : problem(p), allocate(a), key_width(padded<compute>(p.key_dim)), value_width(padded<compute>(p.value_dim)) {
-    std::vector<int64_t> offsets;
-    table_rows = 0;
+    const int64_t round_rows = p.threads * kRoundBytes / ((key_width + value_width) * sizeof(compute));
+    int64_t rows = 0, scalars = 0;
     for (size_t s = 0; s < p.sequences.size(); ++s) {
       for (int64_t h = 0; h < p.kv_heads(); ++h) {
-        const int64_t index = static_cast<int64_t>(lanes.size());
-        lanes.push_back({p.sequences[s], p.cells[h], index, static_cast<int64_t>(s), h});
-        offsets.push_back(table_rows);
-        table_rows += lanes.back().rows();
+        Lane lane{p.sequences[s], p.cells[h], static_cast<int64_t>(s), h, rows, scalars};
+        if (rounds.empty() || rows + lane.rows() > round_rows) {
+          rounds.emplace_back();
+          rows = scalars = lane.first_row = lane.first_scalar = 0;
+        }
+        rounds.back().push_back(lane);
+        rows += lane.rows();
+        scalars += p.group() * lane.sequence.length;
+        most_rows = rows > most_rows ? rows : most_rows;
+        most_scalars = scalars > most_scalars ? scalars : most_scalars;
       }
     }
-    keys = make_table(key_width, offsets);
-    values = make_table(value_width, offsets);
+    keys = make_table(key_width);
+    values = make_table(value_width);
   }
 
-  Table<compute> make_table(int64_t width, const std::vector<int64_t>& offsets) const {
-    return {static_cast<compute*>(allocate(table_rows * width)), width, offsets};
+  Table<compute> make_table(int64_t width) const { return {static_cast<compute*>(allocate(most_rows * width)), width}; }
+  // Room for `count` numbers per token and query head.
+  compute* make_scalars(int64_t count) const { return static_cast<compute*>(allocate(most_scalars * count)); }
+
+  template <typename body_type>
+  void for_rounds(const body_type& body) {
+    for (const std::vector<Lane>& round : rounds) {
+      lanes = round;
+      fill_cells();
+      body();
+    }
   }
 
   std::vector<Stretch> stretches(bool span_the_window) const {
     std::vector<Stretch> items;
-    for (const Lane& lane : lanes) {
+    for (size_t i = 0; i < lanes.size(); ++i) {
+      const Lane& lane = lanes[i];
       const int64_t reach = span_the_window ? lane.cells.window() : 8 * lane.cells.resolution;
       const int64_t length = reach > kStretch ? reach : kStretch;
       for (int64_t t = lane.begin(); t < lane.end(); t += length) {
-        items.push_back({lane.index, t, t + length < lane.end() ? t + length : lane.end()});
+        items.push_back({static_cast<int64_t>(i), t, t + length < lane.end() ? t + length : lane.end()});
       }
     }
     return items;
@@ -109,6 +127,10 @@ struct Window {
   int64_t scalar_at(const Lane& lane, int64_t head, int64_t token) const {
     return (lane.sequence.batch * problem.query_heads + head) * problem.tokens + lane.sequence.begin + token -
            lane.begin();
+  }
+  // Offset into the scalars of the round.
+  int64_t round_scalar_at(const Lane& lane, int64_t head, int64_t token) const {
+    return lane.first_scalar + (head - lane.head * problem.group()) * lane.sequence.length + token - lane.begin();
   }
   // Slots of (sequence, kv head, slot, element) tensors.
   int64_t slot_at(const Lane& lane, int64_t cell) const {
@@ -180,6 +202,10 @@ struct Window {
       }
     });
   }
+
+ private:
+  std::vector<std::vector<Lane>> rounds;
+  int64_t most_rows = 0, most_scalars = 0;
 };
 
 // What the query rows of one stretch see: the standing cells, with transposed copies for the products over head_dim,
@@ -391,15 +417,16 @@ void attend(const Window<storage, compute>& window, const Stretch& stretch, cons
 template <typename storage, typename compute>
 void forward(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,
              const Allocate& allocate) {
-  const Window<storage, compute> window(problem, allocate);
-  window.fill_cells();
-  const std::vector<Stretch> items = window.stretches(false);
-  problem.parallel(static_cast<int64_t>(items.size()), [&](int64_t i) { attend(window, items[i], outputs); });
-  if (outputs.state_key) window.write_state(outputs.state_key, outputs.state_value);
+  Window<storage, compute> window(problem, allocate);
+  window.for_rounds([&] {
+    const std::vector<Stretch> items = window.stretches(false);
+    problem.parallel(static_cast<int64_t>(items.size()), [&](int64_t i) { attend(window, items[i], outputs); });
+    if (outputs.state_key) window.write_state(outputs.state_key, outputs.state_value);
+  });
 }
 
-// What a query row gives to the two cells in flux, [batch][query head][token][2 cells]: the scaled gradient of the
-// logit and the probability, which times the query and the gradient of the output are the gradients of the contents.
+// What a query row gives to the two cells in flux, [scalar of the round][2 cells]: the scaled gradient of the logit and
+// the probability, which times the query and the gradient of the output are the gradients of the contents.
 template <typename compute>
 struct Flux {
   compute* logit;
@@ -441,10 +468,11 @@ void attend_backward(const Window<storage, compute>& window, const Stretch& stre
         exponentials(p, count, gradients.lse[at]);
         for (int64_t c = 0; c < count; ++c) dz[c] = p[c] * (dz[c] - delta);
         const int64_t standing = columns.high[i] - columns.low[i];
+        const int64_t in_flux = 2 * window.round_scalar_at(view.lane, head, t0 + i);
         for (int which = 0; which < 2; ++which) {
           const bool seen = standing + which < count;
-          flux.logit[2 * at + which] = seen ? dz[standing + which] * problem.scale : 0;
-          flux.probability[2 * at + which] = seen ? p[standing + which] : 0;
+          flux.logit[in_flux + which] = seen ? dz[standing + which] * problem.scale : 0;
+          flux.probability[in_flux + which] = seen ? p[standing + which] : 0;
         }
       }
       columns.gather(grad_scores.data(), window.keys, &View::flux_key, grad_query.data());
@@ -489,7 +517,7 @@ struct Adjoint {
     const int which = cell == lane.cells.trailing(t) ? 0 : 1;
     const Problem<storage, compute>& problem = window.problem;
     for (int64_t head = lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
-      const int64_t at = 2 * window.scalar_at(lane, head, t) + which;
+      const int64_t at = 2 * window.round_scalar_at(lane, head, t) + which;
       add_scaled(flux.logit[at],
                  read_row(window.at(problem.query, lane, head, t), problem.query.element, problem.key_dim, row.data()),
                  window.key_width, key.data());
@@ -595,39 +623,34 @@ void tokens_backward(const Window<storage, compute>& window, const Stretch& stre
 template <typename storage, typename compute>
 void backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients,
               const Allocate& allocate) {
-  const Window<storage, compute> window(problem, allocate);
-  window.fill_cells();
-  const Table<compute> grad_keys = window.make_table(window.key_width, window.keys.offsets);
-  const Table<compute> grad_values = window.make_table(window.value_width, window.values.offsets);
-  problem.parallel(static_cast<int64_t>(window.lanes.size()), [&](int64_t i) {
-    const Lane& lane = window.lanes[i];
-    zero_row(grad_keys.row(lane, lane.base()), lane.rows() * window.key_width);
-    zero_row(grad_values.row(lane, lane.base()), lane.rows() * window.value_width);
-  });
-  int64_t scalars = 0;
-  for (const Sequence& sequence : problem.sequences) {
-    const int64_t end = (sequence.batch + 1) * problem.query_heads * problem.tokens;
-    scalars = end > scalars ? end : scalars;
-  }
-  const Flux<compute> flux{static_cast<compute*>(allocate(2 * scalars)), static_cast<compute*>(allocate(2 * scalars))};
-  // Stretches that span the window add to cells which only their neighbours share: every second one at a time.
-  const std::vector<Stretch> spanning = window.stretches(true);
-  std::vector<Stretch> colours[2];
-  for (const Stretch& s : spanning) {
-    const Lane& lane = window.lanes[s.lane];
-    const int64_t length = lane.cells.window() > kStretch ? lane.cells.window() : kStretch;
-    colours[(s.begin - lane.begin()) / length % 2].push_back(s);
-  }
-  for (const std::vector<Stretch>& items : colours) {
+  Window<storage, compute> window(problem, allocate);
+  const Table<compute> grad_keys = window.make_table(window.key_width);
+  const Table<compute> grad_values = window.make_table(window.value_width);
+  const Flux<compute> flux{window.make_scalars(2), window.make_scalars(2)};
+  window.for_rounds([&] {
+    problem.parallel(static_cast<int64_t>(window.lanes.size()), [&](int64_t i) {
+      const Lane& lane = window.lanes[i];
+      zero_row(grad_keys.row(lane, lane.base()), lane.rows() * window.key_width);
+      zero_row(grad_values.row(lane, lane.base()), lane.rows() * window.value_width);
+    });
+    // Stretches that span the window add to cells which only their neighbours share: every second one at a time.
+    std::vector<Stretch> colours[2];
+    for (const Stretch& s : window.stretches(true)) {
+      const Lane& lane = window.lanes[s.lane];
+      const int64_t length = lane.cells.window() > kStretch ? lane.cells.window() : kStretch;
+      colours[(s.begin - lane.begin()) / length % 2].push_back(s);
+    }
+    for (const std::vector<Stretch>& items : colours) {
+      problem.parallel(static_cast<int64_t>(items.size()),
+                       [&](int64_t i) { attend_backward(window, items[i], gradients, flux, grad_keys, grad_values); });
+    }
+    window.for_slots([&](const Lane& lane, int64_t first, int64_t last) {
+      echo(window, lane, first, last, gradients, flux, grad_keys, grad_values);
+    });
+    const std::vector<Stretch> items = window.stretches(false);
     problem.parallel(static_cast<int64_t>(items.size()),
-                     [&](int64_t i) { attend_backward(window, items[i], gradients, flux, grad_keys, grad_values); });
-  }
-  window.for_slots([&](const Lane& lane, int64_t first, int64_t last) {
-    echo(window, lane, first, last, gradients, flux, grad_keys, grad_values);
+                     [&](int64_t i) { tokens_backward(window, items[i], gradients, flux, grad_keys, grad_values); });
   });
-  const std::vector<Stretch> items = window.stretches(false);
-  problem.parallel(static_cast<int64_t>(items.size()),
-                   [&](int64_t i) { tokens_backward(window, items[i], gradients, flux, grad_keys, grad_values); });
 }
 
 }  // namespace
