@@ -63,6 +63,7 @@ def test_half_precision_against_the_cpu(kernel, dtype, device):
     window, inputs, _ = setup(kernel, dtype, CPU)
     on_device = run(blurry_window_attention, *(x.to(device) for x in inputs), window)
     on_cpu = run(blurry_window_attention, *inputs, window)
+    assert torch.equal(on_device.pop("position").cpu(), on_cpu["position"])
     for name, x in on_device.items():
         assert relative_error(x, on_cpu[name]) <= 2 * torch.finfo(dtype).eps, name
 

@@ -180,7 +180,9 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
   const OptionalTensor dense_grad_lse = dense(grad_lse);
   const OptionalTensor grad_key_end = dense(grad_state_key), grad_value_end = dense(grad_state_value);
   const cuda::Problem problem = make_problem(call);
-  cuda::Gradients gradients{view(grad_out), dense_lse.const_data_ptr()};
+  cuda::Gradients gradients{};
+  gradients.grad_out = view(grad_out);
+  gradients.lse = dense_lse.const_data_ptr();
   gradients.grad_lse = data(dense_grad_lse);
   gradients.grad_state_key = data(grad_key_end);
   gradients.grad_state_value = data(grad_value_end);
