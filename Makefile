@@ -9,11 +9,33 @@ SYSTEM_PACKAGES := ca-certificates ccache cmake g++ libgtest-dev python3-dev pyt
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := setup.py pyproject.toml $(shell find csrc -type f)
 
+NVCC ?= nvcc
+NVCC_FLAGS := -std=c++17 -O3 -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden
+CUDA_ARCHITECTURES := 80 90a
+CUDA_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.h csrc/cuda/*.cuh)
+CUDA_OBJECTS = $(foreach arch,$(CUDA_ARCHITECTURES),$(patsubst \
+  csrc/cuda/%.cu,build/cuda-objects/%.sm_$(arch).o,$(wildcard csrc/cuda/*.cu)))
+
+# Configures, builds and runs the C++ tests of a CMake preset.
+define ctest
+PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset $(1) \
+  -DTorch_ROOT="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset $(1) --parallel $(JOBS)
+PATH="$(CURDIR)/$(BIN):$$PATH" ctest --preset $(1) --parallel $(JOBS)
+endef
+
+# Objects of the CUDA kernels for one architecture.
+define cuda_objects
+build/cuda-objects/%.sm_$(1).o: csrc/cuda/%.cu $(CUDA_HEADERS)
+	@mkdir -p $$(@D)
+	$(NVCC) $(NVCC_FLAGS) -gencode=arch=compute_$(1),code=sm_$(1) -c $$< -o $$@
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format build tools system clean
+.PHONY: help demo test sanitize mutants cuda-objects lint format build tools system clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.built  ## train the default language model, print a sample, name the plot
 	$(BIN)/python -m blurry_attn.lm train
@@ -21,10 +43,17 @@ demo: $(VENV)/.built  ## train the default language model, print a sample, name 
 
 test: $(VENV)/.built  ## build, then run all tests: pytest and ctest
 	$(BIN)/python -m pytest
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset default \
-	  -DTorch_ROOT="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset default --parallel $(JOBS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --preset default --parallel $(JOBS)
+	$(call ctest,default)
+
+sanitize: $(VENV)/.installed  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call ctest,sanitize)
+
+mutants: $(VENV)/.built  ## put single faults into the CPU sources, one by one: the tests must catch each
+	$(BIN)/python tests/mutants.py
+
+cuda-objects:  ## compile the CUDA kernels, warnings being errors, for two generations of cards; needs nvcc alone
+	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory -j2 $(CUDA_OBJECTS); \
+	else echo "cuda-objects: no nvcc here, nothing is compiled"; fi
 
 lint: $(VENV)/.installed  ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -64,6 +93,8 @@ $(VENV)/.installed: $(wildcard requirements/*.txt) | tools
 $(VENV)/.built: $(VENV)/.installed $(BUILD_FILES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
+
+$(foreach arch,$(CUDA_ARCHITECTURES),$(eval $(call cuda_objects,$(arch))))
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build *.egg-info blurry_attn/_C*.so blurry_attn/_build.py $(VENV)/.built

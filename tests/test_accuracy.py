@@ -31,6 +31,8 @@ def case(kernel, shape):
 def test_fresh_memory_is_nan(device):
     """What every other test relies on: memory that nobody has written cannot pass for a zero."""
     assert torch.empty(1000, device=device).isnan().all()
+    for dtype in (torch.float64, torch.float32):  # workspaces on CUDA are bytes
+        assert torch.empty(1000, dtype=torch.uint8, device=device).view(dtype).isnan().all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

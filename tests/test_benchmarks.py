@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("matplotlib")
 from benchmarks.speed import report
-from benchmarks.speed.__main__ import measure
-from benchmarks.speed.cases import MODES, SUITES, Case, Ratio, Suite
+from benchmarks.speed.__main__ import main, measure, merge, summarise
+from benchmarks.speed.cases import FORWARD, MODES, QUICK, SUITES, Case, Claim, Group, Suite
 from benchmarks.speed.meters.cpu import CpuMeter
 from benchmarks.speed.providers import PROVIDERS, Provider
+from blurry_attn import BlurryWindow, reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +30,7 @@ def test_speed_runs_on_a_tiny_case(tmp_path: Path) -> None:
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
     assert {"command", "date", "hardware", "versions", "time", "memory", "checks"} <= set(result)
     rows = {(row["provider"], row["mode"]): row for row in result["rows"]}
-    assert set(rows) == {(name, mode) for name in SUITES["cpu"].providers for mode in MODES}
+    assert set(rows) == {(name, mode) for names in QUICK["cpu"].plan().values() for name in names for mode in MODES}
     for row in rows.values():
         # The output is new memory, and with the backward three gradients besides; the system's count of resident
         # pages lags by up to 64 pages per thread.
@@ -56,13 +58,11 @@ def test_what_was_not_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setitem(PROVIDERS, "missing", Provider("missing", "a missing peer", prepare, lambda case: None))
     monkeypatch.setitem(PROVIDERS, "long", Provider("long", "a slow peer", prepare, lambda case: "too long"))
-    suite = Suite(
-        cases=(Case(length=64),),
-        providers=("missing", "long"),
-        checks=(Ratio("missing / slow", "missing", 64, "long", 64, 2.0),),
-    )
-    rows = measure(suite, CpuMeter(2), "cpu")
-    checks = report.checks(rows, suite.checks)
+    case = Case(length=64)
+    claim = Claim("missing / slow", ("missing", case), dict.fromkeys(MODES, (2.0, None)), over=("long", case))
+    suite = Suite({"all": Group((case,), ("missing", "long"))}, (claim,))
+    rows = measure(suite.plan(), suite, CpuMeter(2), "cpu", {})
+    checks = report.checks(rows, suite.claims)
     result = {"rows": rows, "checks": checks, "hardware": {}, "versions": {"torch": ""}, "date": ""}
     table = report.table(result)
     assert table.count("failed: a missing peer") == len(MODES)
@@ -73,24 +73,147 @@ def test_what_was_not_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert labels == {"a missing peer: no result", "a slow peer: no result"}
 
 
+def rows_of(provider: str, case: Case, **quantities: float) -> list[dict]:
+    row = {"provider": provider, "label": provider, "case": asdict(case), "date": "then"} | quantities
+    return [row | {"mode": mode} for mode in PROVIDERS[provider].modes]
+
+
 @pytest.mark.parametrize(
-    ("ratio", "above", "below", "value", "met"),
+    ("quantity", "below", "bounds", "at_most", "above", "value", "met", "goal_met"),
     [
-        (Ratio("faster", "a", 8, "b", 8, 16.0), 32.0, 2.0, 16.0, True),
-        (Ratio("faster", "a", 8, "b", 8, 16.0), 30.0, 2.0, 15.0, False),
-        (Ratio("per token", "a", 64, "a", 8, 1.15, at_most=True, per_token=True), 8.8, 1.0, 1.1, True),
-        (Ratio("per token", "a", 64, "a", 8, 1.15, at_most=True, per_token=True), 9.6, 1.0, 1.2, False),
+        ("seconds", 2.0, (16.0, None), False, 32.0, 16.0, True, None),
+        ("seconds", 2.0, (16.0, 40.0), False, 30.0, 15.0, False, False),
+        ("seconds", 2.0, (None, 14.0), False, 30.0, 15.0, None, True),
+        ("seconds_per_token", 1.0, (1.15, 1.05), True, 1.1, 1.1, True, False),
+        ("seconds", None, (0.3, 0.2), True, 0.00025, 0.25, True, False),
+        ("peak_bytes", None, (0.7, 0.5), True, 2**29, 0.5, True, True),
     ],
 )
-def test_a_claim_is_held_against_its_bound(ratio: Ratio, above: float, below: float, value: float, met: bool) -> None:
-    rows = [
-        {"mode": mode, "provider": provider, "case": {"length": length}, "seconds": seconds}
-        for mode in MODES
-        for provider, length, seconds in (
-            (ratio.provider, ratio.length, above),
-            (ratio.over, ratio.over_length, below),
-        )
-    ]
-    for check in report.checks(rows, [ratio]):
+def test_a_claim_is_held_against_its_bounds(quantity, below, bounds, at_most, above, value, met, goal_met) -> None:
+    one, other = ("cudnn", Case(length=64)), ("fejer", Case(length=8))
+    # The same providers at another size are no part of the claim.
+    rows = [row for name, _ in (one, other) for row in rows_of(name, Case(length=64, batch=2), **{quantity: 1e9})]
+    rows += rows_of(*one, **{quantity: above})
+    rows += [] if below is None else rows_of(*other, **{quantity: below})
+    over = None if below is None else other
+    claim = Claim("", one, dict.fromkeys(MODES, bounds), over, quantity, at_most)
+    results = report.checks(rows, [claim])
+    assert [check["mode"] for check in results] == list(MODES)
+    for check in results:
         assert check["value"] == pytest.approx(value)
-        assert check["met"] is met
+        assert (check["met"], check["goal_met"]) == (met, goal_met)
+
+
+@pytest.mark.parametrize("suite", [*SUITES.values(), *QUICK.values()])
+def test_a_suite_names_what_there_is(suite: Suite) -> None:
+    plan = suite.plan()
+    for case, names in plan.items():
+        assert set(names) <= set(PROVIDERS)
+        for name in names:
+            assert "{" not in PROVIDERS[name].label.format(**asdict(case))
+    for claim in suite.claims:
+        for name, case in filter(None, (claim.of, claim.over)):
+            assert name in plan[case] and PROVIDERS[name].skip(case) is None
+            assert set(claim.bounds) <= set(PROVIDERS[name].modes)
+
+
+def test_a_plan_is_what_was_selected() -> None:
+    suite = SUITES["cuda"]
+    assert suite.plan(["main"], ["gsa", "fejer"]) == {suite.groups["main"].cases[0]: ("fejer", "gsa")}
+    assert {case.length for case in suite.plan(["sweep"], None, [2048, 8192])} == {2048, 8192}
+    # The long case is one of the sweep: it is run once, on the providers of both.
+    assert suite.plan()[suite.groups["long"].cases[0]].count("fejer") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "mian"], "unknown cases 'mian'; known: main, "),
+        (["--providers", "fejer,cudn"], "unknown provider 'cudn'; known: "),
+        (["--lengths", "8191"], "unknown length 8191; known: 1, 2048, "),
+        (["--cases", "main", "--lengths", "2048"], "none of these cases"),
+        (["--merge", "--out", "nowhere"], "no other result was given"),
+        *([] if torch.cuda.is_available() else [(["--cases", "main"], "no CUDA device is available")]),
+    ],
+)
+def test_a_command_that_cannot_be_run_is_refused(arguments, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refusal:
+        main(["--device", "cuda", "--out", str(tmp_path), *arguments])
+    assert refusal.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+CEILINGS = {"copy_bytes_per_second": 4e12, "product_flops_per_second": 8e14}
+
+
+def gpu_result(date: str, providers: list[str] | None = None, *, seconds: float) -> dict:
+    """A result as a GPU gives it, in which all that is not skipped takes so many seconds."""
+    rows = []
+    for case, names in SUITES["cuda"].plan(providers=providers).items():
+        for name in names:
+            samples = [{"seconds": seconds * factor, "host_seconds": 1e-5} for factor in (1, 1, 3)]
+            reason = PROVIDERS[name].skip(case)
+            fields = {"skipped": reason} if reason else {"samples": samples, "peak_bytes": 2**30}
+            rows += rows_of(name, case, **fields | {"date": date})
+    for row in rows:
+        summarise(row, CEILINGS)
+    hardware, versions = {"gpu": "a GPU", "driver": "driver 1"}, {"torch": "2"}
+    return {"hardware": hardware, "versions": versions, "date": date, "ceilings": CEILINGS, "rows": rows}
+
+
+def test_pieces_of_a_result_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    first.write_text(json.dumps(gpu_result("monday", seconds=1e-3)))
+    second.write_text(json.dumps(gpu_result("tuesday", ["fejer"], seconds=1e-4)))
+    assert main(["--device", "cuda", "--out", str(tmp_path), "--merge", str(first), str(second)]) == 0
+    result = json.loads((tmp_path / "cuda.json").read_text())
+    assert len(result["rows"]) == len(gpu_result("", seconds=1.0)["rows"])
+    for row in result["rows"]:
+        is_new = row["provider"] == "fejer"
+        assert row["date"] == ("tuesday" if is_new else "monday")
+        assert row.get("seconds", 1e-4 if is_new else 1e-3) == (1e-4 if is_new else 1e-3)
+    main_ratio = next(check for check in result["checks"] if check["check"] == "main: cuDNN / fejer")
+    assert main_ratio["value"] == pytest.approx(10.0) and main_ratio["met"]
+    assert (tmp_path / "cuda.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith(report.table(result))
+    assert printed.count("  tuesday\n") == len(SUITES["cuda"].plan(providers=["fejer"]))
+    # What is in the folder stays, and nothing but the selected rows of a later result is replaced.
+    assert merge(result, {}, SUITES["cuda"]) == result
+
+
+def test_a_gpu_row_is_set_against_floor_and_arithmetic() -> None:
+    case = SUITES["cuda"].groups["main"].cases[0]
+    rows = {
+        (row["provider"], row["mode"]): row
+        for row in gpu_result("", seconds=1e-3)["rows"]
+        if row["case"] == asdict(case)
+    }
+    tensor, product = 2 * 8 * 16 * 8192 * 64, 2 * 8 * 16 * 8192 * 64
+    for mode, tensors, products in zip(MODES, (4, 12), (2, 7), strict=True):
+        row = rows["fejer", mode]
+        assert row["floor_seconds"] == pytest.approx(tensors * tensor / 4e12)
+        assert row["times_floor"] == pytest.approx(1e-3 / row["floor_seconds"])
+        assert row["bytes_per_second"] == pytest.approx(tensors * tensor / 1e-3)
+        assert row["flops_per_second"] == pytest.approx(products * product * 64 / 1e-3)
+        assert "flops_per_second" not in rows["gsa", mode]
+    state = PROVIDERS["step"].fewest_bytes(Case(length=1, batch=256, heads=16, dtype="bfloat16"), FORWARD)
+    assert state == 256 * 16 * 64 * (64 + 64) * 4
+
+
+@pytest.mark.parametrize(("provider", "window"), [("cudnn", 10**9), ("flex64", 64), ("flex512", 512)])
+@pytest.mark.parametrize("length", [40, 700])
+def test_keys_are_counted_as_the_mask_lets_them_through(provider: str, window: int, length: int) -> None:
+    age = torch.arange(length).unsqueeze(1) - torch.arange(length)
+    seen = ((age >= 0) & (age < window)).sum(1).double().mean()
+    assert PROVIDERS[provider].keys(Case(length=length)) == pytest.approx(seen.item())
+
+
+def test_a_pyramid_covers_all_heads() -> None:
+    case = Case(length=600, heads=16, head_dim=8, slots=32)
+    query, key, value, _ = case.inputs("cpu")
+    out = PROVIDERS["pyramid"].prepare(case)(query, key, value)
+    window = BlurryWindow.pyramid(32, (1, 1, 2, 2, 4, 4, 8, 8) * 2)
+    torch.testing.assert_close(out, reference.blurry_window_attention(query, key, value, window))

@@ -35,6 +35,7 @@ struct Problem {
   double scale;
   View query, key, value;
   const HeadLaw* laws;               // [kv_heads]
+  const Cells* cells;                // [kv_heads], on the host
   const void* gates;                 // compute: flux_gates ("fejer") or period_gates of the heads
   const void* cu_seqlens = nullptr;  // null: one sequence per batch entry; values out of range are clamped
   bool cu_seqlens_is_64 = false;
@@ -70,6 +71,12 @@ int64_t backward_workspace(const Problem& problem);
 // The scan (scan.cu). Launches only; throws std::runtime_error naming the kernel whose launch failed.
 void scan_forward(const Problem& problem, const Outputs& outputs, void* workspace);
 void scan_backward(const Problem& problem, const Gradients& gradients, void* workspace);
+
+// "fejer" in its parallel form (window_forward.cu), for bfloat16 and float16. window_refusal: why a problem is not for
+// it, or null.
+const char* window_refusal(const Problem& problem);
+int64_t window_forward_workspace(const Problem& problem);
+void window_forward(const Problem& problem, const Outputs& outputs, void* workspace);
 
 // One token per sequence (step.cu): problem.tokens is 1; updates the slots and the positions in place.
 void step(const Problem& problem, const View& out, void* state_key, void* state_value, int64_t* position);

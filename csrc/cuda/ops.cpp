@@ -112,6 +112,7 @@ cuda::Problem make_problem(const Call& call) {
   problem.key = view(call.key);
   problem.value = view(call.value);
   problem.laws = static_cast<const cuda::HeadLaw*>(tables.laws.const_data_ptr());
+  problem.cells = call.cells.data();
   problem.gates = tables.gates.const_data_ptr();
   problem.cu_seqlens = data(call.cu_seqlens);
   problem.cu_seqlens_is_64 = call.cu_seqlens && call.cu_seqlens->scalar_type() == at::kLong;
@@ -152,8 +153,13 @@ ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const
     outputs.state_key = end_key.mutable_data_ptr();
     outputs.state_value = end_value.mutable_data_ptr();
   }
-  const at::Tensor memory = workspace(call, cuda::forward_workspace(problem));
-  cuda::scan_forward(problem, outputs, memory.mutable_data_ptr());
+  if (cuda::window_refusal(problem)) {
+    const at::Tensor memory = workspace(call, cuda::forward_workspace(problem));
+    cuda::scan_forward(problem, outputs, memory.mutable_data_ptr());
+  } else {
+    const at::Tensor memory = workspace(call, cuda::window_forward_workspace(problem));
+    cuda::window_forward(problem, outputs, memory.mutable_data_ptr());
+  }
   return {out, lse, end_key, end_value,
           return_state ? positions_after(call) : at::empty({0}, query.options().dtype(at::kLong))};
 }

@@ -2,6 +2,9 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "attention.h"
 
 using namespace blurry_attn;
@@ -153,3 +156,118 @@ TEST_P(Operators, BadInputNamesTheArgument) {
 
 INSTANTIATE_TEST_SUITE_P(Kernels, Operators, testing::Values("fejer", "dirichlet"),
                          [](const auto& info) { return std::string(info.param); });
+
+namespace {
+
+// Four query heads on two key/value heads; sequences packed up to `ends`, the first after `positions[0]` tokens, ..
+struct Shape {
+  const char* name;
+  int64_t slots;
+  std::vector<int64_t> window, phase;
+  int64_t key_dim, value_dim;
+  std::vector<int64_t> ends, positions;
+
+  int64_t tokens() const { return ends.back(); }
+};
+
+const Shape kShapes[] = {
+    {"Least", 2, {2, 6}, {0, 2}, 1, 1, {0, 1}, {0}},
+    {"Empty", 3, {3, 6}, {0, 1}, 5, 3, {0, 0, 0}, {0, 4}},
+    {"Tails", 3, {3, 24}, {0, 5}, 5, 3, {0, 0, 29, 30, 71}, {7, 0, 1000, 3}},
+    {"Stretches", 20, {40, 180}, {1, 8}, 17, 33, {0, 1100}, {50}},
+};
+
+struct Inputs {
+  at::Tensor query, key, value, state_key, state_value;
+
+  template <typename change_type>
+  Inputs map(const change_type& change) const {
+    return {change(query), change(key), change(value), change(state_key), change(state_value)};
+  }
+  std::vector<at::Tensor> list() const { return {query, key, value, state_key, state_value}; }
+};
+
+// The largest difference, in units of the largest number expected or of 1.
+double error(const at::Tensor& actual, const at::Tensor& expected) {
+  if (expected.numel() == 0) return 0;
+  return difference(actual.to(at::kDouble), expected) / std::max(1.0, expected.abs().max().item<double>());
+}
+
+class Kernels : public testing::TestWithParam<std::tuple<const char*, at::ScalarType, Shape>> {
+ protected:
+  const Shape shape = std::get<2>(GetParam());
+  const at::ScalarType type = std::get<1>(GetParam());
+  const at::ScalarType compute_type = type == at::kDouble ? at::kDouble : at::kFloat;
+  const Window window{shape.slots, shape.window, shape.phase, std::get<0>(GetParam())};
+  const at::Tensor position = at::tensor(shape.positions, at::kLong);
+
+  // Exact in every dtype.
+  Inputs inputs() const {
+    at::manual_seed(0);
+    const int64_t tokens = shape.tokens(), sequences = static_cast<int64_t>(shape.positions.size());
+    return Inputs{random({1, 4, tokens, shape.key_dim}), random({1, 2, tokens, shape.key_dim}),
+                  random({1, 2, tokens, shape.value_dim}), random({sequences, 2, shape.slots, shape.key_dim}),
+                  random({sequences, 2, shape.slots, shape.value_dim})}
+        .map([this](const at::Tensor& x) { return x.to(at::kHalf).to(at::kBFloat16).to(at::kDouble); });
+  }
+  // The inputs in the dtype under test: a gap behind every element, tokens before heads, part of a larger tensor.
+  Inputs strided(const Inputs& exact) const {
+    const at::Tensor query = exact.query.to(type), key = exact.key.to(type), value = exact.value.to(type);
+    return {at::stack({query, at::full_like(query, NAN)}, -1).flatten(-2).slice(3, 0, std::nullopt, 2),
+            key.transpose(1, 2).contiguous().transpose(1, 2),
+            at::constant_pad_nd(value, {1, 2}, NAN).narrow(3, 1, shape.value_dim), exact.state_key.to(compute_type),
+            exact.state_value.to(compute_type)};
+  }
+  // Results and, through all of them, gradients of all inputs.
+  std::vector<at::Tensor> run(const Inputs& given) const {
+    const Inputs leaves = given.map([](const at::Tensor& x) { return x.detach().requires_grad_(); });
+    const Attention result = forward(leaves.query, leaves.key, leaves.value, window,
+                                     {.cu_seqlens = at::tensor(shape.ends, at::kInt),
+                                      .state = State{leaves.state_key, leaves.state_value, position},
+                                      .return_state = true});
+    std::vector<at::Tensor> all{result.out, result.lse, result.state.key, result.state.value};
+    at::Tensor sum = at::zeros({}, at::kDouble);
+    for (const at::Tensor& x : all) sum = sum + (x * at::arange(x.numel()).sin().reshape(x.sizes()).to(x)).sum();
+    sum.backward();
+    for (const at::Tensor& leaf : leaves.list()) all.push_back(leaf.grad());
+    return all;
+  }
+};
+
+}  // namespace
+
+TEST_P(Kernels, AgreeWithFloat64) {
+  const Inputs exact = inputs();
+  const std::vector<at::Tensor> expected = run(exact), actual = run(strided(exact));
+  // Of half precision, what rounding the results and the output that the backward reads costs.
+  const double bound = type == at::kDouble ? 1e-12 : type == at::kFloat ? 1e-4 : type == at::kHalf ? 5e-3 : 4e-2;
+  for (size_t i = 0; i < expected.size(); ++i) EXPECT_LE(error(actual[i], expected[i]), bound) << "result " << i;
+}
+
+TEST_P(Kernels, StepsEqualTheWhole) {
+  const Inputs given = strided(inputs());
+  const std::vector<at::Tensor> whole = run(given);
+  const double bound = type == at::kDouble ? 1e-12 : type == at::kFloat ? 1e-5 : type == at::kHalf ? 2e-3 : 1e-2;
+  for (size_t s = 0; s < shape.positions.size(); ++s) {
+    const auto own = [s](const at::Tensor& x) { return x.narrow(0, static_cast<int64_t>(s), 1).clone(); };
+    State state{own(given.state_key), own(given.state_value), own(position)};
+    if (shape.ends[s] == shape.ends[s + 1]) continue;
+    for (int64_t t = shape.ends[s]; t < shape.ends[s + 1]; ++t) {
+      const auto token = [t](const at::Tensor& x) { return x.narrow(2, t, 1); };
+      const at::Tensor out = step(token(given.query), token(given.key), token(given.value), window, state);
+      ASSERT_LE(error(out, token(whole[0]).to(at::kDouble)), bound) << "token " << t;
+    }
+    EXPECT_LE(error(state.key, own(whole[2]).to(at::kDouble)), bound);
+    EXPECT_LE(error(state.value, own(whole[3]).to(at::kDouble)), bound);
+    EXPECT_EQ(state.position.item<int64_t>(), shape.positions[s] + shape.ends[s + 1] - shape.ends[s]);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Kernels,
+                         testing::Combine(testing::Values("fejer", "dirichlet"),
+                                          testing::Values(at::kDouble, at::kFloat, at::kBFloat16, at::kHalf),
+                                          testing::ValuesIn(kShapes)),
+                         [](const auto& info) {
+                           return std::string(std::get<0>(info.param)) + at::toString(std::get<1>(info.param)) +
+                                  std::get<2>(info.param).name;
+                         });

@@ -23,6 +23,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 
 class CpuMeter:
+    time = "wall clock"
     memory = (
         "peak resident memory of a fresh process during the call, less what was resident before it "
         "(query, key, value and the incoming gradient are there already; one small call has warmed up the libraries)"
@@ -38,12 +39,15 @@ class CpuMeter:
     def hardware(self) -> dict[str, object]:
         return {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "threads": self.threads}
 
-    def seconds(self, call: Callable[[], None]) -> float:
+    def ceilings(self) -> dict[str, float]:
+        return {}
+
+    def measure(self, call: Callable[[], None]) -> dict[str, float]:
         start = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        return {"seconds": time.perf_counter() - start}
 
-    def peak_bytes(self, provider: str, case: Case, mode: str) -> int:
+    def peak_bytes(self, provider: str, case: Case, mode: str, call: Callable[[], None]) -> int:
         receiver, sender = self.fresh.Pipe(duplex=False)
         process = self.fresh.Process(target=_send_peak, args=(sender, provider, case, mode, self.threads), daemon=True)
         with patch.dict(os.environ, ALLOCATOR):

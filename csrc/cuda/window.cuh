@@ -1,0 +1,201 @@
+// "fejer" in its parallel form on tensor cores: what the forward and the backward share.
+//
+// A block walks over time in tiles of kTile tokens, on a grid that begins at the head's phase; each of its warps has 16 of
+// a tile's tokens, its patch. At the beginning of a patch every slot holds something: a finished cell, which lies in a
+// ring in shared memory, or the beginning of one of the first kFlux cells from the patch's trailing cell on, which lie in
+// rows of their own. A token of the patch sees a slot in flux as
+//     decay * (what it held at the beginning of the patch) + sum over the patch's tokens s <= t of weight * token s,
+// with the same decays and weights in every patch that lies alike between two cells.
+#pragma once
+
+#include "mma.cuh"
+
+namespace blurry_attn::cuda {
+
+constexpr int kPatch = 16;
+
+// Rows of 16-byte chunks in shared memory. Chunks are permuted within every eight rows, so that eight rows' same chunk
+// lies in different banks.
+template <int dim>
+struct Rows {
+  static constexpr int kBytes = 2 * dim;
+  static constexpr int kChunks = dim / 8;
+
+  __device__ __forceinline__ static uint32_t at(uint32_t base, int row, int chunk) {
+    return base + row * kBytes + ((chunk ^ (row & 7)) << 4);
+  }
+  // Byte offset of an element.
+  __device__ __forceinline__ static int element(int row, int d) {
+    return row * kBytes + (((d >> 3) ^ (row & 7)) << 4) + (d & 7) * 2;
+  }
+  // The chunk that holds the words 4 i .. 4 i + 3 of thread q of a row's four (q = lane % 4): each has the same share of
+  // every 16 columns that an mma sums over, in an order that lets it read 16 bytes at once.
+  __device__ __forceinline__ static int chunk_of(int q, int i) { return 8 * (i >> 1) + 2 * q + (i & 1); }
+};
+
+// One head's decays and weights in one patch, as the fragments of an mma have them.
+template <typename storage, int kFlux>
+struct PatchWeights {
+  static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
+
+  float weight[kFlux][2][4];   // of tokens (columns) in rows: [cell][8 tokens][fragment]
+  float decay[kFluxTiles][4];  // of the columns of cells: [8 cells][fragment]; below zero: shut
+  uint32_t last[kFluxTiles][2][2];  // weights of the patch's end, [8 cells][high or low part][fragment of b]
+
+  // `gates`: [kFlux][kPatch] of the warp. Also writes the decays of the patch's end.
+  __device__ __forceinline__ void make(const Cells& cells, int64_t begin, int64_t cell, int64_t token,
+                                       const float* table, float* gates, float* end_decays) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+    for (int i = lane; i < kFlux * kPatch; i += kWarp) {
+      const int64_t c = cell + i / kPatch, t = token + i % kPatch, x = t - cells.centre(c);
+      const bool lies = c >= cells.first() && t >= begin && x > -cells.resolution && x < cells.resolution;
+      gates[i] = lies ? cells.gate(table, c, t) : 0.f;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int tile = 0; tile < kFluxTiles; ++tile) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) decay[tile][e] = 1.f;
+    }
+#pragma unroll
+    for (int j = 0; j < kFlux; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = g + 8 * half;
+        float product = 1.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weight[j][i / 2][2 * half + i % 2] = 0.f;
+        for (int s = row; s >= 0; --s) {
+          const float gate = gates[j * kPatch + s];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (s == 8 * (i / 2) + 2 * q + i % 2) weight[j][i / 2][2 * half + i % 2] = gate * product;
+          }
+          product *= 1.f - gate;
+        }
+        const int64_t c = cell + j;
+        const bool shut = cells.opens(c) && (c < cells.first() || token + row < cells.opening(c));
+        if (j % 8 / 2 == q) decay[j / 8][2 * half + j % 2] = shut ? -1.f : product;
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kFluxTiles; ++tile) {
+      float w[4] = {};
+      const int j = 8 * tile + g;
+      if (j < kFlux) {
+        float product = 1.f;
+        for (int s = kPatch - 1; s >= 0; --s) {
+          const float gate = gates[j * kPatch + s];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (s == 8 * (i / 2) + 2 * q + i % 2) w[i] = gate * product;
+          }
+          product *= 1.f - gate;
+        }
+        if (q == 0) end_decays[j] = product;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        last[tile][0][half] = pack<storage>(w[2 * half], w[2 * half + 1]);
+        const float low0 = w[2 * half] - to_compute<float>(to_storage<storage>(w[2 * half]));
+        const float low1 = w[2 * half + 1] - to_compute<float>(to_storage<storage>(w[2 * half + 1]));
+        last[tile][1][half] = pack<storage>(low0, low1);
+      }
+    }
+    __syncwarp();
+  }
+};
+
+// Which heads a launch takes.
+constexpr int kMaxWindowHeads = 256;
+struct HeadList {
+  int count;
+  uint16_t head[kMaxWindowHeads];
+};
+
+// How time is cut for the walks. As in the scan, a sequence's cut depends on its own length alone.
+struct WalkPlan {
+  int64_t length;     // tokens of a stretch
+  int64_t warm_up;    // tokens before it that its walk begins with, unless the sequence does
+  int64_t per_batch;  // stretches of a batch entry; 0: sequences are packed
+  int64_t count;
+
+  __device__ int64_t first(const Problem& problem, int64_t i) const {
+    return per_batch ? i * per_batch : Sequence::boundary(problem, i) / length + i;
+  }
+  __device__ int64_t find(const Problem& problem, int64_t x) const {
+    if (per_batch) return x / per_batch;
+    int64_t low = 0, high = problem.sequences;
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (first(problem, middle) <= x ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
+// One block's walk: a stretch of one sequence and head. Tokens ("times") are counted from the first tile's first, cells
+// from the one that trails there, both as plain ints.
+struct Walk {
+  int64_t stretch, sequence, batch;
+  int64_t row;         // of time 0, which may lie before the batch entry's first
+  int64_t first_time;  // tokens of the sequence before time 0: below zero where the tile begins before the sequence
+  int64_t cell;        // number of the first cell
+  int64_t position;
+  int begin, end;          // the sequence's tokens of this call
+  int own_begin, own_end;  // the stretch's
+  int offset, resolution;  // of time 0 from the first cell's centre
+  int first;               // the first cell of all, or a bound below it
+  int given;               // the trailing cell when the contents that the walk begins with were left, in ring rows
+  bool from_begin;
+
+  Walk() = default;
+  __device__ Walk(const Problem& p, const WalkPlan& plan, int64_t x, int head, int tile) : stretch(x) {
+    const Cells cells = p.laws[head].cells;
+    const Sequence s(p, plan.find(p, x));
+    const int64_t number = x - plan.first(p, s.index), own = number * plan.length;
+    sequence = s.index;
+    batch = s.batch;
+    position = s.position;
+    from_begin = own <= plan.warm_up;
+    const int64_t from = s.position + (from_begin ? 0 : own - plan.warm_up);
+    const int64_t grid = floor_div(from - cells.phase, tile) * tile + cells.phase;
+    first_time = grid;
+    row = s.row + grid - s.position;
+    cell = cells.trailing(grid);
+    begin = static_cast<int>(s.position - grid > -(int64_t(1) << 30) ? s.position - grid : -(int64_t(1) << 30));
+    end = static_cast<int>(s.position + s.length - grid);
+    own_begin = static_cast<int>(s.position + own - grid);
+    const int64_t left = s.length - own;
+    own_end = own_begin + static_cast<int>(left < plan.length ? left : plan.length);
+    offset = static_cast<int>(grid - cells.centre(cell));
+    resolution = static_cast<int>(cells.resolution);
+    const int64_t first_of_all = cells.first() - cell;
+    first = static_cast<int>(first_of_all > -(int64_t(1) << 30) ? first_of_all : -(int64_t(1) << 30));
+    given = static_cast<int>((from_begin ? cells.trailing(s.position) : cell) - cell + cells.slots);
+    cells_ = cells;
+  }
+  __device__ int64_t time(int t) const { return first_time + t; }
+  // The slot of the cell `back` before the newest given one, or -1 where none is open.
+  __device__ int given_slot(int back, int slots) const {
+    if (back >= slots) return -1;
+    const int64_t c = cell + given - slots - 1 - back;
+    if (c < cells_.first()) return -1;
+    const int64_t slot = cells_.slot(c);
+    return position > cells_.slot_opening(slot) ? static_cast<int>(slot) : -1;
+  }
+
+ private:
+  Cells cells_;
+};
+
+// Calls body(storage{}) for bfloat16 or float16.
+template <typename body_type>
+void for_half(DType dtype, const body_type& body) {
+  if (dtype == DType::bfloat16) return body(__nv_bfloat16());
+  body(__half());
+}
+
+__device__ __forceinline__ int wrap(int row, int rows) { return row >= rows ? row - rows : row; }
+
+}  // namespace blurry_attn::cuda

@@ -1,0 +1,216 @@
+"""The faults of the mutation check (mutants.py): one change of the sources each, and the tests that must catch it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A text that occurs exactly once in a file, and what takes its place."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Fault(Edit):
+    """An edit that the pytest arguments `tests` must make fail."""
+
+    name: str
+    tests: tuple[str, ...]
+
+
+# A build that takes seconds: one instruction set, little optimisation.
+QUICK = [
+    Edit("setup.py", '"-O3", "-g0"', '"-O1", "-g0"'),
+    Edit("csrc/cpu/kernels.h", "#define BLURRY_X86_LEVELS\n", ""),
+]
+
+LAW = ("tests/test_law.py", "tests/test_facts.py::test_opening_for_every_phase")
+VALUES = ("tests/test_golden.py", "-k", "not reference-torch")
+LONG = ("tests/test_accuracy.py::test_float64_and_float32", "-k", "odd")  # several stretches of time
+LAYOUT = (
+    "tests/test_layout.py::test_strided",
+    "tests/test_layout.py::test_packed_sequences_have_the_bits_of_each_alone",
+)
+STATES = (
+    "tests/test_gradients.py::test_shut_slots_are_not_read_and_have_gradient_zero",
+    "tests/test_gradients.py::test_gradients_equal_the_reference",
+    "tests/test_accuracy.py::test_empty",
+)
+NAN = ("tests/test_nan.py::test_nan_lives_exactly_as_long_as_the_law_says",)
+STEP = ("tests/test_step.py",)
+ERRORS = ("tests/test_errors.py",)
+LOGITS = ("tests/test_accuracy.py::test_large_logits",)
+
+
+def faults(file: str, *entries: tuple[str, str, str, tuple[str, ...]]) -> list[Fault]:
+    return [Fault(file, old, new, name, tests) for name, old, new, tests in entries]
+
+
+CPU = [
+    *faults(
+        "csrc/law.h",
+        ("phase ignored at the centres", "return cell * resolution + phase;", "return cell * resolution;", VALUES),
+        ("lobe shifted by a token", "centre(cell) - resolution; }", "centre(cell) - resolution - 1; }", VALUES),
+        ("flux ends a token early", "centre(cell) + resolution - 1;", "centre(cell) + resolution - 2;", VALUES),
+        ("cell before the first omitted", "return phase > 0 ? -1 : 0; }", "return 0; }", VALUES),
+        ("opening a token late", "flux_begin(cell) + 1;", "flux_begin(cell) + 2;", LAW),
+        ("second lap opens again", "cell - slots < first();", "cell - slots <= first();", VALUES),
+        ("opening token not written whole", "opens(cell) && token == opening(cell) ? scalar(1) : ", "", VALUES),
+        ("slot open one token late", "|| token >= opening(cell);", "|| token > opening(cell);", VALUES),
+        ("last slot opens with its later cell", "phase > 0 && slot == slots - 1 ? -1 : slot", "slot", LAW),
+    ),
+    *faults(
+        "csrc/law.cpp",
+        ("gates shifted by a token", "  offset = modulo(offset, window);", "  offset = modulo(offset + 1, window);",
+         LAW),
+        ("lobe not squared", "static_cast<double>(resolution) * d * d", "static_cast<double>(resolution) * d", LAW),
+        ("gates above one", "std::min(1.0, sharpness / static_cast<double>(resolution) * d * d)",
+         "sharpness / static_cast<double>(resolution) * d * d", LAW),
+        ("even slots as odd ones", "(slots % 2 ? std::sin(angle) : std::tan(angle))", "std::sin(angle)", LAW),
+        ("gate at the centre not one", "return x == 0 ? 1.0 : 0.0;", "return x == 0 ? 0.999 : 0.0;", LAW),
+        ("lobe of one token less", ">= resolution) return 0.0;", ">= resolution - 1) return 0.0;", LAW),
+        ("table shut at the opening", "token < opening    ?", "token <= opening    ?", LAW),
+    ),
+    *faults(
+        "csrc/cpu/scan.inl",
+        ("scan: shut slots of the given state read", "if (!is_open(m, begin() - 1)) continue;", "", STATES),
+        ("scan: slots written before they open", "if (!is_open(m, t)) continue;", "if (!is_open(m, t + 1)) continue;",
+         VALUES),
+        ("scan: opening token not written whole", "if (t == openings[m]) return 1;", "", VALUES),
+        ("scan: shut slots seen", "if (scan.is_open(m, t)) weights[open++] =", "weights[open++] =", VALUES),
+        ("scan: top missing in lse", "return top + std::log(total);", "return std::log(total);", VALUES),
+        ("scan: softmax without its top", "largest(weights, open, weights[0]);", "0;", LOGITS),
+        ("scan: delta without lse", "if (gradients.grad_lse) delta -=", "if (false) delta -=", VALUES),
+        ("scan: delta omitted", "scan.slot_value(m), vw) - delta)", "scan.slot_value(m), vw))", VALUES),
+        ("scan: scale dropped in backward", "scale_row(problem.scale, kw, grad_query.data());", "", VALUES),
+        ("scan: stale carry in backward", "kept.data() + stretch * slots * (kw + vw)", "kept.data()", LONG),
+        ("scan: last token skipped in backward", "int64_t t = end - 1; t >= begin;", "int64_t t = end - 2; t >= begin;",
+         VALUES),
+        ("scan: values kept whole in backward", "keep_row(g, vw, grad_values.data() + m * vw);", "", VALUES),
+    ),
+    *faults(
+        "csrc/cpu/window.inl",
+        ("window: echo dropped", "copy_row(keys.row(lane, cell - cells.slots), key_width, key);",
+         "zero_row(key, key_width);", VALUES),
+        ("window: echo dropped in backward",
+         "add_scaled(compute(1), adjoint.key.data(), window.key_width, grad_keys.row(lane, cell - slots));", "",
+         VALUES),
+        ("window: shut slots of the given state read", "problem.state_key && lane.opened(cell, lane.begin())",
+         "problem.state_key", STATES),
+        ("window: token before a stretch skipped", "s = window.first_token(lane, cell); s < t; ++s",
+         "s = window.first_token(lane, cell); s < t - 1; ++s", LONG),
+        ("window: stale carry at the turn", "key_before = flux_key(row - 1, 1);", "key_before = flux_key(row - 1, 0);",
+         VALUES),
+        ("window: turn a token early", "turns = t == cells.flux_end(trailing) + 1;",
+         "turns = t == cells.flux_end(trailing);", VALUES),
+        ("window: shut leading cell seen", "leads[i] = view.cells.is_open(cell + 1, t0 + i);", "leads[i] = true;",
+         VALUES),
+        ("window: oldest standing cell missed", "trailing_cell - cells.slots + 2;", "trailing_cell - cells.slots + 3;",
+         VALUES),
+        ("window: cells before the first seen", "return cell > cells.first() ? cell : cells.first();", "return cell;",
+         VALUES),
+        ("window: > for >= at a cell's end", "if (t0 + i > view.cells.flux_end(cell)) ++cell;",
+         "if (t0 + i >= view.cells.flux_end(cell)) ++cell;", VALUES),
+        ("window: cells that some rows see left out",
+         "if (c < high[i]) add_scaled(w[c], standing + c * width, width, to);", "", VALUES),
+        ("window: delta without lse", "if (gradients.grad_lse) delta -=", "if (false) delta -=", VALUES),
+        ("window: scale dropped in the flux", "seen ? dz[standing + which] * problem.scale : 0;",
+         "seen ? dz[standing + which] : 0;", VALUES),
+        ("window: carry of the adjoint a token short", "t = window.last_token(lane, cell + which); t >= stretch.end;",
+         "t = window.last_token(lane, cell + which); t > stretch.end;", LONG),
+        ("window: heads of a group share their flux",
+         "(head - lane.head * problem.group()) * lane.sequence.length + token", "token", VALUES),
+        ("window: trailing and leading exchanged", "cell == lane.cells.trailing(t) ? 0 : 1;",
+         "cell == lane.cells.trailing(t) ? 1 : 0;", VALUES),
+        ("window: first row of a packed sequence ignored",
+         "return view.row(lane.sequence.batch, head, lane.sequence.begin + token - lane.begin());",
+         "return view.row(lane.sequence.batch, head, token - lane.begin());", LAYOUT),
+        ("window: last token of a sequence skipped", "t + length < lane.end() ? t + length : lane.end()});",
+         "t + length < lane.end() ? t + length : lane.end() - 1});", VALUES),
+    ),
+    *faults(
+        "csrc/cpu/vec.h",
+        ("padding counted in a softmax", "for (int64_t j = n - i; j < lanes; ++j) tail[j] = 0;", "", VALUES),
+        ("share of one does not replace", "if (share == 1) return copy_row(token, width, to);", "", NAN),
+        ("stride of elements ignored", "static_cast<compute>(from[i * stride]) * factor;",
+         "static_cast<compute>(from[i]) * factor;", LAYOUT),
+    ),
+    *faults(
+        "csrc/call.cpp",
+        ("phase of a whole resolution accepted", "phase[h] < resolution,", "phase[h] <= resolution,", ERRORS),
+        ("window of no tokens accepted", "window[h] >= slots && ", "", ERRORS),
+        ("falling cu_seqlens accepted", "ends[i] >= ends[i - 1],", "true,", ERRORS),
+        ("cu_seqlens that end early accepted", "ends.back() == tokens,", "ends.back() <= tokens,", ERRORS),
+        ("negative position accepted", "data[i] >= 0,", "true,", ERRORS),
+        ("step of two tokens accepted", "call.tokens() == 1,", "call.tokens() >= 1,", ERRORS),
+    ),
+    *faults(
+        "csrc/ops.cpp",
+        ("strides of heads and tokens exchanged", "tensor.stride(1), tensor.stride(2), tensor.stride(3)};",
+         "tensor.stride(2), tensor.stride(1), tensor.stride(3)};", VALUES),
+        ("given position ignored", "problem.sequences.push_back({s, 0, call.tokens(), position});",
+         "problem.sequences.push_back({s, 0, call.tokens(), 0 * position});", VALUES),
+        ("returned position does not count the given one",
+         "return call.position ? lengths.add(*call.position) : lengths;", "return lengths;", VALUES),
+        ("step: position not advanced", "position.add_(1);", "", STEP),
+        ("step: values not written back", "state_value.copy_(end_value);", "", STEP),
+    ),
+]  # fmt: skip
+
+CUDA_LONG = ("tests/test_cuda.py::test_against_the_cpu_and_float64",)
+CUDA_STATES = (*STATES[:2], "tests/test_step.py::test_every_position_of_two_windows")
+CUDA_PACKED = ("tests/test_cuda.py::test_packed_over_many_stretches", STATES[1])
+
+CUDA = [
+    *faults(
+        "csrc/cuda/device.cuh",
+        ("CUDA: shut cells written", "cells.is_open(cell, t) ? cells.gate(law.gates, cell, t) : compute(0);",
+         "cells.gate(law.gates, cell, t);", VALUES),
+        ("CUDA: openings ignored", "settled = t > cells.opening(cells.slots - 1);", "settled = t >= 0;", VALUES),
+        ("CUDA: phase ignored", "from_centre = t - cells.centre(0), window", "from_centre = t, window", VALUES),
+        ("CUDA: last token of a lobe skipped", "end = cells.flux_end(cell) + 1;", "end = cells.flux_end(cell);",
+         VALUES),
+        ("CUDA: gate of one does not replace", "return gate == compute(1) ? token : gate", "return gate", NAN),
+        ("CUDA: given position ignored", "position = problem.position ? problem.position[i] : 0;", "position = 0;",
+         VALUES),
+    ),
+    *faults(
+        "csrc/cuda/step.cu",
+        ("CUDA step: position not advanced", "position[i] += 1;", "position[i] += 0;", STEP),
+    ),
+    *faults(
+        "csrc/cuda/step.cuh",
+        ("CUDA step: shut slots read", "written(before ? *content : compute(0), token, gate);",
+         "written(*content, token, gate);", CUDA_STATES),
+        ("CUDA step: scale dropped", "static_cast<compute>(p.scale) * sum", "sum", STEP),
+        ("CUDA step: a share of the slots left out", "for (int other = 1; other < shares;",
+         "for (int other = 2; other < shares;", STEP),
+    ),
+    *faults(
+        "csrc/cuda/scan.cu",
+        ("CUDA scan: shut slots of the given state read", "if (!slots || !law.is_open(slot, token))", "if (!slots)",
+         CUDA_STATES),
+        ("CUDA scan: carry between stretches dropped", "next = decay == compute(0) ? carry : carry + decay * next;",
+         "next = carry;", CUDA_LONG),
+        ("CUDA scan: > for >= at the opening", "stretch.time + token >= opening", "stretch.time + token > opening",
+         VALUES),
+        ("CUDA scan: delta without lse", "warp_sum(sum) - (grad_lse ? grad_lse[row] : compute(0));", "warp_sum(sum);",
+         VALUES),
+        ("CUDA scan: delta omitted", "(dz[m] - delta) : compute(0);", "dz[m] : compute(0);", VALUES),
+        ("CUDA scan: scale dropped in backward", "open ? scale * probability", "open ? probability", VALUES),
+        ("CUDA scan: top missing in lse", "lse[row] = top + log(total);", "lse[row] = log(total);", VALUES),
+        ("CUDA scan: heads of a group exchanged", "block.head * group + i % group;",
+         "block.head * group + (i + 1) % group;", VALUES),
+        ("CUDA scan: a period a token short", "from = to - period > sequence.position ? to - period :",
+         "from = to - period > sequence.position ? to - period + 1 :", CUDA_LONG),
+        ("CUDA scan: token before a stretch skipped", "? from + plan.length : sequence.end();",
+         "? from + plan.length - 1 : sequence.end();", CUDA_LONG),
+        ("CUDA scan: stale adjoint", "content[4 * j + e][i] -= gate.x[e] * content[4 * j + e][i];", "", VALUES),
+        ("CUDA scan: first row of a packed sequence ignored", "return sequence.row + time - sequence.position;",
+         "return time - sequence.position;", CUDA_PACKED),
+    ),
+]  # fmt: skip

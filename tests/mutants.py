@@ -1,0 +1,243 @@
+"""Mutation check: single faults, put into the sources one by one, each of which the tests must catch.
+
+    python tests/mutants.py                           the CPU faults: build, test, report
+    python tests/mutants.py --cuda-build DIR          build one extension per CUDA fault; needs nvcc and no card
+    python tests/mutants.py --cuda-run DIR            test those with the installed package, where a card is
+    python tests/mutants.py --merge FILE              take over the rows of a table written elsewhere
+
+The faults and the tests that must catch them are in faults.py, the outcome is in docs/mutants.md. The exit status is 0
+if every fault was caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from faults import CPU, CUDA, QUICK, Edit, Fault
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "docs" / "mutants.md"
+PARTS = ("blurry_attn", "csrc", "tests", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+LIMIT = 120  # seconds that a fault's tests may take
+UNMUTATED = "unmutated"
+SURVIVED = "SURVIVED"
+HEAD = """\
+# Mutants
+
+Single faults in the sources and, of the tests that must catch each ([faults.py](../tests/faults.py)), the first that
+fails. Written by [mutants.py](../tests/mutants.py); [internals.md](internals.md#guards) says how to run it.
+
+| fault | file | caught by |
+| --- | --- | --- |
+"""
+
+
+class Copy:
+    """A copy of the tree that is built in place. It stays, so that the next one compiles only what changed."""
+
+    def __init__(self, folder: Path, python: str, **environment: str) -> None:
+        self.folder, self.python = folder, python
+        programs = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**os.environ, "PATH": programs, **environment}
+        self.sources = {path.relative_to(ROOT): path.read_bytes() for path in self._files(ROOT)}
+        for edit in QUICK:
+            self.sources[Path(edit.file)] = self._edited(edit)
+        for path in self._files(folder):
+            if path.relative_to(folder) not in self.sources:
+                path.unlink()
+        for name, content in self.sources.items():
+            self._write(name, content)
+
+    @staticmethod
+    def _files(root: Path) -> list[Path]:
+        found = [path for part in PARTS for path in (root / part, *(root / part).rglob("*")) if path.is_file()]
+        return [path for path in found if path.suffix not in (".so", ".pyc") and path.name != "_build.py"]
+
+    def _edited(self, edit: Edit) -> bytes:
+        """The file's content with the edit made; an old text that does not occur exactly once is an error."""
+        text = self.sources[Path(edit.file)].decode()
+        if (count := text.count(edit.old)) != 1:
+            raise SystemExit(f"{edit.file}: this text occurs {count} times and must occur once: {edit.old!r}")
+        return text.replace(edit.old, edit.new).encode()
+
+    def _write(self, name: Path, content: bytes) -> None:
+        path = self.folder / name
+        if not path.exists() or path.read_bytes() != content:  # else its objects are still good
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    @contextmanager
+    def mutated(self, fault: Fault) -> Iterator[None]:
+        """The tree with one fault."""
+        name = Path(fault.file)
+        self._write(name, self._edited(fault))
+        try:
+            yield
+        finally:
+            self._write(name, self.sources[name])
+
+    def build(self) -> Path:
+        """Builds in place; returns the extension."""
+        command = [self.python, "setup.py", "--quiet", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"the build failed:\n{(done.stdout + done.stderr)[-4000:]}")
+        (extension,) = (self.folder / "blurry_attn").glob("_C*.so")
+        return extension
+
+
+def run_tests(tests: tuple[str, ...], root: Path, package: Path, marker: str, python: str) -> str | None:
+    """Runs pytest in `root` on the package whose folder lies in `package`; what failed first, None if nothing did."""
+    command = [python, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-m", marker, *tests]
+    environment = {
+        **os.environ,
+        "CI": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": str(package),
+        "PYTHONSAFEPATH": "1",
+    }
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"no end within {LIMIT} s"
+    if done.returncode == 0:
+        return None
+    if done.returncode < 0:
+        return f"crash (signal {-done.returncode})"
+    failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+::\w+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or not failed:
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+    return failed[1]
+
+
+def check_unmutated(faults: list[Fault], root: Path, package: Path, marker: str, python: str) -> None:
+    """Every subset passes, in time, where there is no fault."""
+    for tests in dict.fromkeys(fault.tests for fault in faults):
+        start = time.perf_counter()
+        if failed := run_tests(tests, root, package, marker, python):
+            raise SystemExit(f"without a fault: {failed} ({' '.join(tests)})")
+        print(f"{time.perf_counter() - start:4.0f} s  no fault  {' '.join(tests)}", flush=True)
+
+
+def rows(table: Path) -> dict[str, str]:
+    """The lines of a table by the name of their fault."""
+    lines = table.read_text().splitlines() if table.exists() else []
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+
+
+def write(table: Path, found: dict[str, str]) -> None:
+    """Writes the rows of the faults that there are, in their order, those in `found` in place of older ones."""
+    known = rows(table) | found
+    lines = [known[fault.name] for fault in (*CPU, *CUDA) if fault.name in known]
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(HEAD + "".join(f"{line}\n" for line in lines))
+
+
+def report(fault: Fault, caught: str | None, seconds: float, table: Path) -> bool:
+    print(f"{seconds:4.0f} s  {fault.name}: {caught or SURVIVED}", flush=True)
+    outcome = f"`{caught}`" if caught and "::" in caught else caught or f"**{SURVIVED}**"
+    write(table, {fault.name: f"| {fault.name} | `{fault.file.removeprefix('csrc/')}` | {outcome} |"})
+    return caught is not None
+
+
+def check_cpu(faults: list[Fault], python: str, table: Path) -> bool:
+    copy = Copy(ROOT / "build" / "mutants", python, BLURRY_CUDA="0")
+    copy.build()
+    check_unmutated(faults, copy.folder, copy.folder, "not cuda", python)
+    all_caught = True
+    for fault in faults:
+        start = time.perf_counter()
+        with copy.mutated(fault):
+            copy.build()
+            caught = run_tests(fault.tests, copy.folder, copy.folder, "not cuda", python)
+        all_caught &= report(fault, caught, time.perf_counter() - start, table)
+    return all_caught
+
+
+def packed(folder: Path, name: str) -> Path:
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.so.xz"
+
+
+def build_cuda(faults: list[Fault], python: str, folder: Path) -> None:
+    copy = Copy(ROOT / "build" / "mutants-cuda", python, BLURRY_CUDA="1")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def store(name: str) -> None:
+        start = time.perf_counter()
+        path = packed(folder, name)
+        path.write_bytes(lzma.compress(copy.build().read_bytes()))
+        print(f"{time.perf_counter() - start:4.0f} s  {path.name}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
+
+    store(UNMUTATED)
+    for fault in faults:
+        with copy.mutated(fault):
+            store(fault.name)
+
+
+def run_cuda(faults: list[Fault], python: str, folder: Path, table: Path) -> bool:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: every test would be skipped")
+    installed = importlib.util.find_spec("blurry_attn")
+    if installed is None or installed.origin is None:
+        raise SystemExit("blurry_attn is not installed")
+    with tempfile.TemporaryDirectory() as temporary:
+        site = Path(temporary)
+        shutil.copytree(Path(installed.origin).parent, site / "blurry_attn")
+        (extension,) = (site / "blurry_attn").glob("_C*.so")
+
+        def put(name: str) -> None:
+            extension.unlink()  # a process that ends slowly may still have the old one
+            extension.write_bytes(lzma.decompress(packed(folder, name).read_bytes()))
+
+        put(UNMUTATED)
+        check_unmutated(faults, ROOT, site, "cuda", python)
+        all_caught = True
+        for fault in faults:
+            start = time.perf_counter()
+            put(fault.name)
+            caught = run_tests(fault.tests, ROOT, site, "cuda", python)
+            all_caught &= report(fault, caught, time.perf_counter() - start, table)
+    return all_caught
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--cuda-build", type=Path, metavar="DIR")
+    mode.add_argument("--cuda-run", type=Path, metavar="DIR")
+    mode.add_argument("--merge", type=Path, metavar="FILE")
+    parser.add_argument("--python", default=sys.executable, help="of the environment to build and test in")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the faults with this in their name or file")
+    parser.add_argument("--table", type=Path, default=TABLE, help="default: docs/mutants.md")
+    options = parser.parse_args()
+    faults = [
+        fault
+        for fault in (CUDA if options.cuda_build or options.cuda_run else CPU)
+        if options.only in f"{fault.name} {fault.file}"
+    ]
+    if options.merge:
+        write(options.table, rows(options.merge))
+    elif options.cuda_build:
+        build_cuda(faults, options.python, options.cuda_build)
+    elif options.cuda_run:
+        sys.exit(not run_cuda(faults, options.python, options.cuda_run, options.table))
+    else:
+        sys.exit(not check_cpu(faults, options.python, options.table))
+
+
+if __name__ == "__main__":
+    main()

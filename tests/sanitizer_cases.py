@@ -1,0 +1,54 @@
+"""A small matrix of calls on a CUDA device, for compute-sanitizer (cuda_sanitizer.sh) to watch.
+
+Sizes are tiny, odd and ragged: what is to be seen is every kernel's every access, not a result.
+"""
+
+from __future__ import annotations
+
+import torch
+from helpers import KERNELS, make_inputs, make_state, run
+
+from blurry_attn import BlurryWindow, blurry_window_attention, blurry_window_step
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+# name: (slots, tokens per slot of each kv head, heads, key dim, value dim, ends of the packed sequences, positions)
+SHAPES = {
+    "least": (2, (1,), 1, 1, 1, [0, 1], [0]),
+    "ragged": (3, (1, 8), 4, 6, 5, [0, 0, 17, 18, 41], [7, 0, 100, 2]),
+    "stretches": (5, (9,), 1, 8, 17, [0, 1037], [4]),
+    "many slots": (70, (2,), 2, 36, 4, [0, 33], [1000]),
+}
+VIEWS = (
+    lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
+    lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2],
+)
+
+
+def calls(kernel: str, dtype: torch.dtype, shape: str) -> None:
+    """Forward and backward, packed and resumed, then as a fresh batch; a step of every sequence."""
+    slots, resolutions, heads, dim, value_dim, ends, positions = SHAPES[shape]
+    window, kv_heads = BlurryWindow.pyramid(slots, resolutions, kernel), len(resolutions)
+    inputs = make_inputs(1, heads, kv_heads, ends[-1], dim, value_dim, dtype)
+    packed = [view(x.to("cuda")) for view, x in zip(VIEWS, inputs, strict=True)]
+    state = make_state(window, positions, kv_heads, dim, value_dim, dtype, "cuda")
+    found = run(blurry_window_attention, *packed, window, state=state, cu_seqlens=torch.tensor(ends, device="cuda"))
+    assert all(x.isfinite().all() for x in found.values())
+    run(blurry_window_attention, *(x.to("cuda") for x in inputs), window)
+    token = make_inputs(len(positions), heads, kv_heads, 1, dim, value_dim, dtype, "cuda")
+    with torch.no_grad():
+        out = blurry_window_step(*token, state, enable_gqa=True)
+    assert out.isfinite().all() and state.key.isfinite().all()
+
+
+def main() -> None:
+    for kernel in KERNELS:
+        for dtype in DTYPES:
+            for shape in SHAPES:
+                calls(kernel, dtype, shape)
+    torch.cuda.synchronize()
+    print(f"{len(KERNELS) * len(DTYPES) * len(SHAPES)} cases ran")
+
+
+if __name__ == "__main__":
+    main()
