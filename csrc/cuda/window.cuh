@@ -180,7 +180,6 @@ struct Walk {
   __device__ int given_slot(int back, int slots) const {
     if (back >= slots) return -1;
     const int64_t c = cell + given - slots - 1 - back;
-    if (c < cells_.first()) return -1;
     const int64_t slot = cells_.slot(c);
     return position > cells_.slot_opening(slot) ? static_cast<int>(slot) : -1;
   }

@@ -292,11 +292,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile) {
           const int column = first + 8 * tile + g;
-          if (first == 0 && tile < Weights::kFluxTiles && column < kFlux) {
-            product(score[tile], flux_keys, warp * kFlux + column);
-          } else {
-            product(score[tile], ring_keys, wrap(first_row + (column < slots ? column : 0), ring_rows));
-          }
+          const bool in_flux = tile < Weights::kFluxTiles && column < kFlux;
+          product(score[tile], in_flux ? flux_keys : ring_keys,
+                  in_flux ? warp * kFlux + column : wrap(first_row + (column < slots ? column : 0), ring_rows));
         }
         if (first == 0) {
 #pragma unroll
