@@ -7,7 +7,7 @@ from . import (
     reference,
 )
 from .modules import BlurrySelfAttention, BlurryWindowAttention
-from .ops import blurry_window_attention, blurry_window_step
+from .ops import backend, blurry_window_attention, blurry_window_step
 from .state import BlurryState
 from .swap import replace_sdpa
 from .window import BlurryWindow
@@ -22,6 +22,7 @@ __all__ = [
     "BlurryState",
     "BlurryWindow",
     "BlurryWindowAttention",
+    "backend",
     "blurry_window_attention",
     "blurry_window_step",
     "reference",

@@ -128,6 +128,19 @@ def blurry_window_attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def backend(query: Tensor, key: Tensor, value: Tensor, window: BlurryWindow) -> str:
+    """Which kernels a call of :func:`blurry_window_attention` (with ``enable_gqa=True``) would run forward.
+
+    Returns:
+        ``"window"``: the parallel form; or ``"scan: "`` and the reason why it is not taken.
+
+    Raises:
+        as :func:`blurry_window_attention`.
+    """
+    _check_arguments(query, key, value, window, enable_gqa=True)
+    return torch.ops.blurry_attn.backend(query, key, value, *_law(window, key.shape[1]))
+
+
 def blurry_window_step(
     query: Tensor,
     key: Tensor,

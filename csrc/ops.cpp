@@ -18,6 +18,9 @@ namespace blurry_attn {
 
 TORCH_LIBRARY(blurry_attn, m) {
   m.def(
+      "backend(Tensor query, Tensor key, Tensor value, int slots, int[] window, int[] phase, str kernel, "
+      "float sharpness) -> str");
+  m.def(
       "forward(Tensor query, Tensor key, Tensor value, int slots, int[] window, int[] phase, str kernel, "
       "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position, "
       "bool return_state) -> (Tensor out, Tensor lse, Tensor state_key, Tensor state_value, Tensor position)");
@@ -222,6 +225,12 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
 }
 
+std::string backend_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                        at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness) {
+  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, 1, {}, {}, {}, {});
+  return call.kernel == Kernel::fejer ? "window" : "scan: the kernel is not \"fejer\"";
+}
+
 at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
                     at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
                     at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
@@ -241,6 +250,7 @@ at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Te
 }  // namespace
 
 TORCH_LIBRARY_IMPL(blurry_attn, CPU, m) {
+  m.impl("backend", backend_cpu);
   m.impl("forward", forward_cpu);
   m.impl("backward", backward_cpu);
   m.impl("step", step_cpu);

@@ -19,7 +19,7 @@ from helpers import (
     run,
 )
 
-from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
+from blurry_attn import BlurryState, BlurryWindow, backend, blurry_window_attention, blurry_window_step
 
 pytestmark = [pytest.mark.cuda, pytest.mark.parametrize("device", ["cuda"], indirect=True)]
 
@@ -66,6 +66,79 @@ def test_half_precision_against_the_cpu(kernel, dtype, device):
     assert torch.equal(on_device.pop("position").cpu(), on_cpu["position"])
     for name, x in on_device.items():
         assert relative_error(x, on_cpu[name]) <= 2 * torch.finfo(dtype).eps, name
+
+
+WALKS = {  # slots, resolutions, phase, (query heads, head_dim, value_dim), tokens
+    "aligned": (64, (8, 4), None, (2, 64, 64), 1100),
+    "coarse": (32, (16, 64), None, (2, 64, 64), 5000),
+    "fine": (48, (2, 3), None, (4, 64, 40), 300),
+    "odd": (40, (5, 7, 11, 13), None, (4, 40, 64), 777),
+    "phases": (16, (8, 9, 24), (3, 4, 23), (3, 64, 64), 600),
+    "wide": (32, (8, 4), None, (2, 128, 96), 500),
+    "many slots": (150, (4, 8), None, (2, 64, 64), 2000),
+    "long": (32, (8, 6), 2, (2, 64, 64), 9001),
+}
+
+
+@pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("walk", WALKS)
+def test_window_kernels(walk, dtype, stated, device):
+    """Held to the rule of half precision: at most twice (gradients: three times) plain PyTorch's error."""
+    slots, resolutions, phase, (heads, dim, value_dim), tokens = WALKS[walk]
+    window = BlurryWindow(slots, tuple(slots * r for r in resolutions), phase=phase)
+    inputs = make_inputs(2, heads, len(resolutions), tokens, dim, value_dim, dtype, device)
+    assert backend(*inputs, window) == "window"
+    state = make_state(window, [11, 10**10 + 7], len(resolutions), dim, value_dim, dtype, device) if stated else None
+    found = run(blurry_window_attention, *inputs, window, state=state)
+    assert_same_bits(run(blurry_window_attention, *inputs, window, state=state), found)
+    on_cpu = state and state.to(CPU)
+    exact = run(
+        blurry_window_attention,
+        *(x.cpu().double() for x in inputs),
+        window,
+        state=on_cpu and on_cpu.to(dtype=torch.float64),
+    )
+    few = min(tokens, 400)  # plain PyTorch is slow: its error is that of the first tokens
+    plain = run(oracle, *(x[:, :, :few].cpu() for x in inputs), window, state=on_cpu, gradients=False)
+    allowed = relative_error(plain["out"], exact["out"][:, :, :few])
+    assert torch.equal(found.pop("position").cpu(), exact["position"])
+    for name, x in found.items():
+        error = relative_error(x, exact[name])
+        if name in ("end_key", "end_value"):
+            assert error <= 1e-5, f"{name}: {error:.2e}"
+        else:
+            factor = 3 if name.startswith("grad_") else 2
+            assert error <= factor * allowed, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_window_kernels_contain_what_is_not_finite(which, bad, device):
+    """It reaches what the law says and nothing else; the rest is as right as ever."""
+    window = BlurryWindow(16, (64, 128, 96))
+    inputs = make_inputs(2, 3, 3, 700, 64, dtype=torch.bfloat16)
+    inputs[("query", "key", "value").index(which)][1, :, 205, 7] = bad
+    expected = run(blurry_window_attention, *inputs, window, gradients=False)
+    found = run(blurry_window_attention, *(x.to(device) for x in inputs), window, gradients=False)
+    for name in ("out", "lse", "end_key", "end_value"):
+        sound = expected[name].isfinite()
+        assert torch.equal(found[name].isfinite().cpu(), sound), name
+        kept = [torch.where(sound, x.cpu(), 0) for x in (found[name], expected[name])]
+        assert relative_error(*kept) <= 1e-2, name
+
+
+def test_backend(device):
+    """What the window kernels do not take, they name."""
+    inputs = make_inputs(1, 2, None, 8, 64, dtype=torch.bfloat16, device=device)
+    window = BlurryWindow(32, 256)
+    assert backend(*inputs, window) == "window"
+    assert "fejer" in backend(*inputs, BlurryWindow(32, 256, "dirichlet"))
+    assert "dtype" in backend(*(x.float() for x in inputs), window)
+    assert "resolution 1" in backend(*inputs, BlurryWindow(32, 32))
+    assert "slots" in backend(*inputs, BlurryWindow(4, 32))
+    assert "head sizes" in backend(*(x[..., :60] for x in inputs), window)
+    assert "aligned" in backend(*(torch.cat((x, x), -1)[..., 4:68] for x in inputs), window)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -204,6 +204,15 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
 }
 
+std::string backend_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                         at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness) {
+  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, 1, {}, {}, {}, {});
+  check_limits(call);
+  const c10::DeviceGuard guard(query.device());
+  const char* const refusal = cuda::window_refusal(make_problem(call));
+  return refusal ? std::string("scan: ") + refusal : "window";
+}
+
 at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
                      at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
                      at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
@@ -226,6 +235,7 @@ at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::T
 }  // namespace
 
 TORCH_LIBRARY_IMPL(blurry_attn, CUDA, m) {
+  m.impl("backend", backend_cuda);
   m.impl("forward", forward_cuda);
   m.impl("backward", backward_cuda);
   m.impl("step", step_cuda);

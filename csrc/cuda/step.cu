@@ -31,8 +31,8 @@ void step(const Problem& problem, const View& out, void* state_key, void* state_
            step_shared_bytes<number>(problem.slots), problem.stream, problem, out, static_cast<number*>(state_key),
            static_cast<number*>(state_value), position);
   });
-  launch("step_positions", step_positions, (problem.sequences + kStepThreads - 1) / kStepThreads, kStepThreads, 0, problem.stream,
-         problem.sequences, position);
+  launch("step_positions", step_positions, (problem.sequences + kStepThreads - 1) / kStepThreads, kStepThreads, 0,
+         problem.stream, problem.sequences, position);
 }
 
 }  // namespace blurry_attn::cuda

@@ -31,10 +31,10 @@ __device__ void step_token(const Problem& p, const Law<compute>& law, int64_t ba
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int key_dim = static_cast<int>(p.key_dim), value_dim = static_cast<int>(p.value_dim);
 
-  compute* gates = reinterpret_cast<compute*>(shared);  // [slots]
-  compute* weights = gates + slots;                            // [slots]
-  compute* partial = weights + slots;                          // [kThreads]
-  int* open = reinterpret_cast<int*>(partial + kThreads);      // [slots]: 0 shut, 1 opened by this token, 2 before
+  compute* gates = reinterpret_cast<compute*>(shared);     // [slots]
+  compute* weights = gates + slots;                        // [slots]
+  compute* partial = weights + slots;                      // [kThreads]
+  int* open = reinterpret_cast<int*>(partial + kThreads);  // [slots]: 0 shut, 1 opened by this token, 2 before
   TokenGates<compute> info;
   info.make(law, token);
   for (int m = threadIdx.x; m < slots; m += kThreads) {

@@ -1,9 +1,9 @@
 // "fejer" in its parallel form on tensor cores: what the forward and the backward share.
 //
-// A block walks over time in tiles of kTile tokens, on a grid that begins at the head's phase; each of its warps has 16 of
-// a tile's tokens, its patch. At the beginning of a patch every slot holds something: a finished cell, which lies in a
-// ring in shared memory, or the beginning of one of the first kFlux cells from the patch's trailing cell on, which lie in
-// rows of their own. A token of the patch sees a slot in flux as
+// A block walks over time in tiles of kTile tokens, on a grid that begins at the head's phase; each of its warps has 16
+// of a tile's tokens, its patch. At the beginning of a patch every slot holds something: a finished cell, which lies in
+// a ring in shared memory, or the beginning of one of the first kFlux cells from the patch's trailing cell on, which
+// lie in rows of their own. A token of the patch sees a slot in flux as
 //     decay * (what it held at the beginning of the patch) + sum over the patch's tokens s <= t of weight * token s,
 // with the same decays and weights in every patch that lies alike between two cells.
 #pragma once
@@ -28,8 +28,8 @@ struct Rows {
   __device__ __forceinline__ static int element(int row, int d) {
     return row * kBytes + (((d >> 3) ^ (row & 7)) << 4) + (d & 7) * 2;
   }
-  // The chunk that holds the words 4 i .. 4 i + 3 of thread q of a row's four (q = lane % 4): each has the same share of
-  // every 16 columns that an mma sums over, in an order that lets it read 16 bytes at once.
+  // The chunk that holds the words 4 i .. 4 i + 3 of thread q of a row's four (q = lane % 4): each has the same share
+  // of every 16 columns that an mma sums over, in an order that lets it read 16 bytes at once.
   __device__ __forceinline__ static int chunk_of(int q, int i) { return 8 * (i >> 1) + 2 * q + (i & 1); }
 };
 
@@ -38,8 +38,8 @@ template <typename storage, int kFlux>
 struct PatchWeights {
   static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
 
-  float weight[kFlux][2][4];   // of tokens (columns) in rows: [cell][8 tokens][fragment]
-  float decay[kFluxTiles][4];  // of the columns of cells: [8 cells][fragment]; below zero: shut
+  __half2 weight[kFlux][2][2];      // of tokens (columns) in rows: [cell][8 tokens][row g or g + 8]
+  float decay[kFluxTiles][4];       // of the columns of cells: [8 cells][fragment]; below zero: shut
   uint32_t last[kFluxTiles][2][2];  // weights of the patch's end, [8 cells][high or low part][fragment of b]
 
   // `gates`: [kFlux][kPatch] of the warp. Also writes the decays of the patch's end.
@@ -63,16 +63,17 @@ struct PatchWeights {
       for (int half = 0; half < 2; ++half) {
         const int row = g + 8 * half;
         float product = 1.f;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) weight[j][i / 2][2 * half + i % 2] = 0.f;
+        float w[4] = {};
         for (int s = row; s >= 0; --s) {
           const float gate = gates[j * kPatch + s];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (s == 8 * (i / 2) + 2 * q + i % 2) weight[j][i / 2][2 * half + i % 2] = gate * product;
+            if (s == 8 * (i / 2) + 2 * q + i % 2) w[i] = gate * product;
           }
           product *= 1.f - gate;
         }
+        weight[j][0][half] = __floats2half2_rn(w[0], w[1]);
+        weight[j][1][half] = __floats2half2_rn(w[2], w[3]);
         const int64_t c = cell + j;
         const bool shut = cells.opens(c) && (c < cells.first() || token + row < cells.opening(c));
         if (j % 8 / 2 == q) decay[j / 8][2 * half + j % 2] = shut ? -1.f : product;

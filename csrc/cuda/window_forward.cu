@@ -22,35 +22,41 @@ struct Config {
   static constexpr int kBlocks = dim <= 64 && flux <= 5 ? 2 : 1;
   static constexpr int kStages = 2;
   static constexpr int kRow = Rows<dim>::kBytes;
-  static constexpr int kSideStride = dim + 8;  // floats of a row of what a patch adds to its cells
+  static constexpr int kAddedStride = dim + 8;  // floats of a row of what a patch adds to its cells
 };
 
 // Shared memory of a walk, by offsets in bytes.
 struct Layout {
   int ring_rows;
-  uint32_t tiles, ring, flux, patch, gates, table, meta, bytes;
+  uint32_t tiles, ring, started, carried, added, gates, decays, table, cells, bytes;
 
   template <typename config>
   __host__ __device__ static Layout make(int slots, int resolution) {
+    const auto rounded = [](int x) { return (x + 7) / 8 * 8; };
     Layout l;
-    l.ring_rows = (slots + config::kTile / resolution + 3 + 7) / 8 * 8;
+    l.ring_rows = rounded(slots + config::kTile / resolution + 3 + (config::kMore ? config::kColumns : 0));
+    if (l.ring_rows < config::kColumns) l.ring_rows = config::kColumns;
     uint32_t at = 0;
-    l.tiles = at;  // [stage][side][token]
+    l.tiles = at;  // tokens: [stage][side][token]
     at += config::kStages * 2 * config::kTile * config::kRow;
-    l.ring = at;  // [side][cell]
+    l.ring = at;  // cells: [side][cell]
     at += 2 * l.ring_rows * config::kRow;
-    l.flux = at;  // [side][warp][cell], rounded up to eight rows
-    at += 2 * ((config::kWarps * config::kFlux + 7) / 8 * 8) * config::kRow;
-    l.patch = at;  // what patches add, [warp][side][cell][element], float; later the rows of out, [warp][16]
-    const uint32_t added = config::kWarps * 2 * config::kFlux * config::kSideStride * 4;
+    l.started = at;  // cells at the beginning of a patch in which they go on: [side][warp][2]
+    at += 2 * config::kWarps * 2 * config::kRow;
+    l.carried = at;  // and at the end of the tile: [side][cell mod 2]; neither permuted
+    at += 2 * 2 * config::kRow;
+    l.added = at;  // what patches add to cells, [warp][side][cell][element], float; later the rows of out, [warp][16]
+    const uint32_t added = config::kWarps * 2 * config::kFlux * config::kAddedStride * 4;
     const uint32_t rows = config::kWarps * kPatch * config::kRow;
     at += added > rows ? added : rows;
     l.gates = at;  // [warp][cell][16]
     at += config::kWarps * config::kFlux * kPatch * 4;
+    l.decays = at;  // of whole patches: [warp][cell]
+    at += config::kWarps * config::kFlux * 4;
+    l.cells = at;  // the trailing cells of patches: [warp]
+    at += config::kWarps * 4;
     l.table = at;
     at += 2 * resolution * 4;
-    l.meta = at;
-    at += config::kWarps * (config::kFlux + 4) * 4;
     l.bytes = (at + 15) / 16 * 16;
     return l;
   }
@@ -80,56 +86,91 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const int ring_rows = layout.ring_rows;
 
   const uint32_t shared = shared_address(shared_memory);
-  const uint32_t ring_side = ring_rows * config::kRow;
-  const uint32_t flux_side = ((kWarps * kFlux + 7) / 8 * 8) * config::kRow;
-  float* const added = reinterpret_cast<float*>(shared_memory + layout.patch);
+  const uint32_t ring_side = ring_rows * config::kRow, started_side = kWarps * 2 * config::kRow;
+  float* const added = reinterpret_cast<float*>(shared_memory + layout.added);
   float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + warp * kFlux * kPatch;
+  float* const decays = reinterpret_cast<float*>(shared_memory + layout.decays);
   float* const table = reinterpret_cast<float*>(shared_memory + layout.table);
-  float* const end_decays = reinterpret_cast<float*>(shared_memory + layout.meta);  // [warp][kFlux]
-  int* const meta = reinterpret_cast<int*>(end_decays + kWarps * kFlux);            // [warp][4]
+  int* const patch_cells = reinterpret_cast<int*>(shared_memory + layout.cells);
 
   for (int i = threadIdx.x; i < 2 * resolution; i += config::kThreads) {
     table[i] = static_cast<const float*>(p.gates)[p.laws[head].gates + i];
   }
   // Contents before the walk: as given, else zeros. Cell number c lies in row c mod ring_rows.
-  for (int i = threadIdx.x; i < 2 * ring_rows * kDim; i += config::kThreads) {
-    const int d = i % kDim, row = i / kDim % ring_rows, side = i / kDim / ring_rows;
-    const void* const state = side ? p.state_value : p.state_key;
-    const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
-    float content = 0.f;
-    if (state && walk.from_begin && d < dim) {
-      const int back = static_cast<int>(static_cast<uint32_t>(walk.given - 1 - row + ring_rows) % ring_rows);
-      const int slot = walk.given_slot(back, slots);
-      if (slot >= 0) content = static_cast<const float*>(state)[((walk.sequence * p.kv_heads + head) * slots + slot) * dim + d];
+  for (uint32_t i = threadIdx.x; i < 2 * ring_side / 16; i += config::kThreads) {
+    store_shared(shared + layout.ring + 16 * i, make_uint4(0, 0, 0, 0));
+  }
+  if (p.state_key && walk.from_begin) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2 * slots * kDim; i += config::kThreads) {
+      const int d = i % kDim, back = i / kDim % slots, side = i / kDim / slots;
+      const int slot = walk.given_slot(back, slots), row = (walk.given - 1 - back) % ring_rows;
+      const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
+      if (slot < 0 || d >= dim) continue;
+      const float* const state = static_cast<const float*>(side ? p.state_value : p.state_key);
+      *reinterpret_cast<storage*>(shared_memory + layout.ring + side * ring_side + Row::element(row, d)) =
+          to_storage<storage>(state[((walk.sequence * p.kv_heads + head) * slots + slot) * dim + d]);
     }
-    *reinterpret_cast<storage*>(shared_memory + layout.ring + side * ring_side + Row::element(row, d)) =
-        to_storage<storage>(content);
   }
 
+  // A thread copies one chunk of every kRowsAtOnce-th row.
+  constexpr int kRowsAtOnce = config::kThreads / Row::kChunks;
+  const int copy_row = threadIdx.x / Row::kChunks, copy_chunk = threadIdx.x % Row::kChunks;
   const auto fetch = [&](int time, int stage) {
+    const int from_row = max(walk.begin - time, 0), to_row = min(walk.end - time, kTile);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const View& view = side ? p.value : p.key;
-      const int chunks = static_cast<int>(side ? p.value_dim : p.key_dim) / 8;
-      const storage* from = row_of<const storage>(view, walk.batch, head, walk.row);
-      const uint32_t to = shared + layout.tiles + (stage * 2 + side) * kTile * config::kRow;
+      const storage* from = row_of<const storage>(view, walk.batch, head, walk.row + time + copy_row) + copy_chunk * 8;
+      const int64_t step = kRowsAtOnce * view.token;
+      uint32_t to = Row::at(shared + layout.tiles + (stage * 2 + side) * kTile * config::kRow, copy_row, copy_chunk);
+      if (from_row == 0 && to_row == kTile && (side ? p.value_dim : p.key_dim) == kDim) {
 #pragma unroll
-      for (int i = 0; i < kTile * Row::kChunks / config::kThreads; ++i) {
-        const int at = threadIdx.x + i * config::kThreads, row = at / Row::kChunks, chunk = at % Row::kChunks;
-        const int t = time + row;
-        const bool valid = t >= walk.begin && t < walk.end && chunk < chunks;
-        copy_async(Row::at(to, row, chunk), valid ? from + t * view.token + chunk * 8 : from, valid);
+        for (int i = 0; i < kTile / kRowsAtOnce; ++i) copy_async(to + i * kRowsAtOnce * config::kRow, from + i * step);
+      } else {
+        const bool exists = copy_chunk * 8 < (side ? p.value_dim : p.key_dim);
+        for (int i = 0; i < kTile / kRowsAtOnce; ++i) {
+          const int row = copy_row + i * kRowsAtOnce;
+          const bool valid = exists && row >= from_row && row < to_row;
+          copy_async_or_zero(to + i * kRowsAtOnce * config::kRow, valid ? from + i * step : view.data, valid);
+        }
       }
     }
     commit_copies();
   };
 
+  const int group = static_cast<int>(p.query_heads / p.kv_heads);
+  const auto owns = [&](int time) { return time >= walk.own_begin && time < walk.own_end; };
+  uint32_t query[kSteps][4];
+  const auto load_query = [&](int i, int patch) {
+    const uint32_t sign = p.scale < 0 ? 0x80008000u : 0u;  // the scale below is its absolute value
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int time = patch + g + 8 * half;
+      const storage* from =
+          row_of<const storage>(p.query, walk.batch, static_cast<int64_t>(head) * group + i, walk.row + time) + 16 * q;
+#pragma unroll
+      for (int w = 0; w < kWords / 4; ++w) {
+        const int chunk = Row::chunk_of(q, w);
+        uint4 words = make_uint4(0, 0, 0, 0);
+        if (owns(time) && chunk * 8 < p.key_dim) words = load_global(from + (chunk - 2 * q) * 8);
+        query[2 * w][half] = words.x ^ sign;
+        query[2 * w][half + 2] = words.y ^ sign;
+        query[2 * w + 1][half] = words.z ^ sign;
+        query[2 * w + 1][half + 2] = words.w ^ sign;
+      }
+    }
+  };
+
   Weights weights;
   int made_for = -1;  // the regular patch that `weights` are of: its offset from the trailing cell's centre
-  float content0[kDim * 2 / config::kThreads > 0 ? kDim * 2 / config::kThreads : 1];  // of the cells that are in flux
-  float content1[kDim * 2 / config::kThreads > 0 ? kDim * 2 / config::kThreads : 1];  // when a tile begins
-  int live = 0;
   bool sound = true;
+  // Of the tile and of this warp's patch: the trailing cell, the offset from its centre.
+  int tile_cell = 0, tile_offset = walk.offset, tile_row = 0;
+  int cell = (walk.offset + warp * kPatch) / resolution, offset = (walk.offset + warp * kPatch) % resolution;
+  // The ring counts cells from `slots` before the first: this row is that of the trailing cell's slot before the patch.
+  int first_row = cell % ring_rows;
+  const int cells_per_tile = kTile / resolution, tokens_left = kTile % resolution;
 
   fetch(0, 0);
   for (int time = 0, stage = 0; time < walk.own_end; time += kTile, stage ^= 1) {
@@ -137,22 +178,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     __syncthreads();  // the tile is there, and the one before is done with
     if (time + kTile < walk.own_end) fetch(time + kTile, stage ^ 1);
 
-    // This warp's patch.
     const int patch = time + warp * kPatch;
-    const int cell = (walk.offset + patch) / resolution, offset = (walk.offset + patch) % resolution;
     const bool irregular = cell - slots < walk.first || patch < walk.begin;
     if (irregular || made_for != offset) {
       weights.make(p.laws[head].cells, walk.time(walk.begin), walk.cell + cell, walk.time(patch), table, gates,
-                   end_decays + warp * kFlux);
+                   decays + warp * kFlux);
       made_for = irregular ? -1 : offset;
     }
-    // The ring counts cells from `slots` before the first.
-    const int first_row = static_cast<int>(static_cast<uint32_t>(cell) % ring_rows);
-    if (lane == 0) {
-      meta[warp * 4] = first_row;
-      meta[warp * 4 + 1] = (offset + kPatch) / resolution;  // cells that are finished when the patch ends
-      meta[warp * 4 + 2] = min(max(walk.given - slots - cell, 0), kFlux);  // cells from before the walk's first token
-    }
+    if (lane == 0) patch_cells[warp] = cell;
+    load_query(0, patch);
 
     // What the patch adds to its cells.
     const uint32_t tile_base = shared + layout.tiles + stage * 2 * kTile * config::kRow;
@@ -162,8 +196,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
       for (int m = 0; m < kDim / 16; ++m) {
         uint32_t a[4];
-        load_matrices_transposed(
-            a, Row::at(rows, warp * kPatch + (lane / 16) * 8 + lane % 8, 2 * m + (lane / 8) % 2));
+        load_matrices_transposed(a, Row::at(rows, warp * kPatch + (lane / 16) * 8 + lane % 8, 2 * m + (lane / 8) % 2));
 #pragma unroll
         for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
           float sum[4] = {};
@@ -173,7 +206,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           for (int e = 0; e < 4; ++e) {
             const int j = 8 * tile + 2 * q + e % 2, d = 16 * m + g + 8 * (e / 2);
             if (j < kFlux) {
-              added[((warp * 2 + side) * kFlux + j) * config::kSideStride + d] = sum[e];
+              added[((warp * 2 + side) * kFlux + j) * config::kAddedStride + d] = sum[e];
             } else if (sum[e] != 0.f) {
               sound = false;  // weights of zero, so a token is not finite
             }
@@ -183,93 +216,101 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     }
     __syncthreads();
 
-    // From patch to patch, each thread with its elements of all cells.
+    // The cells that take tokens of this tile, each from patch to patch: a thread has one chunk of one cell. A cell may
+    // need what the one before it in its slot left, so no more than `slots` at a time.
+    const int further = tokens_left + tile_offset;
+    const int cells_here = cells_per_tile + (further > resolution ? 3 : further > 0 ? 2 : 1);
+    for (int lap = 0; lap < cells_here; lap += slots) {
+      if (lap > 0) __syncthreads();
+      const int items = min(slots, cells_here - lap) * 2 * Row::kChunks;
+      for (int item = threadIdx.x; item < items; item += config::kThreads) {
+        const int chunk = item % Row::kChunks, side = item / Row::kChunks % 2;
+        const int number = lap + item / (2 * Row::kChunks), c = tile_cell + number;
+        const int centre = c * resolution - walk.offset - time, last = centre + resolution - 1;
+        const int lobe = centre - resolution + 1;
+        const uint32_t ring = shared + layout.ring + side * ring_side;
+        const uint32_t carried = shared + layout.carried + (2 * side + (c & 1)) * config::kRow + chunk * 16;
+        const int before_row = wrap(tile_row + number, ring_rows), own_row = wrap(before_row + slots, ring_rows);
+        const uint32_t own = Row::at(ring, own_row, chunk);
+        uint32_t from = Row::at(ring, before_row, chunk);
+        if (c < walk.given - slots) from = own;  // left by what came before the walk
+        if (lobe < 0 && time > 0) from = carried;
+        uint4 words = load_shared(from);
+        float content[8];
+        const auto unpack_words = [&] {
+          const uint32_t w[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-    for (int n = 0; n < (2 * kDim + config::kThreads - 1) / config::kThreads; ++n) {
-      const int element = threadIdx.x + n * config::kThreads;
-      if (element < 2 * kDim) {
-        const int side = element / kDim, d = element % kDim;
-        unsigned char* const ring = shared_memory + layout.ring + side * ring_side;
-        unsigned char* const flux = shared_memory + layout.flux + side * flux_side;
-        float start0 = content0[n], start1 = content1[n];
-        int alive = live;
-        for (int w = 0; w < kWarps; ++w) {
-          const int row = meta[w * 4], finished = meta[w * 4 + 1], before = meta[w * 4 + 2];
-          float content[kFlux];
-#pragma unroll
-          for (int j = 0; j < kFlux; ++j) {
-            float start;
-            if (j == 0 && alive > 0) {
-              start = start0;
-            } else if (j == 1 && alive > 1) {
-              start = start1;
-            } else {
-              const int from = wrap(row + (j < before ? slots + j : j), ring_rows);
-              start = to_compute<float>(*reinterpret_cast<const storage*>(ring + Row::element(from, d)));
-            }
-            *reinterpret_cast<storage*>(flux + Row::element(w * kFlux + j, d)) = to_storage<storage>(start);
-            content[j] = end_decays[w * kFlux + j] * start +
-                         added[((w * 2 + side) * kFlux + j) * config::kSideStride + d];
+          for (int i = 0; i < 4; ++i) {
+            const float2 pair = unpack<storage>(w[i]);
+            content[2 * i] = pair.x;
+            content[2 * i + 1] = pair.y;
           }
-#pragma unroll
-          for (int j = 0; j < kFlux; ++j) {
-            if (j < finished) {
-              *reinterpret_cast<storage*>(ring + Row::element(wrap(row + slots + j, ring_rows), d)) =
-                  to_storage<storage>(content[j]);
-            }
-            if (j == finished) start0 = content[j];
-            if (j == finished + 1) start1 = content[j];
-          }
-          alive = finished + 1 < kFlux ? 2 : finished < kFlux ? 1 : 0;
+        };
+        unpack_words();
+        const int end_patch = min(last / kPatch, kWarps - 1);
+        const uint32_t started = shared + layout.started + side * started_side + chunk * 16;
+        for (int w = max(lobe, 0) / kPatch; w <= end_patch; ++w) {
+          const int j = c - patch_cells[w];
+          if (lobe < w * kPatch) store_shared(started + (2 * w + j) * config::kRow, words);
+          const float4* sums =
+              reinterpret_cast<const float4*>(added + ((w * 2 + side) * kFlux + j) * config::kAddedStride + chunk * 8);
+          const float decay = decays[w * kFlux + j];
+          const float4 low = sums[0], high = sums[1];
+          content[0] = decay * content[0] + low.x;
+          content[1] = decay * content[1] + low.y;
+          content[2] = decay * content[2] + low.z;
+          content[3] = decay * content[3] + low.w;
+          content[4] = decay * content[4] + high.x;
+          content[5] = decay * content[5] + high.y;
+          content[6] = decay * content[6] + high.z;
+          content[7] = decay * content[7] + high.w;
+          words = make_uint4(pack<storage>(content[0], content[1]), pack<storage>(content[2], content[3]),
+                             pack<storage>(content[4], content[5]), pack<storage>(content[6], content[7]));
         }
-        content0[n] = start0;
-        content1[n] = start1;
+        store_shared(last < kTile ? own : carried, words);
       }
-    }
-    {
-      const int finished = meta[(kWarps - 1) * 4 + 1];
-      live = finished + 1 < kFlux ? 2 : finished < kFlux ? 1 : 0;
     }
     __syncthreads();
 
     // Attend.
+    const int here_cell = cell, here_row = first_row, here_offset = offset;
+    tile_cell += cells_per_tile;
+    tile_row += cells_per_tile;
+    tile_offset += tokens_left;
+    cell += cells_per_tile;
+    offset += tokens_left;
+    first_row += cells_per_tile;
+    if (tile_offset >= resolution) {
+      tile_offset -= resolution;
+      ++tile_cell;
+      ++tile_row;
+    }
+    if (offset >= resolution) {
+      offset -= resolution;
+      ++cell;
+      ++first_row;
+    }
+    first_row = wrap(first_row, ring_rows);
+    tile_row = wrap(tile_row, ring_rows);
     if (patch + kPatch <= walk.own_begin || patch >= walk.own_end) continue;
-    const int masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
+    const int masked = irregular ? min(walk.first - (here_cell - slots), slots) : 0;
+    // Cells that go on in this patch lie apart from the ring.
+    const int going_on = here_offset >= 2 ? 2 : 1;
     const uint32_t raw_keys = tile_base, raw_values = tile_base + kTile * config::kRow;
     const uint32_t ring_keys = shared + layout.ring, ring_values = ring_keys + ring_side;
-    const uint32_t flux_keys = shared + layout.flux, flux_values = flux_keys + flux_side;
-    const float factor = static_cast<float>(p.scale) * 1.44269504f;  // exponentials to base 2
-    const int group = static_cast<int>(p.query_heads / p.kv_heads);
-    bool owned[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      owned[half] = patch + g + 8 * half >= walk.own_begin && patch + g + 8 * half < walk.own_end;
-    }
-
+    const uint32_t started_keys = shared + layout.started, started_values = started_keys + started_side;
+    const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to base 2
     for (int i = 0; i < group; ++i) {
       const int64_t query_head = static_cast<int64_t>(head) * group + i;
-      uint32_t query[kSteps][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const storage* from = row_of<const storage>(p.query, walk.batch, query_head, walk.row + patch + g + 8 * half);
-#pragma unroll
-        for (int w = 0; w < kWords / 4; ++w) {
-          const int chunk = Row::chunk_of(q, w);
-          uint4 words = make_uint4(0, 0, 0, 0);
-          if (owned[half] && chunk * 8 < p.key_dim) words = *reinterpret_cast<const uint4*>(from + chunk * 8);
-          query[2 * w][half] = words.x;
-          query[2 * w][half + 2] = words.y;
-          query[2 * w + 1][half] = words.z;
-          query[2 * w + 1][half + 2] = words.w;
-        }
-      }
-
-      const auto product = [&](float(&sum)[4], uint32_t rows, int row) {
+      if (i > 0) load_query(i, patch);
+      // The products of the query rows with eight rows; this thread's is number `row` of its eight.
+      const auto product = [&](float (&sum)[4], uint32_t row_address, int row) {
+        const uint32_t even = row_address + (((2 * q) ^ (row & 7)) << 4), odd = even ^ 16;
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[e] = 0.f;
 #pragma unroll
         for (int w = 0; w < kWords / 4; ++w) {
-          const uint4 words = load_shared(Row::at(rows, row, Row::chunk_of(q, w)));
+          const uint4 words = load_shared((w % 2 ? odd : even) + 128 * (w / 2));
           mma<storage>(sum, query[2 * w], words.x, words.y);
           mma<storage>(sum, query[2 * w + 1], words.z, words.w);
         }
@@ -277,11 +318,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       float raw[2][4];
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        product(raw[tile], raw_keys, warp * kPatch + 8 * tile + g);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (8 * tile + 2 * q + e % 2 > g + 8 * (e / 2)) raw[tile][e] = 0.f;  // later tokens
-        }
+        product(raw[tile], raw_keys + (warp * kPatch + 8 * tile + g) * config::kRow, g);
       }
 
       float out[kDim / 8][4] = {};
@@ -292,9 +329,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile) {
           const int column = first + 8 * tile + g;
-          const bool in_flux = tile < Weights::kFluxTiles && column < kFlux;
-          product(score[tile], in_flux ? flux_keys : ring_keys,
-                  in_flux ? warp * kFlux + column : wrap(first_row + (column < slots ? column : 0), ring_rows));
+          int row = wrap(here_row + column, ring_rows);
+          uint32_t address = ring_keys + row * config::kRow;
+          if (tile == 0 && column < going_on) {
+            row = 0;
+            address = started_keys + (2 * warp + column) * config::kRow;
+          }
+          product(score[tile], address, row);
         }
         if (first == 0) {
 #pragma unroll
@@ -304,8 +345,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               float sum = 0.f;
 #pragma unroll
               for (int tile = 0; tile < 2; ++tile) {
-                sum += weights.weight[j][tile][2 * half] * raw[tile][2 * half];
-                sum += weights.weight[j][tile][2 * half + 1] * raw[tile][2 * half + 1];
+                const float2 weight = __half22float2(weights.weight[j][tile][half]);
+                sum += weight.x * raw[tile][2 * half];
+                sum += weight.y * raw[tile][2 * half + 1];
               }
               sum += __shfl_xor_sync(kAllLanes, sum, 1);
               sum += __shfl_xor_sync(kAllLanes, sum, 2);
@@ -341,21 +383,19 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           float most = top[half];
 #pragma unroll
           for (int tile = 0; tile < kColumnTiles; ++tile) {
-            score[tile][2 * half] *= factor;
-            score[tile][2 * half + 1] *= factor;
             most = fmaxf(most, fmaxf(score[tile][2 * half], score[tile][2 * half + 1]));
           }
           most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
           most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-          const float shift = most == -INFINITY ? 0.f : most;
-          before[half] = exp2f(top[half] - shift);
+          const float shift = most == -INFINITY ? 0.f : most * factor;
+          before[half] = exp2_fast(top[half] * factor - shift);
           top[half] = most;
           float sum = 0.f;
 #pragma unroll
           for (int tile = 0; tile < kColumnTiles; ++tile) {
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; ++e) {
-              score[tile][e] = exp2f(score[tile][e] - shift);
+              score[tile][e] = exp2_fast(score[tile][e] * factor - shift);
               sum += score[tile][e];
             }
           }
@@ -380,8 +420,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               const float share = __shfl_sync(kAllLanes, score[j / 8][2 * half + j % 2], (lane & ~3) | (j % 8 / 2));
 #pragma unroll
               for (int tile = 0; tile < 2; ++tile) {
-                shares[tile][2 * half] += share * weights.weight[j][tile][2 * half];
-                shares[tile][2 * half + 1] += share * weights.weight[j][tile][2 * half + 1];
+                const float2 weight = __half22float2(weights.weight[j][tile][half]);
+                shares[tile][2 * half] += share * weight.x;
+                shares[tile][2 * half + 1] += share * weight.y;
               }
             }
           }
@@ -398,13 +439,17 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
                                  pack<storage>(score[2 * step + 1][0], score[2 * step + 1][1]),
                                  pack<storage>(score[2 * step + 1][2], score[2 * step + 1][3])};
           const int column = first + 16 * step + lane % 16;
-          const bool in_flux = step < (Weights::kFluxTiles + 1) / 2 && column < kFlux;
-          const uint32_t rows = in_flux ? flux_values : ring_values;
-          const int row = in_flux ? warp * kFlux + column : wrap(first_row + (column < slots ? column : 0), ring_rows);
+          int row = wrap(here_row + column, ring_rows);
+          uint32_t address = ring_values + row * config::kRow;
+          if (step == 0 && column < going_on) {
+            row = 0;
+            address = started_values + (2 * warp + column) * config::kRow;
+          }
+          address += ((lane / 16) ^ (row & 7)) << 4;
 #pragma unroll
           for (int d = 0; d < kDim / 16; ++d) {
             uint32_t b[4];
-            load_matrices_transposed(b, Row::at(rows, row, 2 * d + lane / 16));
+            load_matrices_transposed(b, (address ^ ((d % 4) << 5)) + 128 * (d / 4));
             mma<storage>(out[2 * d], a, b[0], b[1]);
             mma<storage>(out[2 * d + 1], a, b[2], b[3]);
           }
@@ -422,7 +467,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
       }
 
-      unsigned char* const staged = shared_memory + layout.patch + warp * kPatch * config::kRow;
+      unsigned char* const staged = shared_memory + layout.added + warp * kPatch * config::kRow;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float sum = total[half];
@@ -434,9 +479,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           *reinterpret_cast<uint32_t*>(staged + Row::element(g + 8 * half, 8 * tile + 2 * q)) =
               pack<storage>(out[tile][2 * half] * inverse, out[tile][2 * half + 1] * inverse);
         }
-        if (q == 0 && owned[half]) {
-          static_cast<float*>(outputs.lse)[(walk.batch * p.query_heads + query_head) * p.tokens + walk.row + patch + g +
-                                           8 * half] = (top[half] + log2f(sum)) * 0.693147181f;
+        if (q == 0 && owns(patch + g + 8 * half)) {
+          static_cast<float*>(
+              outputs.lse)[(walk.batch * p.query_heads + query_head) * p.tokens + walk.row + patch + g + 8 * half] =
+              (top[half] * factor + log2_fast(sum)) * 0.693147181f;
         }
       }
       __syncwarp();
@@ -479,8 +525,8 @@ __global__ void __launch_bounds__(kStepThreads)
     __syncthreads();
   }
   for (int64_t t = 0; t < sequence.length; ++t) {
-    step_token<storage>(p, law, sequence.batch, head, sequence.row + t, sequence.position + t, keys, values, outputs.out,
-                        static_cast<float*>(outputs.lse), shared_memory);
+    step_token<storage>(p, law, sequence.batch, head, sequence.row + t, sequence.position + t, keys, values,
+                        outputs.out, static_cast<float*>(outputs.lse), shared_memory);
   }
 }
 
@@ -504,7 +550,8 @@ __global__ void __launch_bounds__(256)
   end[at] = content;
 }
 
-// How many cells are in flux in one patch at most: where patches begin is a multiple of both 16's and r's common divisor.
+// How many cells are in flux in one patch at most: where patches begin is a multiple of both 16's and r's common
+// divisor.
 int cells_in_flux(int64_t resolution) {
   const int64_t step = std::gcd(resolution, int64_t(kPatch));
   return static_cast<int>((resolution - step + kPatch - 1) / resolution + 2);
@@ -597,21 +644,20 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
     int least = 0;
     for (const int flux : kFluxClasses) {
       HeadList heads{};
-      int longest = 1, finest = INT32_MAX;
       for (int64_t h = 0; h < p.kv_heads; ++h) {
         const int in_flux = cells_in_flux(p.cells[h].resolution);
         if (in_flux <= least || in_flux > flux) continue;
         heads.head[heads.count++] = static_cast<uint16_t>(h);
-        longest = std::max(longest, static_cast<int>(p.cells[h].resolution));
-        finest = std::min(finest, static_cast<int>(p.cells[h].resolution));
       }
       least = flux;
       if (heads.count == 0) continue;
       with_config(p, flux, [&](auto config_tag) {
         using config = decltype(config_tag);
-        const int slots = static_cast<int>(p.slots);
-        const uint32_t bytes =
-            std::max(Layout::make<config>(slots, finest).bytes, Layout::make<config>(slots, longest).bytes);
+        uint32_t bytes = 0;
+        for (int i = 0; i < heads.count; ++i) {
+          const int resolution = static_cast<int>(p.cells[heads.head[i]].resolution);
+          bytes = std::max(bytes, Layout::make<config>(static_cast<int>(p.slots), resolution).bytes);
+        }
         cudaFuncSetAttribute(window_forward<config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes));
         launch("window_forward", window_forward<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
