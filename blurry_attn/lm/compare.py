@@ -25,6 +25,7 @@ class Row:
     mixer: str
     learning_rate: float
     bits: float
+    tokens_per_second: float
     state_elements: int
     state_bytes: int
     run: str
@@ -58,7 +59,7 @@ def compare(
         ]
         runs += [{"mixer": mixer, "learning_rate": rate, "bits": result.bits} for result, rate in results]
         best, rate = min(results, key=lambda pair: pair[0].bits)
-        rows.append(Row(mixer, rate, best.bits, elements, size, best.folder.name))
+        rows.append(Row(mixer, rate, best.bits, best.tokens_per_second, elements, size, best.folder.name))
     content = {
         "model": {name: value for name, value in asdict(model_config).items() if name != "mixer"},
         "train": {name: value for name, value in asdict(train_config).items() if name != "learning_rate"},
@@ -70,11 +71,13 @@ def compare(
     }
     write_whole(folder / RESULTS, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
     write_whole(folder / PLOT, lambda path: _plot(path, folder, rows, best.bigram))
-    table = [f"{'mixer':10}{'bits/byte':>10}{'learning rate':>15}{'state elements':>16}{'bytes':>12}"]
+    titles = f"{'mixer':10}{'bits/byte':>10}{'learning rate':>15}{'tokens/s':>12}{'state elements':>16}{'bytes':>12}"
+    table = [titles]
     for row in rows:
         grows = "  (grows)" if row.mixer == "full" else ""
         table.append(
-            f"{row.mixer:10}{row.bits:10.3f}{row.learning_rate:15g}{row.state_elements:16,}{row.state_bytes:12,}{grows}"
+            f"{row.mixer:10}{row.bits:10.3f}{row.learning_rate:15g}{row.tokens_per_second:12,.0f}"
+            f"{row.state_elements:16,}{row.state_bytes:12,}{grows}"
         )
     table.append(f"{'bigram':10}{best.bigram:10.3f}")
     table.append(f"{'unigram':10}{best.unigram:10.3f}")

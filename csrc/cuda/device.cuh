@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -41,24 +42,62 @@ __device__ __forceinline__ __half to_storage<__half, float>(float x) {
   return __float2half(x);
 }
 
-template <typename type>
-struct alignas(4 * sizeof(type)) Quad {
-  type x[4];
+// Neighbours in memory, read and written at once.
+template <typename type, int count>
+struct alignas(count * sizeof(type)) Pack {
+  type x[count];
 };
+template <typename type>
+using Quad = Pack<type, 4>;
 
-// Elements d .. d + 3 of a row of `dim`, zeros past its end. `whole`: four neighbours are one aligned access.
-template <typename compute, typename storage>
-__device__ __forceinline__ Quad<compute> load_quad(const storage* row, int64_t element, int d, int dim, bool whole) {
-  Quad<compute> quad;
-  if (whole && d + 4 <= dim) {
-    const Quad<storage> raw = *reinterpret_cast<const Quad<storage>*>(row + d);
+// The two numbers of a word, the first in its lower half.
+template <typename storage>
+__device__ __forceinline__ float2 to_floats(unsigned word);
+template <>
+__device__ __forceinline__ float2 to_floats<__nv_bfloat16>(unsigned word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+template <>
+__device__ __forceinline__ float2 to_floats<__half>(unsigned word) {
+  __half2_raw raw;
+  raw.x = static_cast<unsigned short>(word);
+  raw.y = static_cast<unsigned short>(word >> 16);
+  return __half22float2(raw);
+}
+
+// `count` neighbours at an aligned address, read at once.
+template <typename compute, int count, typename storage>
+__device__ __forceinline__ Pack<compute, count> read_pack(const storage* from) {
+  if constexpr (sizeof(storage) == 2) {
+    const auto words = *reinterpret_cast<const Pack<unsigned, count / 2>*>(from);
+    Pack<compute, count> pack;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) quad.x[e] = to_compute<compute>(raw.x[e]);
+    for (int i = 0; i < count / 2; ++i) {
+      const float2 two = to_floats<storage>(words.x[i]);
+      pack.x[2 * i] = two.x;
+      pack.x[2 * i + 1] = two.y;
+    }
+    return pack;
   } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) quad.x[e] = d + e < dim ? to_compute<compute>(row[(d + e) * element]) : compute(0);
+    return *reinterpret_cast<const Pack<compute, count>*>(from);
   }
-  return quad;
+}
+
+// Copies elements d .. d + 3 of a row of `dim` to shared memory, zeros past its end; they are there once
+// committed and waited for. `whole`: four neighbours are one aligned access.
+template <typename storage>
+__device__ __forceinline__ void copy_quad(Quad<storage>* to, const storage* row, int64_t element, int d, int dim,
+                                          bool whole) {
+  if (whole && d + 4 <= dim) {
+    constexpr int kBytes = sizeof(Quad<storage>), kCopy = kBytes < 16 ? kBytes : 16;
+#pragma unroll
+    for (int i = 0; i < kBytes; i += kCopy) {
+      __pipeline_memcpy_async(reinterpret_cast<char*>(to) + i, reinterpret_cast<const char*>(row + d) + i, kCopy);
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) to->x[e] = d + e < dim ? row[(d + e) * element] : storage{};
 }
 
 inline bool has_whole_quads(const View& view, int64_t element_size) {
@@ -103,55 +142,68 @@ struct Law {
   __device__ bool is_open(int slot, int64_t token) const { return token >= cells.slot_opening(slot); }
 };
 
+// How a token's gates lie over the slots.
+enum class Spread : int {
+  few,    // at most two slots take a share; no other does
+  all,    // every slot takes one, none of them 0 or 1
+  mixed,  // anything
+};
+
 // What a token gives to the slots, made once per token: gate() is then cheap for every slot.
 template <typename compute>
 struct TokenGates {
   int64_t token;
-  int slot[2];       // "fejer": the two slots in flux,
+  Spread spread;
+  int slot[2];       // few: the slots in flux, or centred,
   compute share[2];  // and their gates
-  int offset;        // any other kernel: offset in the period from the centre of slot 0
-  bool settled;      // every slot was opened before
+  int offset;        // else: offset in the period from the centre of slot 0
 
   __device__ void make(const Law<compute>& law, int64_t t) {
     const Cells& cells = law.cells;
     token = t;
     if (law.kernel == Kernel::fejer) {
+      spread = Spread::few;
       const int64_t trailing = cells.trailing(t);
+      slot[0] = static_cast<int>(cells.slot(trailing));
+      slot[1] = slot[0] + 1 < cells.slots ? slot[0] + 1 : 0;
       for (int which = 0; which < 2; ++which) {
         const int64_t cell = trailing + which;
-        slot[which] = static_cast<int>(cells.slot(cell));
         share[which] = cells.is_open(cell, t) ? cells.gate(law.gates, cell, t) : compute(0);
       }
     } else {
       const int64_t from_centre = t - cells.centre(0), window = cells.window();
       offset = static_cast<int>(from_centre - floor_div(from_centre, window) * window);
-      settled = t > cells.opening(cells.slots - 1);
+      const int resolution = static_cast<int>(cells.resolution), centred = offset / resolution;
+      const bool settled = t > cells.opening(cells.slots - 1);  // every slot was opened before
+      spread = !settled ? Spread::mixed : offset == centred * resolution ? Spread::few : Spread::all;
+      slot[0] = centred;
+      slot[1] = -1;
+      share[0] = 1;
+      share[1] = 0;
     }
   }
   // The share of the token that `m` takes; 0 where it is shut.
-  __device__ compute gate(const Law<compute>& law, int m) const {
-    if (law.kernel == Kernel::fejer) return m == slot[0] ? share[0] : m == slot[1] ? share[1] : compute(0);
-    if (!settled) {
+  __device__ __forceinline__ compute gate(const Law<compute>& law, int m) const {
+    if (spread == Spread::few) return m == slot[0] ? share[0] : m == slot[1] ? share[1] : compute(0);
+    if (spread == Spread::mixed) {
       const int64_t opening = law.cells.slot_opening(m);
       if (token <= opening) return token == opening ? compute(1) : compute(0);
     }
     const int from_centre = offset - m * static_cast<int>(law.cells.resolution);
     return law.gates[from_centre < 0 ? from_centre + static_cast<int>(law.cells.window()) : from_centre];
   }
+  // Whether one of the slots m .. m + 3 may take a share.
+  __device__ __forceinline__ bool touches(int m) const {
+    return spread != Spread::few || static_cast<unsigned>(slot[0] - m) < 4 || static_cast<unsigned>(slot[1] - m) < 4;
+  }
 };
 
-// Runs body(token, gate) over the tokens from .. to - 1 of which an open slot takes a share, in order.
+// "fejer": runs body(begin, end, gates, opens) over the tokens from .. to - 1 of which an open slot takes a share, lobe
+// by lobe: token begin + i takes gates[i], but the first one 1 if it `opens` the slot.
 template <typename compute, typename body_type>
-__device__ void walk_slot(const Law<compute>& law, int slot, int64_t from, int64_t to, const body_type& body) {
+__device__ __forceinline__ void for_lobes(const Law<compute>& law, int slot, int64_t from, int64_t to,
+                                          const body_type& body) {
   const Cells& cells = law.cells;
-  if (law.kernel != Kernel::fejer) {
-    for (int64_t t = from; t < to; ++t) {
-      TokenGates<compute> gates;
-      gates.make(law, t);
-      body(t, gates.gate(law, slot));
-    }
-    return;
-  }
   const int64_t base = cells.trailing(from);
   const int64_t ahead = slot - cells.slot(base);
   for (int64_t cell = base + (ahead < 0 ? ahead + cells.slots : ahead); cells.flux_begin(cell) + 1 < to;
@@ -160,8 +212,26 @@ __device__ void walk_slot(const Law<compute>& law, int slot, int64_t from, int64
     if (cells.opens(cell) && cells.opening(cell) > begin) begin = cells.opening(cell);
     begin = begin > from ? begin : from;
     end = end < to ? end : to;
+    if (begin < end) {
+      body(begin, end, law.gates + (begin - cells.flux_begin(cell)), cells.opens(cell) && begin == cells.opening(cell));
+    }
+  }
+}
+
+// Runs body(token, gate) over the tokens from .. to - 1 of which an open slot takes a share, in order.
+template <typename compute, typename body_type>
+__device__ void walk_slot(const Law<compute>& law, int slot, int64_t from, int64_t to, const body_type& body) {
+  if (law.kernel == Kernel::fejer) {
+    for_lobes(law, slot, from, to, [&](int64_t begin, int64_t end, const compute* gates, bool opens) {
 #pragma unroll 4
-    for (int64_t t = begin; t < end; ++t) body(t, cells.gate(law.gates, cell, t));
+      for (int64_t t = begin; t < end; ++t) body(t, opens && t == begin ? compute(1) : gates[t - begin]);
+    });
+    return;
+  }
+  for (int64_t t = from; t < to; ++t) {
+    TokenGates<compute> gates;
+    gates.make(law, t);
+    body(t, gates.gate(law, slot));
   }
 }
 

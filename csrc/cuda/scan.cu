@@ -18,8 +18,9 @@ constexpr int kMaxThreads = 256;
 constexpr int kSlotsPerThread = 4, kDimsPerThread = 16;  // of dot: a tile of 64 numbers
 constexpr int kMixNumbers = 64;                          // of mix and adjoint: slots x dims of a tile
 constexpr int64_t kWeights = int64_t(1) << 25;           // numbers in a workspace of logits or weights
-constexpr int64_t kChunkBytes = 16 << 10;                // shared memory of a block, about
-constexpr int kMaxChunk = 32;                            // rows staged at once
+constexpr int64_t kChunkBytes = 10 << 10;                // shared memory of a chunk of rows, of which a block has two
+constexpr int kReadsAhead = 8;                           // tokens of a slot that are read at once
+constexpr int kMaxChunk = 32;                            // rows of a chunk: at most a thread each
 
 template <typename compute>
 constexpr int kBlocksPerProcessor = sizeof(compute) == 4 ? 2 : 1;
@@ -136,60 +137,143 @@ __device__ __forceinline__ int owned_value(int thread) {
   return index;
 }
 
-// Stages elements first .. first + width - 1 of `count` rows in shared memory, zeros past `dim`; row(i) may be null,
+// x / by, which is most often 1.
+__device__ __forceinline__ int quotient(int x, int by) { return by == 1 ? x : x / by; }
+
+// Row number `i`, of (token, query head of the group) pairs, in a tensor of kv heads: null but for the first head.
+template <typename storage>
+__device__ __forceinline__ storage* token_row(storage* first, const View& view, int i, int group) {
+  const int token = quotient(i, group);
+  return i == token * group ? first + token * view.token : nullptr;
+}
+// The same in a tensor of query heads.
+template <typename storage>
+__device__ __forceinline__ storage* pair_row(storage* first, const View& view, int i, int group) {
+  const int token = quotient(i, group), head = i - token * group;
+  return first + token * view.token + head * view.head;
+}
+
+// Sends elements first .. first + width - 1 of `count` rows to shared memory, zeros past `dim`; row(i) may be null,
 // which leaves a row out. `width` is a power of two, at least 4.
-template <typename storage, typename compute, typename row_type>
-__device__ __forceinline__ void stage_rows(compute* to, int width, int count, int first, int dim, int64_t element,
+template <typename storage, typename row_type>
+__device__ __forceinline__ void stage_rows(storage* to, int width, int count, int first, int dim, int64_t element,
                                            bool whole, const row_type& row) {
   const int quads = width / 4, shift = __ffs(quads) - 1;
   for (int i = threadIdx.x; i < count * quads; i += blockDim.x) {
     const storage* from = row(i >> shift);
-    if (!from) continue;
-    reinterpret_cast<Quad<compute>*>(to)[i] =
-        load_quad<compute>(from, element, first + 4 * (i & (quads - 1)), dim, whole);
-  }
-}
-
-// Stages the gates of a chunk's tokens for slots first .. first + width - 1, token by token in rows of `width`, 0 past
-// the last slot; plain[i]: none of them is 0 or 1. `info` must have been made.
-template <typename compute>
-__device__ __forceinline__ void stage_gates(const Problem& p, const Law<compute>& law, const TokenGates<compute>* info,
-                                            compute* gates, int* plain, int width, int count, int first, int step,
-                                            int begin) {
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  for (int i = threadIdx.x / kWarp; i < count; i += warps) {
-    if ((begin + i) % step) continue;  // written at the first head of a group
-    bool all_plain = true;
-    for (int m = lane; m < width; m += kWarp) {
-      const compute g = first + m < p.slots ? info[i].gate(law, first + m) : compute(0);
-      gates[i * width + m] = g;
-      all_plain = all_plain && g != compute(0) && g != compute(1);
+    if (from) {
+      copy_quad(reinterpret_cast<Quad<storage>*>(to) + i, from, element, first + 4 * (i & (quads - 1)), dim, whole);
     }
-    all_plain = __all_sync(kAllLanes, all_plain);
-    if (lane == 0) plain[i] = all_plain;
   }
 }
 
-// What a block keeps of a chunk of rows in shared memory.
-template <typename compute>
-struct Chunk {
-  compute *tokens, *rows, *gates, *weights;
-  TokenGates<compute>* info;
-  int* plain;
-
-  // Offsets follow the order of alignment: numbers in fours, then the rest.
-  __device__ Chunk(unsigned char* shared, int rows_held, int token_width, int row_width, int gate_width,
-                   int weight_width) {
-    tokens = reinterpret_cast<compute*>(shared);
-    rows = tokens + rows_held * token_width;
-    gates = rows + rows_held * row_width;
-    weights = gates + rows_held * gate_width;
-    info = reinterpret_cast<TokenGates<compute>*>(weights + rows_held * weight_width);
-    plain = reinterpret_cast<int*>(info + rows_held);
+// Runs over `total` rows in chunks, in order or, if `reverse`, from the last chunk to the first: stage(begin, count,
+// buffer), then work(begin, count, buffer). A chunk is on its way while the one before is worked on: two buffers take
+// turns, and one barrier per chunk is enough.
+template <bool reverse, typename stage_type, typename work_type>
+__device__ __forceinline__ void for_chunks(int total, int chunk, const stage_type& stage, const work_type& work) {
+  const int chunks = (total + chunk - 1) / chunk, step = reverse ? -chunk : chunk;
+  int begin = reverse ? (chunks - 1) * chunk : 0;
+  for (int c = 0; c <= chunks; ++c, begin += step) {
+    if (c < chunks) stage(begin, min(chunk, total - begin), c % 2);
+    __pipeline_commit();
+    if (c > 0) work(begin - step, min(chunk, total - (begin - step)), (c - 1) % 2);
+    __pipeline_wait_prior(0);
+    __syncthreads();
   }
-  static int64_t bytes_per_row(int64_t numbers) {
-    return numbers * static_cast<int64_t>(sizeof(compute)) + static_cast<int64_t>(sizeof(TokenGates<compute>)) +
-           static_cast<int64_t>(sizeof(int));
+}
+
+// How a scan's work lies on threads: `across` neighbours share the dimension that is summed over, `along` go along the
+// other one; chunks of `chunk` rows.
+struct Shape {
+  int across, along, tiles, chunk;
+
+  int threads() const { return across * along; }
+};
+
+// What a block keeps of a chunk of rows in shared memory: one of two buffers.
+template <typename storage, typename compute>
+struct Chunk {
+  compute *gates, *weights;
+  storage *tokens, *rows;
+  TokenGates<compute>* info;
+
+  // In the order of alignment, both buffers of each kind.
+  __device__ __forceinline__ Chunk(unsigned char* shared, int buffer, int rows_held, int gate_width, int weight_width,
+                                   int token_width, int row_width) {
+    const int numbers = rows_held * (gate_width + weight_width), elements = rows_held * (token_width + row_width);
+    gates = reinterpret_cast<compute*>(shared) + buffer * numbers;
+    weights = gates + rows_held * gate_width;
+    storage* const all_elements = reinterpret_cast<storage*>(reinterpret_cast<compute*>(shared) + 2 * numbers);
+    tokens = all_elements + buffer * elements;
+    rows = tokens + rows_held * token_width;
+    info = reinterpret_cast<TokenGates<compute>*>(all_elements + 2 * elements) + buffer * rows_held;
+  }
+  static int64_t bytes_per_row(int64_t numbers, int64_t elements) {
+    return numbers * static_cast<int64_t>(sizeof(compute)) + elements * static_cast<int64_t>(sizeof(storage)) +
+           static_cast<int64_t>(sizeof(TokenGates<compute>));
+  }
+};
+
+// How far `token` lies after `from`, in 32 bits: -1 for any before it.
+__device__ __forceinline__ int tokens_to(int64_t token, int64_t from) {
+  const int64_t left = token - from;
+  return left < 0 ? -1 : left < INT32_MAX ? static_cast<int>(left) : INT32_MAX;
+}
+
+// What stages the gates of a stretch's tokens, from token `time` on, for the slots `first_slot` and after.
+template <typename compute>
+struct GateStage {
+  const Law<compute>& law;
+  int64_t time;
+  int first_slot, group;
+  int origin;  // offset of `time` in the period from the centre of slot 0; 0 for "fejer"
+
+  __device__ __forceinline__ GateStage(const Law<compute>& law, int64_t time, int first_slot, int group)
+      : law(law), time(time), first_slot(first_slot), group(group), origin(0) {
+    if (law.kernel == Kernel::fejer) return;
+    const int64_t from_centre = time - law.cells.centre(0), window = law.cells.window();
+    origin = static_cast<int>(from_centre - floor_div(from_centre, window) * window);
+  }
+  // A token's gates lie at the row of the first head of its group; 0 past the last slot. Spread::few: only quads that
+  // it touches are written.
+  __device__ __forceinline__ void operator()(TokenGates<compute>* info, compute* gates, int width, int begin,
+                                             int count) const {
+    const int token0 = quotient(begin + group - 1, group), row0 = token0 * group - begin;
+    const int row = row0 + static_cast<int>(threadIdx.x) * group;
+    if (row < count) {
+      TokenGates<compute> token;
+      token.make(law, time + token0 + threadIdx.x);
+      info[row] = token;
+      if (law.kernel == Kernel::fejer) {
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+          const int m = (token.slot[which] - first_slot) & ~3;
+          if (m < 0 || m >= width) continue;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) gates[row * width + m + e] = token.gate(law, first_slot + m + e);
+        }
+      }
+    }
+    if (law.kernel == Kernel::fejer) return;
+    const Cells& cells = law.cells;
+    const int window = static_cast<int>(cells.window()), resolution = static_cast<int>(cells.resolution);
+    const int offset = (origin + token0) % window;
+    for (int m = threadIdx.x; m < width; m += blockDim.x) {
+      const int slot = first_slot + m;
+      int at = 0, opening = INT32_MAX;
+      if (slot < cells.slots) {
+        at = offset - slot * resolution;
+        at = at < 0 ? at + window : at;
+        opening = tokens_to(cells.slot_opening(slot), time + token0);
+      }
+#pragma unroll 4
+      for (int i = row0, t = 0; i < count; i += group, ++t) {
+        const compute gate = law.gates[at];
+        gates[i * width + m] = t > opening ? gate : compute(t == opening);
+        at = at + 1 < window ? at + 1 : 0;
+      }
+    }
   }
 };
 
@@ -204,14 +288,6 @@ struct BlockIndex {
     head = static_cast<int>(b / tiles % p.kv_heads);
     entry = b / tiles / p.kv_heads;
   }
-};
-
-// How a scan's work lies on threads: `across` neighbours share the dimension that is summed over, `along` go along the
-// other one; chunks of `chunk` rows.
-struct Shape {
-  int across, along, tiles, chunk;
-
-  int threads() const { return across * along; }
 };
 
 int power_of_two(int64_t at_least) {
@@ -229,8 +305,7 @@ Shape make_shape(int64_t summed, int per_thread_summed, int64_t other, int per_t
   return shape;
 }
 int rows_that_fit(int64_t bytes_per_row) {
-  const int64_t rows = kChunkBytes / bytes_per_row;
-  return rows < 1 ? 1 : rows > kMaxChunk ? kMaxChunk : static_cast<int>(rows);
+  return between(1, static_cast<int>(kChunkBytes / bytes_per_row), kMaxChunk);
 }
 
 // The tokens of one side, key or value, and the slots that hold them.
@@ -261,11 +336,15 @@ struct DotTile {
       }
     }
   }
-  __device__ __forceinline__ void write(const compute* token, const Quad<compute>& gate, bool plain) {
-    if (plain) {
+  // `slot` is that of content[0], `row` where its gate lies in a row of gates.
+  template <typename storage>
+  __device__ __forceinline__ void write(const storage* token, const TokenGates<compute>& info, const compute* row,
+                                        int slot) {
+    if (info.spread == Spread::all) {
+      const Quad<compute> gate = read_pack<compute, 4>(row);
 #pragma unroll
       for (int j = 0; j < kDimsPerThread / 4; ++j) {
-        const Quad<compute> x = *reinterpret_cast<const Quad<compute>*>(token + dim(j));
+        const Quad<compute> x = read_pack<compute, 4>(token + dim(j));
 #pragma unroll
         for (int s = 0; s < kSlotsPerThread; ++s) {
 #pragma unroll
@@ -274,12 +353,14 @@ struct DotTile {
       }
       return;
     }
+    if (!info.touches(slot)) return;
+    const Quad<compute> gate = read_pack<compute, 4>(row);
 #pragma unroll
     for (int s = 0; s < kSlotsPerThread; ++s) {
       if (gate.x[s] == compute(0)) continue;
 #pragma unroll
       for (int j = 0; j < kDimsPerThread / 4; ++j) {
-        const Quad<compute> x = *reinterpret_cast<const Quad<compute>*>(token + dim(j));
+        const Quad<compute> x = read_pack<compute, 4>(token + dim(j));
 #pragma unroll
         for (int e = 0; e < 4; ++e) content[s][4 * j + e] = written(content[s][4 * j + e], x.x[e], gate.x[s]);
       }
@@ -306,7 +387,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
 
   const int slot_width = kSlotsPerThread * shape.along, dim_width = kDimsPerThread * shape.across;
   const int first_slot = block.tile * slot_width, slot0 = threadIdx.x / shape.across * kSlotsPerThread;
-  const Chunk<compute> chunk(shared_memory, shape.chunk, dim_width, 0, slot_width, 0);
+  const auto chunk_in = [&](int buffer) {
+    return Chunk<storage, compute>(shared_memory, buffer, shape.chunk, slot_width, 0, dim_width, 0);
+  };
   DotTile<compute> tile;
   tile.thread = threadIdx.x % shape.across;
   tile.across = shape.across;
@@ -314,22 +397,24 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
     return from == sequence.position ? given_content(p, law, side.given, sequence, block.head, slot, side.dim, d)
                                      : compute(0);
   });
-  for (int64_t begin = from; begin < to; begin += shape.chunk) {
-    const int count = to - begin < shape.chunk ? static_cast<int>(to - begin) : shape.chunk;
-    __syncthreads();
-    if (threadIdx.x < count) chunk.info[threadIdx.x].make(law, begin + threadIdx.x);
-    stage_rows<storage>(chunk.tokens, dim_width, count, 0, side.dim, side.tokens.element, side.whole, [&](int i) {
-      return row_of<const storage>(side.tokens, sequence.batch, block.head,
-                                   sequence.row + begin + i - sequence.position);
-    });
-    __syncthreads();
-    stage_gates(p, law, chunk.info, chunk.gates, chunk.plain, slot_width, count, first_slot, 1, 0);
-    __syncthreads();
-    for (int i = 0; i < count; ++i) {
-      const Quad<compute> gate = *reinterpret_cast<const Quad<compute>*>(chunk.gates + i * slot_width + slot0);
-      tile.write(chunk.tokens + i * dim_width, gate, chunk.plain[i]);
-    }
-  }
+  const storage* tokens =
+      row_of<const storage>(side.tokens, sequence.batch, block.head, sequence.row + from - sequence.position);
+  const GateStage<compute> stage_gates(law, from, first_slot, 1);
+  for_chunks<false>(
+      static_cast<int>(to - from), shape.chunk,
+      [&](int begin, int count, int buffer) {
+        const auto chunk = chunk_in(buffer);
+        stage_rows(chunk.tokens, dim_width, count, 0, side.dim, side.tokens.element, side.whole,
+                   [&](int i) { return tokens + (begin + i) * side.tokens.token; });
+        stage_gates(chunk.info, chunk.gates, slot_width, begin, count);
+      },
+      [&](int, int count, int buffer) {
+        auto chunk = chunk_in(buffer);
+        const compute* gates = chunk.gates + slot0;
+        for (int i = 0; i < count; ++i, ++chunk.info, chunk.tokens += dim_width, gates += slot_width) {
+          tile.write(chunk.tokens, *chunk.info, gates, first_slot + slot0);
+        }
+      });
   compute* out = at_end ? end : static_cast<compute*>(side.boundaries);
 #pragma unroll
   for (int s = 0; s < kSlotsPerThread; ++s) {
@@ -363,8 +448,24 @@ __global__ void __launch_bounds__(kMaxThreads) scan_chains(Problem p, Plan plan,
   for (int64_t from = sequence.position; from < sequence.end(); from += plan.length, boundaries += step) {
     *boundaries = content;
     const int64_t to = from + plan.length < sequence.end() ? from + plan.length : sequence.end();
-    walk_slot(law, slot, from, to, [&](int64_t t, compute gate) {
-      content = written(content, to_compute<compute>(tokens[(t - sequence.position) * side.tokens.token]), gate);
+    for_lobes(law, slot, from, to, [&](int64_t begin, int64_t end, const compute* gates, bool opens) {
+      const storage* token = tokens + (begin - sequence.position) * side.tokens.token;
+      for (int64_t left = end - begin; left > 0; left -= kReadsAhead, gates += kReadsAhead, opens = false) {
+        const int count = left < kReadsAhead ? static_cast<int>(left) : kReadsAhead;
+        storage read[kReadsAhead];
+        compute gate[kReadsAhead];
+#pragma unroll
+        for (int i = 0; i < kReadsAhead; ++i) {  // past the end: the last token again, its gate 0
+          read[i] = *token;
+          gate[i] = gates[min(i, count - 1)];
+          token += i + 1 < left ? side.tokens.token : 0;
+        }
+        if (opens) gate[0] = 1;
+#pragma unroll
+        for (int i = 0; i < kReadsAhead; ++i) {
+          content = written(content, to_compute<compute>(read[i]), i < count ? gate[i] : compute(0));
+        }
+      }
     });
   }
   if (end) end[slot_at(p, block.entry, block.head, slot, side.dim) + d] = content;
@@ -383,7 +484,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   const int64_t batch = stretch.sequence.batch, row0 = stretch.row();
   const int slot_width = kSlotsPerThread * shape.along, dim_width = kDimsPerThread * shape.across;
   const int first_slot = block.tile * slot_width, slot0 = threadIdx.x / shape.across * kSlotsPerThread;
-  const Chunk<compute> chunk(shared_memory, shape.chunk, dim_width, dim_width, slot_width, 0);
+  const auto chunk_in = [&](int buffer) {
+    return Chunk<storage, compute>(shared_memory, buffer, shape.chunk, slot_width, 0, dim_width, dim_width);
+  };
   DotTile<compute> tile;
   tile.thread = threadIdx.x % shape.across;
   tile.across = shape.across;
@@ -394,53 +497,51 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   // After the sum over threads, this thread holds the result of one slot.
   const int mine = first_slot + slot0 + owned_value<kSlotsPerThread>(tile.thread);
   const bool holds = tile.thread < kSlotsPerThread && mine < p.slots;
-  const int64_t opening = law.cells.slot_opening(mine);
-  const int total = stretch.length * group;
+  const int opening = tokens_to(law.cells.slot_opening(mine), stretch.time);
   results += (block.entry * p.kv_heads + block.head) * plan.rows * group * p.slots + mine;
-  for (int begin = 0; begin < total; begin += shape.chunk) {
-    const int count = min(shape.chunk, total - begin);
-    __syncthreads();
-    if (threadIdx.x < count && (begin + threadIdx.x) % group == 0) {
-      chunk.info[threadIdx.x].make(law, stretch.time + (begin + threadIdx.x) / group);
-    }
-    stage_rows<storage>(chunk.rows, dim_width, count, 0, side.dim, rows.element, rows_whole, [&](int i) {
-      const int token = (begin + i) / group, head = (begin + i) % group;
-      return row_of<const storage>(rows, batch, block.head * group + head, row0 + token);
-    });
-    stage_rows<storage>(chunk.tokens, dim_width, count, 0, side.dim, side.tokens.element, side.whole, [&](int i) {
-      const int token = (begin + i) / group, head = (begin + i) % group;
-      return head == 0 ? row_of<const storage>(side.tokens, batch, block.head, row0 + token) : nullptr;
-    });
-    __syncthreads();
-    stage_gates(p, law, chunk.info, chunk.gates, chunk.plain, slot_width, count, first_slot, group, begin);
-    __syncthreads();
-    int token = begin / group, head = begin % group;
-    for (int i = 0; i < count; ++i) {
-      if (head == 0) {
-        const Quad<compute> gate = *reinterpret_cast<const Quad<compute>*>(chunk.gates + i * slot_width + slot0);
-        tile.write(chunk.tokens + i * dim_width, gate, chunk.plain[i]);
-      }
-      compute sums[kSlotsPerThread] = {};
+  const storage* tokens = row_of<const storage>(side.tokens, batch, block.head, row0);
+  const storage* first_row = row_of<const storage>(rows, batch, static_cast<int64_t>(block.head) * group, row0);
+  const GateStage<compute> stage_gates(law, stretch.time, first_slot, group);
+  for_chunks<false>(
+      stretch.length * group, shape.chunk,
+      [&](int begin, int count, int buffer) {
+        const auto chunk = chunk_in(buffer);
+        stage_rows(chunk.tokens, dim_width, count, 0, side.dim, side.tokens.element, side.whole,
+                   [&](int i) { return token_row(tokens, side.tokens, begin + i, group); });
+        stage_rows(chunk.rows, dim_width, count, 0, side.dim, rows.element, rows_whole,
+                   [&](int i) { return pair_row(first_row, rows, begin + i, group); });
+        stage_gates(chunk.info, chunk.gates, slot_width, begin, count);
+      },
+      [&](int begin, int count, int buffer) {
+        auto chunk = chunk_in(buffer);
+        const compute* gates = chunk.gates + slot0;
+        compute* to = results + begin * p.slots;
+        int token = quotient(begin, group), head = begin - token * group;
+        for (int i = 0; i < count; ++i) {
+          if (head == 0) tile.write(chunk.tokens, *chunk.info, gates, first_slot + slot0);
+          compute sums[kSlotsPerThread] = {};
 #pragma unroll
-      for (int j = 0; j < kDimsPerThread / 4; ++j) {
-        const Quad<compute> a = *reinterpret_cast<const Quad<compute>*>(chunk.rows + i * dim_width + tile.dim(j));
+          for (int j = 0; j < kDimsPerThread / 4; ++j) {
+            const Quad<compute> a = read_pack<compute, 4>(chunk.rows + tile.dim(j));
 #pragma unroll
-        for (int s = 0; s < kSlotsPerThread; ++s) {
+            for (int s = 0; s < kSlotsPerThread; ++s) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sums[s] += a.x[e] * tile.content[s][4 * j + e];
+              for (int e = 0; e < 4; ++e) sums[s] += a.x[e] * tile.content[s][4 * j + e];
+            }
+          }
+          sum_over_threads(sums, tile.thread, shape.across);
+          if (holds) *to = token >= opening ? scale * sums[0] : -static_cast<compute>(INFINITY);
+          to += p.slots;
+          ++chunk.info;
+          chunk.tokens += dim_width;
+          chunk.rows += dim_width;
+          gates += slot_width;
+          if (++head == group) {
+            head = 0;
+            ++token;
+          }
         }
-      }
-      sum_over_threads(sums, tile.thread, shape.across);
-      if (holds) {
-        results[static_cast<int64_t>(begin + i) * p.slots] =
-            stretch.time + token >= opening ? scale * sums[0] : -static_cast<compute>(INFINITY);
-      }
-      if (++head == group) {
-        head = 0;
-        ++token;
-      }
-    }
-  }
+      });
 }
 
 // Goes over the rows of a workspace of logits, a warp per row: body(number of the row's (batch, query head, token),
@@ -458,44 +559,67 @@ __device__ __forceinline__ void for_rows(const Problem& p, const Plan& plan, int
   }
 }
 
+// A row of a workspace over the lanes of a warp, 32 * per_lane slots at most; `pad` past the last one.
+template <int per_lane, typename compute>
+__device__ __forceinline__ void load_row(compute (&values)[per_lane], const compute* row, int slots, compute pad) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int k = 0; k < per_lane; ++k) values[k] = lane + k * kWarp < slots ? row[lane + k * kWarp] : pad;
+}
+template <int per_lane, typename compute>
+__device__ __forceinline__ void store_row(const compute (&values)[per_lane], compute* row, int slots) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int k = 0; k < per_lane; ++k) {
+    if (lane + k * kWarp < slots) row[lane + k * kWarp] = values[k];
+  }
+}
+
 // Logits to probabilities, in place, and their lse.
-template <typename compute>
+template <typename compute, int per_lane>
 __global__ void __launch_bounds__(kMaxThreads)
     softmax_rows(Problem p, Plan plan, int tiles, int64_t first_stretch, compute* logits, compute* lse) {
+  const int slots = static_cast<int>(p.slots);
   for_rows(p, plan, first_stretch, tiles, [&](int64_t row, int64_t offset) {
-    const int lane = threadIdx.x % kWarp;
-    compute* z = logits + offset;
-    compute top = -static_cast<compute>(INFINITY), total = 0;
-    for (int64_t m = lane; m < p.slots; m += kWarp) top = z[m] > top ? z[m] : top;
+    const compute shut = -static_cast<compute>(INFINITY);
+    compute z[per_lane], top = shut, total = 0;
+    load_row(z, logits + offset, slots, shut);
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) top = z[k] > top ? z[k] : top;
     top = warp_max(top);
-    for (int64_t m = lane; m < p.slots; m += kWarp) total += exp(z[m] - top);
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) total += z[k] = exp(z[k] - top);
     total = warp_sum(total);
-    for (int64_t m = lane; m < p.slots; m += kWarp) z[m] = exp(z[m] - top) / total;
-    if (lane == 0) lse[row] = top + log(total);
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) z[k] /= total;
+    store_row(z, logits + offset, slots);
+    if (threadIdx.x % kWarp == 0) lse[row] = top + log(total);
   });
 }
 
 // Logits to probabilities and grad_out . values to scale times the gradients of the logits, in place.
-template <typename compute>
+template <typename compute, int per_lane>
 __global__ void __launch_bounds__(kMaxThreads)
     softmax_rows_backward(Problem p, Plan plan, int tiles, int64_t first_stretch, compute scale, const compute* lse,
                           const compute* grad_lse, compute* logits, compute* grads) {
+  const int slots = static_cast<int>(p.slots);
   for_rows(p, plan, first_stretch, tiles, [&](int64_t row, int64_t offset) {
-    const int lane = threadIdx.x % kWarp;
-    compute *z = logits + offset, *dz = grads + offset;
     const compute shut = -static_cast<compute>(INFINITY), row_lse = lse[row];
-    compute sum = 0;
-    for (int64_t m = lane; m < p.slots; m += kWarp) {
-      const compute probability = z[m] == shut ? compute(0) : exp(z[m] - row_lse);
-      if (z[m] != shut) sum += probability * dz[m];
+    compute z[per_lane], dz[per_lane], sum = 0;
+    unsigned open = 0;  // a bit per slot
+    load_row(z, logits + offset, slots, shut);
+    load_row(dz, grads + offset, slots, compute(0));
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) {
+      open |= z[k] != shut ? 1u << k : 0u;
+      z[k] = z[k] != shut ? exp(z[k] - row_lse) : compute(0);
+      if (open >> k & 1) sum += z[k] * dz[k];
     }
     const compute delta = warp_sum(sum) - (grad_lse ? grad_lse[row] : compute(0));
-    for (int64_t m = lane; m < p.slots; m += kWarp) {
-      const bool open = z[m] != shut;
-      const compute probability = open ? exp(z[m] - row_lse) : compute(0);
-      dz[m] = open ? scale * probability * (dz[m] - delta) : compute(0);
-      z[m] = probability;
-    }
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) dz[k] = open >> k & 1 ? scale * z[k] * (dz[k] - delta) : compute(0);
+    store_row(z, logits + offset, slots);
+    store_row(dz, grads + offset, slots);
   });
 }
 
@@ -505,11 +629,13 @@ struct MixTile {
   static constexpr int kSlots = kMixNumbers / dims;
   compute content[kSlots][dims];
   int thread, across;
+  bool exist;  // all of the thread's slots
 
   __device__ __forceinline__ int slot(int j) const { return 4 * (j * across + thread); }
 
   template <typename at_type>
   __device__ __forceinline__ void load(int dim0, int64_t slots, int dim, const at_type& at) {
+    exist = slot(kSlots / 4 - 1) + 4 <= slots;
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
 #pragma unroll
@@ -519,36 +645,42 @@ struct MixTile {
       }
     }
   }
-  __device__ __forceinline__ void write(const compute (&token)[dims], const compute* gates, bool plain) {
+  // `gates` is the token's row of gates. Slots that do not exist stay as they are, whatever the token holds.
+  template <typename storage>
+  __device__ __forceinline__ void write(const storage* token, const TokenGates<compute>& info, const compute* gates) {
+    const Pack<compute, dims> x = read_pack<compute, dims>(token);
+    if (info.spread == Spread::all && exist) {
+#pragma unroll
+      for (int j = 0; j < kSlots / 4; ++j) {
+        const Quad<compute> gate = read_pack<compute, 4>(gates + slot(j));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+#pragma unroll
+          for (int i = 0; i < dims; ++i) content[4 * j + e][i] += gate.x[e] * (x.x[i] - content[4 * j + e][i]);
+        }
+      }
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < kSlots / 4; ++j) {
-      const Quad<compute> gate = *reinterpret_cast<const Quad<compute>*>(gates + slot(j));
-      if (plain) {
+      if (!info.touches(slot(j))) continue;
+      const Quad<compute> gate = read_pack<compute, 4>(gates + slot(j));
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
+      for (int e = 0; e < 4; ++e) {
+        if (gate.x[e] == compute(0)) continue;
 #pragma unroll
-          for (int i = 0; i < dims; ++i) {
-            content[4 * j + e][i] += gate.x[e] * (token[i] - content[4 * j + e][i]);
-          }
-        }
-      } else if (gate.x[0] != 0 || gate.x[1] != 0 || gate.x[2] != 0 || gate.x[3] != 0) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-#pragma unroll
-          for (int i = 0; i < dims; ++i) {
-            content[4 * j + e][i] = written(content[4 * j + e][i], token[i], gate.x[e]);
-          }
-        }
+        for (int i = 0; i < dims; ++i) content[4 * j + e][i] = written(content[4 * j + e][i], x.x[i], gate.x[e]);
       }
     }
   }
   // The adjoint of write(): adds what goes to the token to `sums`, and keeps what goes to the content before.
   template <bool add>
-  __device__ __forceinline__ void unwrite(const compute* gates, bool plain, compute (&sums)[dims]) {
+  __device__ __forceinline__ void unwrite(const TokenGates<compute>& info, const compute* gates,
+                                          compute (&sums)[dims]) {
+    if (info.spread == Spread::all && exist) {
 #pragma unroll
-    for (int j = 0; j < kSlots / 4; ++j) {
-      const Quad<compute> gate = *reinterpret_cast<const Quad<compute>*>(gates + slot(j));
-      if (plain) {
+      for (int j = 0; j < kSlots / 4; ++j) {
+        const Quad<compute> gate = read_pack<compute, 4>(gates + slot(j));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
 #pragma unroll
@@ -557,16 +689,22 @@ struct MixTile {
             content[4 * j + e][i] -= gate.x[e] * content[4 * j + e][i];
           }
         }
-      } else if (gate.x[0] != 0 || gate.x[1] != 0 || gate.x[2] != 0 || gate.x[3] != 0) {
+      }
+      return;
+    }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const bool taken = gate.x[e] != compute(0), replaced = gate.x[e] == compute(1);
+    for (int j = 0; j < kSlots / 4; ++j) {
+      if (!info.touches(slot(j))) continue;
+      const Quad<compute> gate = read_pack<compute, 4>(gates + slot(j));
 #pragma unroll
-          for (int i = 0; i < dims; ++i) {
-            const compute share = taken ? gate.x[e] * content[4 * j + e][i] : compute(0);
-            if (add) sums[i] += share;
-            content[4 * j + e][i] = replaced ? compute(0) : content[4 * j + e][i] - share;
-          }
+      for (int e = 0; e < 4; ++e) {
+        if (gate.x[e] == compute(0)) continue;
+        const bool replaced = gate.x[e] == compute(1);
+#pragma unroll
+        for (int i = 0; i < dims; ++i) {
+          const compute share = gate.x[e] * content[4 * j + e][i];
+          if (add) sums[i] += share;
+          content[4 * j + e][i] = replaced ? compute(0) : content[4 * j + e][i] - share;
         }
       }
     }
@@ -587,7 +725,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   const int64_t batch = stretch.sequence.batch, row0 = stretch.row();
   const int slot_width = Tile::kSlots * shape.across, dim_width = dims * shape.along;
   const int first_dim = block.tile * dim_width, dim0 = threadIdx.x / shape.across * dims;
-  const Chunk<compute> chunk(shared_memory, shape.chunk, dim_width, 0, slot_width, slot_width);
+  const auto chunk_in = [&](int buffer) {
+    return Chunk<storage, compute>(shared_memory, buffer, shape.chunk, slot_width, slot_width, dim_width, 0);
+  };
   Tile tile;
   tile.thread = threadIdx.x % shape.across;
   tile.across = shape.across;
@@ -599,50 +739,48 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   const bool holds = tile.thread < dims && mine < side.dim;
   storage* to =
       row_of<storage>(results, batch, static_cast<int64_t>(block.head) * group, row0) + mine * results.element;
-  const int total = stretch.length * group, slots = static_cast<int>(p.slots);
+  const int slots = static_cast<int>(p.slots);
   weights += (block.entry * p.kv_heads + block.head) * plan.rows * group * p.slots;
-  for (int begin = 0; begin < total; begin += shape.chunk) {
-    const int count = min(shape.chunk, total - begin);
-    __syncthreads();
-    if (threadIdx.x < count && (begin + threadIdx.x) % group == 0) {
-      chunk.info[threadIdx.x].make(law, stretch.time + (begin + threadIdx.x) / group);
-    }
-    stage_rows<compute>(chunk.weights, slot_width, count, 0, slots, 1, slots % 4 == 0,
-                        [&](int i) { return weights + static_cast<int64_t>(begin + i) * slots; });
-    stage_rows<storage>(
-        chunk.tokens, dim_width, count, first_dim, side.dim, side.tokens.element, side.whole, [&](int i) {
-          const int token = (begin + i) / group, head = (begin + i) % group;
-          return head == 0 ? row_of<const storage>(side.tokens, batch, block.head, row0 + token) : nullptr;
-        });
-    __syncthreads();
-    stage_gates(p, law, chunk.info, chunk.gates, chunk.plain, slot_width, count, 0, group, begin);
-    __syncthreads();
-    int token = begin / group, head = begin % group;
-    for (int i = 0; i < count; ++i) {
-      if (head == 0) {
-        compute x[dims];
+  const storage* tokens = row_of<const storage>(side.tokens, batch, block.head, row0);
+  const GateStage<compute> stage_gates(law, stretch.time, 0, group);
+  for_chunks<false>(
+      stretch.length * group, shape.chunk,
+      [&](int begin, int count, int buffer) {
+        const auto chunk = chunk_in(buffer);
+        stage_rows(chunk.weights, slot_width, count, 0, slots, 1, slots % 4 == 0,
+                   [&](int i) { return weights + (begin + i) * p.slots; });
+        stage_rows(chunk.tokens, dim_width, count, first_dim, side.dim, side.tokens.element, side.whole,
+                   [&](int i) { return token_row(tokens, side.tokens, begin + i, group); });
+        stage_gates(chunk.info, chunk.gates, slot_width, begin, count);
+      },
+      [&](int begin, int count, int buffer) {
+        auto chunk = chunk_in(buffer);
+        int token = quotient(begin, group), head = begin - token * group;
+        const storage* x = chunk.tokens + dim0;
+        for (int i = 0; i < count; ++i) {
+          if (head == 0) tile.write(x, *chunk.info, chunk.gates);
+          compute sums[dims] = {};
 #pragma unroll
-        for (int d = 0; d < dims; ++d) x[d] = chunk.tokens[i * dim_width + dim0 + d];
-        tile.write(x, chunk.gates + i * slot_width, chunk.plain[i]);
-      }
-      compute sums[dims] = {};
+          for (int j = 0; j < Tile::kSlots / 4; ++j) {
+            const Quad<compute> w = read_pack<compute, 4>(chunk.weights + tile.slot(j));
 #pragma unroll
-      for (int j = 0; j < Tile::kSlots / 4; ++j) {
-        const Quad<compute> w = *reinterpret_cast<const Quad<compute>*>(chunk.weights + i * slot_width + tile.slot(j));
+            for (int e = 0; e < 4; ++e) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-#pragma unroll
-          for (int d = 0; d < dims; ++d) sums[d] += w.x[e] * tile.content[4 * j + e][d];
+              for (int d = 0; d < dims; ++d) sums[d] += w.x[e] * tile.content[4 * j + e][d];
+            }
+          }
+          sum_over_threads(sums, tile.thread, shape.across);
+          if (holds) to[token * results.token + head * results.head] = to_storage<storage>(sums[0]);
+          ++chunk.info;
+          x += dim_width;
+          chunk.weights += slot_width;
+          chunk.gates += slot_width;
+          if (++head == group) {
+            head = 0;
+            ++token;
+          }
         }
-      }
-      sum_over_threads(sums, tile.thread, shape.across);
-      if (holds) to[token * results.token + head * results.head] = to_storage<storage>(sums[0]);
-      if (++head == group) {
-        head = 0;
-        ++token;
-      }
-    }
-  }
+      });
 }
 
 // The gradients of one side.
@@ -672,7 +810,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   const int64_t batch = sequence.batch, row0 = stretch.row();
   const int slot_width = Tile::kSlots * shape.across, dim_width = dims * shape.along;
   const int first_dim = block.tile * dim_width, dim0 = threadIdx.x / shape.across * dims;
-  const Chunk<compute> chunk(shared_memory, shape.chunk, 0, dim_width, slot_width, slot_width);
+  const auto chunk_in = [&](int buffer) {
+    return Chunk<storage, compute>(shared_memory, buffer, shape.chunk, slot_width, slot_width, 0, dim_width);
+  };
   compute* carries = static_cast<compute*>(adjoint.carries);
   Tile tile;
   tile.thread = threadIdx.x % shape.across;
@@ -692,47 +832,52 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   const int slots = static_cast<int>(p.slots);
   const compute* weights = static_cast<const compute*>(adjoint.weights) +
                            (block.entry * p.kv_heads + block.head) * plan.rows * group * p.slots;
-  for (int end = length * group; end > 0; end -= shape.chunk) {
-    const int begin = max(0, end - shape.chunk), count = end - begin;
-    __syncthreads();
-    if (threadIdx.x < count && (begin + threadIdx.x) % group == 0) {
-      chunk.info[threadIdx.x].make(law, stretch.time + (begin + threadIdx.x) / group);
-    }
-    stage_rows<compute>(chunk.weights, slot_width, count, 0, slots, 1, slots % 4 == 0,
-                        [&](int i) { return weights + static_cast<int64_t>(begin + i) * slots; });
-    stage_rows<storage>(chunk.rows, dim_width, count, first_dim, side.dim, adjoint.rows.element, adjoint.rows_whole,
-                        [&](int i) {
-                          const int token = (begin + i) / group, head = (begin + i) % group;
-                          return row_of<const storage>(adjoint.rows, batch, block.head * group + head, row0 + token);
-                        });
-    __syncthreads();
-    stage_gates(p, law, chunk.info, chunk.gates, chunk.plain, slot_width, count, 0, group, begin);
-    __syncthreads();
-    int token = (end - 1) / group, head = (end - 1) % group;
-    for (int i = count - 1; i >= 0; --i) {
-      compute a[dims], sums[dims] = {};
+  const storage* first_row = row_of<const storage>(adjoint.rows, batch, static_cast<int64_t>(block.head) * group, row0);
+  const GateStage<compute> stage_gates(law, stretch.time, 0, group);
+  for_chunks<true>(
+      length * group, shape.chunk,
+      [&](int begin, int count, int buffer) {
+        const auto chunk = chunk_in(buffer);
+        stage_rows(chunk.weights, slot_width, count, 0, slots, 1, slots % 4 == 0,
+                   [&](int i) { return weights + (begin + i) * p.slots; });
+        stage_rows(chunk.rows, dim_width, count, first_dim, side.dim, adjoint.rows.element, adjoint.rows_whole,
+                   [&](int i) { return pair_row(first_row, adjoint.rows, begin + i, group); });
+        stage_gates(chunk.info, chunk.gates, slot_width, begin, count);
+      },
+      [&](int begin, int count, int buffer) {
+        auto chunk = chunk_in(buffer);
+        int token = quotient(begin + count - 1, group), head = begin + count - 1 - token * group;
+        const storage* row = chunk.rows + count * dim_width + dim0;
+        chunk.weights += count * slot_width;
+        chunk.gates += count * slot_width;
+        chunk.info += count;
+        for (int i = 0; i < count; ++i) {
+          row -= dim_width;
+          chunk.weights -= slot_width;
+          chunk.gates -= slot_width;
+          --chunk.info;
+          const Pack<compute, dims> a = read_pack<compute, dims>(row);
 #pragma unroll
-      for (int d = 0; d < dims; ++d) a[d] = chunk.rows[i * dim_width + dim0 + d];
+          for (int j = 0; j < Tile::kSlots / 4; ++j) {
+            const Quad<compute> w = read_pack<compute, 4>(chunk.weights + tile.slot(j));
 #pragma unroll
-      for (int j = 0; j < Tile::kSlots / 4; ++j) {
-        const Quad<compute> w = *reinterpret_cast<const Quad<compute>*>(chunk.weights + i * slot_width + tile.slot(j));
+            for (int e = 0; e < 4; ++e) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-#pragma unroll
-          for (int d = 0; d < dims; ++d) tile.content[4 * j + e][d] += w.x[e] * a[d];
+              for (int d = 0; d < dims; ++d) tile.content[4 * j + e][d] += w.x[e] * a.x[d];
+            }
+          }
+          if (head-- > 0) continue;
+          // All heads of the group are in: now the token's write, backwards.
+          compute sums[dims] = {};
+          tile.template unwrite<!local>(*chunk.info, chunk.gates, sums);
+          if (!local) {
+            sum_over_threads(sums, tile.thread, shape.across);
+            if (holds) to[token * adjoint.grad_tokens.token] = to_storage<storage>(sums[0]);
+          }
+          head = group - 1;
+          --token;
         }
-      }
-      if (head-- > 0) continue;
-      // All heads of the group are in: now the token's write, backwards.
-      tile.template unwrite<!local>(chunk.gates + i * slot_width, chunk.plain[i], sums);
-      if (!local) {
-        sum_over_threads(sums, tile.thread, shape.across);
-        if (holds) to[token * adjoint.grad_tokens.token] = to_storage<storage>(sums[0]);
-      }
-      head = group - 1;
-      --token;
-    }
-  }
+      });
   compute* out = local
                      ? carries + slot_at(p, x, block.head, 0, side.dim)
                      : static_cast<compute*>(adjoint.grad_given) + slot_at(p, sequence.index, block.head, 0, side.dim);
@@ -811,8 +956,12 @@ struct Scan {
   Side side(const View& tokens, int64_t dim, const void* given, compute* boundaries) const {
     return {tokens, whole(tokens), static_cast<int>(dim), given, boundaries};
   }
-  static int64_t bytes(const Shape& shape, int64_t numbers) {
-    return shape.chunk * Chunk<compute>::bytes_per_row(numbers);
+  // Completes the shape of a block that stages rows of `numbers` gates and weights and of `elements` of tensors;
+  // returns the bytes of its two buffers.
+  static int64_t stage(Shape& shape, int numbers, int elements) {
+    const int64_t bytes_per_row = Chunk<storage, compute>::bytes_per_row(numbers, elements);
+    shape.chunk = rows_that_fit(bytes_per_row);
+    return 2 * shape.chunk * bytes_per_row;
   }
 
   void boundaries(const Side& side, void* end_state) const {
@@ -824,18 +973,15 @@ struct Scan {
       return;
     }
     Shape shape = make_shape(side.dim, kDimsPerThread, p.slots, kSlotsPerThread);
-    const int64_t numbers = kDimsPerThread * shape.across + kSlotsPerThread * shape.along;
-    shape.chunk = rows_that_fit(Chunk<compute>::bytes_per_row(numbers));
+    const int64_t bytes = stage(shape, kSlotsPerThread * shape.along, kDimsPerThread * shape.across);
     launch("scan_boundaries", scan_boundaries<storage, compute>, plan.count * (end ? 2 : 1) * p.kv_heads * shape.tiles,
-           shape.threads(), bytes(shape, numbers), p.stream, p, plan, side, shape, plan.count, end);
+           shape.threads(), bytes, p.stream, p, plan, side, shape, plan.count, end);
   }
   void dot(const Side& side, const View& rows, double scale, int64_t first, int64_t count, compute* results) const {
     Shape shape = make_shape(side.dim, kDimsPerThread, p.slots, kSlotsPerThread);
-    const int64_t numbers = 2 * kDimsPerThread * shape.across + kSlotsPerThread * shape.along;
-    shape.chunk = rows_that_fit(Chunk<compute>::bytes_per_row(numbers));
-    launch("scan_dot", scan_dot<storage, compute>, count * p.kv_heads * shape.tiles, shape.threads(),
-           bytes(shape, numbers), p.stream, p, plan, side, shape, first, rows, whole(rows), static_cast<compute>(scale),
-           results);
+    const int64_t bytes = stage(shape, kSlotsPerThread * shape.along, 2 * kDimsPerThread * shape.across);
+    launch("scan_dot", scan_dot<storage, compute>, count * p.kv_heads * shape.tiles, shape.threads(), bytes, p.stream,
+           p, plan, side, shape, first, rows, whole(rows), static_cast<compute>(scale), results);
   }
   // Calls body(tile width as a type, shape, bytes) with the tile that holds all slots.
   template <typename body_type>
@@ -843,9 +989,8 @@ struct Scan {
     const auto call = [&](auto dims) {
       constexpr int kDims = decltype(dims)::value, kSlots = kMixNumbers / kDims;
       Shape shape = make_shape(p.slots, kSlots, side.dim, kDims);
-      const int64_t numbers = kDims * shape.along + 2 * kSlots * shape.across;
-      shape.chunk = rows_that_fit(Chunk<compute>::bytes_per_row(numbers));
-      body(dims, shape, bytes(shape, numbers));
+      const int64_t bytes = stage(shape, 2 * kSlots * shape.across, kDims * shape.along);
+      body(dims, shape, bytes);
     };
     if (p.slots <= kMixNumbers / 4 * kWarp) return call(std::integral_constant<int, 4>());
     call(std::integral_constant<int, 2>());
@@ -869,6 +1014,14 @@ struct Scan {
     launch("scan_carries", scan_carries<compute>, count * p.kv_heads * tiles, kMaxThreads, 0, p.stream, p, plan, tiles,
            first, first + count, decays, side, adjoint);
   }
+  // Calls body(slots per lane, as a type) for the kernels that hold a row in a warp.
+  template <typename body_type>
+  void with_slots_per_lane(const body_type& body) const {
+    if (p.slots <= 2 * kWarp) return body(std::integral_constant<int, 2>());
+    if (p.slots <= 8 * kWarp) return body(std::integral_constant<int, 8>());
+    static_assert(kMaxSlots == 32 * kWarp);
+    body(std::integral_constant<int, 32>());
+  }
   int row_tiles() const { return static_cast<int>((plan.rows * (p.query_heads / p.kv_heads) + 63) / 64); }
 
   void forward(const Outputs& outputs, compute* memory) const {
@@ -883,8 +1036,10 @@ struct Scan {
     for (int64_t first = 0; first < plan.count; first += stretches) {
       const int64_t count = first + stretches < plan.count ? stretches : plan.count - first;
       dot(keys, p.query, p.scale, first, count, weights);
-      launch("softmax_rows", softmax_rows<compute>, count * p.kv_heads * row_tiles(), kMaxThreads, 0, p.stream, p, plan,
-             row_tiles(), first, weights, static_cast<compute*>(outputs.lse));
+      with_slots_per_lane([&](auto per_lane) {
+        launch("softmax_rows", softmax_rows<compute, decltype(per_lane)::value>, count * p.kv_heads * row_tiles(),
+               kMaxThreads, 0, p.stream, p, plan, row_tiles(), first, weights, static_cast<compute*>(outputs.lse));
+      });
       mix(values, first, count, weights, outputs.out);
     }
   }
@@ -915,10 +1070,12 @@ struct Scan {
       const int64_t first = end > stretches ? end - stretches : 0, count = end - first;
       dot(keys, p.query, p.scale, first, count, probabilities);
       dot(values, gradients.grad_out, 1, first, count, grad_logits);
-      launch("softmax_rows_backward", softmax_rows_backward<compute>, count * p.kv_heads * row_tiles(), kMaxThreads, 0,
-             p.stream, p, plan, row_tiles(), first, static_cast<compute>(p.scale),
-             static_cast<const compute*>(gradients.lse), static_cast<const compute*>(gradients.grad_lse), probabilities,
-             grad_logits);
+      with_slots_per_lane([&](auto per_lane) {
+        launch("softmax_rows_backward", softmax_rows_backward<compute, decltype(per_lane)::value>,
+               count * p.kv_heads * row_tiles(), kMaxThreads, 0, p.stream, p, plan, row_tiles(), first,
+               static_cast<compute>(p.scale), static_cast<const compute*>(gradients.lse),
+               static_cast<const compute*>(gradients.grad_lse), probabilities, grad_logits);
+      });
       mix(keys, first, count, grad_logits, gradients.query);
       for (const auto& [side, gradient] : {std::pair(keys, key_adjoint), std::pair(values, value_adjoint)}) {
         adjoint<true>(side, gradient, first, count);
