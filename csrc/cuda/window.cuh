@@ -38,13 +38,13 @@ template <typename storage, int kFlux>
 struct PatchWeights {
   static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
 
-  __half2 weight[kFlux][2][2];      // of tokens (columns) in rows: [cell][8 tokens][row g or g + 8]
-  float decay[kFluxTiles][4];       // of the columns of cells: [8 cells][fragment]; below zero: shut
-  uint32_t last[kFluxTiles][2][2];  // weights of the patch's end, [8 cells][high or low part][fragment of b]
+  __half2 weight[kFlux][2][2];  // of tokens (columns) in rows: [cell][8 tokens][row g or g + 8]
+  float decay[kFluxTiles][4];   // of the columns of cells: [8 cells][fragment]; below zero: shut
 
-  // `gates`: [kFlux][kPatch] of the warp. Also writes the decays of the patch's end.
+  // `gates`: [kFlux][kPatch] of the warp. Also writes of the patch's end the decays and, for each thread its fragments
+  // of b, high and low parts, the weights: [kFluxTiles][lane].
   __device__ __forceinline__ void make(const Cells& cells, int64_t begin, int64_t cell, int64_t token,
-                                       const float* table, float* gates, float* end_decays) {
+                                       const float* table, float* gates, float* end_decays, uint4* end_weights) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
     for (int i = lane; i < kFlux * kPatch; i += kWarp) {
       const int64_t c = cell + i / kPatch, t = token + i % kPatch, x = t - cells.centre(c);
@@ -95,13 +95,10 @@ struct PatchWeights {
         }
         if (q == 0) end_decays[j] = product;
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        last[tile][0][half] = pack<storage>(w[2 * half], w[2 * half + 1]);
-        const float low0 = w[2 * half] - to_compute<float>(to_storage<storage>(w[2 * half]));
-        const float low1 = w[2 * half + 1] - to_compute<float>(to_storage<storage>(w[2 * half + 1]));
-        last[tile][1][half] = pack<storage>(low0, low1);
-      }
+      const auto low = [](float x) { return x - to_compute<float>(to_storage<storage>(x)); };
+      end_weights[tile * kWarp + lane] =
+          make_uint4(pack<storage>(w[0], w[1]), pack<storage>(w[2], w[3]), pack<storage>(low(w[0]), low(w[1])),
+                     pack<storage>(low(w[2]), low(w[3])));
     }
     __syncwarp();
   }

@@ -28,7 +28,7 @@ struct Config {
 // Shared memory of a walk, by offsets in bytes.
 struct Layout {
   int ring_rows;
-  uint32_t tiles, ring, started, carried, added, gates, decays, table, cells, bytes;
+  uint32_t tiles, ring, started, carried, added, ends, gates, decays, table, cells, bytes;
 
   template <typename config>
   __host__ __device__ static Layout make(int slots, int resolution) {
@@ -49,6 +49,8 @@ struct Layout {
     const uint32_t added = config::kWarps * 2 * config::kFlux * config::kAddedStride * 4;
     const uint32_t rows = config::kWarps * kPatch * config::kRow;
     at += added > rows ? added : rows;
+    l.ends = at;  // weights of patches' ends: [warp][8 cells][lane]
+    at += config::kWarps * ((config::kFlux + 8) / 8) * kWarp * 16;
     l.gates = at;  // [warp][cell][16]
     at += config::kWarps * config::kFlux * kPatch * 4;
     l.decays = at;  // of whole patches: [warp][cell]
@@ -89,6 +91,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const uint32_t ring_side = ring_rows * config::kRow, started_side = kWarps * 2 * config::kRow;
   float* const added = reinterpret_cast<float*>(shared_memory + layout.added);
   float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + warp * kFlux * kPatch;
+  uint4* const end_weights = reinterpret_cast<uint4*>(shared_memory + layout.ends) + warp * Weights::kFluxTiles * kWarp;
   float* const decays = reinterpret_cast<float*>(shared_memory + layout.decays);
   float* const table = reinterpret_cast<float*>(shared_memory + layout.table);
   int* const patch_cells = reinterpret_cast<int*>(shared_memory + layout.cells);
@@ -182,7 +185,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const bool irregular = cell - slots < walk.first || patch < walk.begin;
     if (irregular || made_for != offset) {
       weights.make(p.laws[head].cells, walk.time(walk.begin), walk.cell + cell, walk.time(patch), table, gates,
-                   decays + warp * kFlux);
+                   decays + warp * kFlux, end_weights);
       made_for = irregular ? -1 : offset;
     }
     if (lane == 0) patch_cells[warp] = cell;
@@ -190,6 +193,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 
     // What the patch adds to its cells.
     const uint32_t tile_base = shared + layout.tiles + stage * 2 * kTile * config::kRow;
+    uint4 ends[Weights::kFluxTiles];
+#pragma unroll
+    for (int tile = 0; tile < Weights::kFluxTiles; ++tile) ends[tile] = end_weights[tile * kWarp + lane];
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const uint32_t rows = tile_base + side * kTile * config::kRow;
@@ -200,8 +206,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
           float sum[4] = {};
-          mma<storage>(sum, a, weights.last[tile][0][0], weights.last[tile][0][1]);
-          mma<storage>(sum, a, weights.last[tile][1][0], weights.last[tile][1][1]);
+          mma<storage>(sum, a, ends[tile].x, ends[tile].y);
+          mma<storage>(sum, a, ends[tile].z, ends[tile].w);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int j = 8 * tile + 2 * q + e % 2, d = 16 * m + g + 8 * (e / 2);
