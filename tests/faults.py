@@ -165,6 +165,10 @@ CUDA_LONG = ("tests/test_cuda.py::test_against_the_cpu_and_float64",)
 CUDA_STATES = (*STATES[:2], "tests/test_step.py::test_every_position_of_two_windows")
 CUDA_PACKED = ("tests/test_cuda.py::test_packed_over_many_stretches", STATES[1])
 
+WALK = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and fresh")
+WALK_STATES = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and state")
+WALK_NAN = ("tests/test_cuda.py::test_window_kernels_contain_what_is_not_finite",)
+
 CUDA = [
     *faults(
         "csrc/cuda/device.cuh",
@@ -196,12 +200,12 @@ CUDA = [
          CUDA_STATES),
         ("CUDA scan: carry between stretches dropped", "next = decay == compute(0) ? carry : carry + decay * next;",
          "next = carry;", CUDA_LONG),
-        ("CUDA scan: > for >= at the opening", "stretch.time + token >= opening", "stretch.time + token > opening",
+        ("CUDA scan: > for >= at the opening", "*to = token >= opening ?", "*to = token > opening ?",
          VALUES),
         ("CUDA scan: delta without lse", "warp_sum(sum) - (grad_lse ? grad_lse[row] : compute(0));", "warp_sum(sum);",
          VALUES),
-        ("CUDA scan: delta omitted", "(dz[m] - delta) : compute(0);", "dz[m] : compute(0);", VALUES),
-        ("CUDA scan: scale dropped in backward", "open ? scale * probability", "open ? probability", VALUES),
+        ("CUDA scan: delta omitted", "z[k] * (dz[k] - delta) :", "z[k] * dz[k] :", VALUES),
+        ("CUDA scan: scale dropped in backward", "? scale * z[k] * (dz[k]", "? z[k] * (dz[k]", VALUES),
         ("CUDA scan: top missing in lse", "lse[row] = top + log(total);", "lse[row] = log(total);", VALUES),
         ("CUDA scan: heads of a group exchanged", "block.head * group + i % group;",
          "block.head * group + (i + 1) % group;", VALUES),
@@ -212,5 +216,29 @@ CUDA = [
         ("CUDA scan: stale adjoint", "content[4 * j + e][i] -= gate.x[e] * content[4 * j + e][i];", "", VALUES),
         ("CUDA scan: first row of a packed sequence ignored", "return sequence.row + time - sequence.position;",
          "return time - sequence.position;", CUDA_PACKED),
+    ),
+    *faults(
+        "csrc/cuda/window.cuh",
+        ("CUDA window: opening token not written whole", "gates[i] = lies ? cells.gate(table, c, t) : 0.f;",
+         "gates[i] = lies ? table[t - cells.flux_begin(c)] : 0.f;", WALK),
+        ("CUDA window: shut slots seen", "shut ? -1.f : product;", "product;", WALK),
+        ("CUDA window: tokens before the state taken", "c >= cells.first() && t >= begin &&", "c >= cells.first() &&",
+         WALK_STATES),
+        ("CUDA window: slot of the given state a cell off", "const int64_t c = cell + given - slots - 1 - back;",
+         "const int64_t c = cell + given - slots - 2 - back;", WALK_STATES),
+        ("CUDA window: phase ignored", "+ cells.phase;\n    first_time = grid;", ";\n    first_time = grid;", WALK),
+    ),
+    *faults(
+        "csrc/cuda/window_forward.cu",
+        ("CUDA window: what a cell held dropped", "const float decay = decays[w * kFlux + j];",
+         "const float decay = 0.f;", WALK),
+        ("CUDA window: stale carry between tiles", "if (lobe < 0 && time > 0) from = carried;", "", WALK),
+        ("CUDA window: > for >= where a cell goes on", "here_offset >= 2 ? 2 : 1", "here_offset > 2 ? 2 : 1", WALK),
+        ("CUDA window: missing mask", "const int masked = irregular ?", "const int masked = false ?", WALK),
+        ("CUDA window: no warm-up", "plan.warm_up = 2 * problem", "plan.warm_up = 0 * problem", WALK),
+        ("CUDA window: what is not finite not noticed", "sound = false;", "sound = true;", WALK_NAN),
+        ("CUDA window: state of too few laps", "sequence.end() - 4 * law", "sequence.end() - 1 * law", WALK),
+        ("CUDA window: wrong sequence in a batch", "row_of<const storage>(view, walk.batch, head,",
+         "row_of<const storage>(view, 0, head,", WALK),
     ),
 ]  # fmt: skip

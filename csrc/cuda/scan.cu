@@ -17,7 +17,7 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kSlotsPerThread = 4, kDimsPerThread = 16;  // of dot: a tile of 64 numbers
 constexpr int kMixNumbers = 64;                          // of mix and adjoint: slots x dims of a tile
-constexpr int64_t kWeights = int64_t(1) << 25;           // numbers in a workspace of logits or weights
+constexpr int64_t kWeights = int64_t(1) << 26;           // numbers in a workspace of logits or weights
 constexpr int64_t kChunkBytes = 10 << 10;                // shared memory of a chunk of rows, of which a block has two
 constexpr int kReadsAhead = 8;                           // tokens of a slot that are read at once
 constexpr int kMaxChunk = 32;                            // rows of a chunk: at most a thread each
