@@ -43,8 +43,8 @@ struct Layout {
     at += 2 * l.ring_rows * config::kRow;
     l.started = at;  // cells at the beginning of a patch in which they go on: [side][warp][2]
     at += 2 * config::kWarps * 2 * config::kRow;
-    l.carried = at;  // and at the end of the tile: [side][cell mod 2]; neither permuted
-    at += 2 * 2 * config::kRow;
+    l.carried = at;  // and at the end of a tile, for the next: [tile mod 2][side][cell mod 2]; neither permuted
+    at += 2 * 2 * 2 * config::kRow;
     l.added = at;  // what patches add to cells, [warp][side][cell][element], float; later the rows of out, [warp][16]
     const uint32_t added = config::kWarps * 2 * config::kFlux * config::kAddedStride * 4;
     const uint32_t rows = config::kWarps * kPatch * config::kRow;
@@ -236,11 +236,12 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         const int lobe = centre - resolution + 1;
         const uint32_t ring = shared + layout.ring + side * ring_side;
         const uint32_t carried = shared + layout.carried + (2 * side + (c & 1)) * config::kRow + chunk * 16;
+        const uint32_t carried_tile = 4 * config::kRow;
         const int before_row = wrap(tile_row + number, ring_rows), own_row = wrap(before_row + slots, ring_rows);
         const uint32_t own = Row::at(ring, own_row, chunk);
         uint32_t from = Row::at(ring, before_row, chunk);
         if (c < walk.given - slots) from = own;  // left by what came before the walk
-        if (lobe < 0 && time > 0) from = carried;
+        if (lobe < 0 && time > 0) from = carried + stage * carried_tile;
         uint4 words = load_shared(from);
         float content[8];
         const auto unpack_words = [&] {
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           words = make_uint4(pack<storage>(content[0], content[1]), pack<storage>(content[2], content[3]),
                              pack<storage>(content[4], content[5]), pack<storage>(content[6], content[7]));
         }
-        store_shared(last < kTile ? own : carried, words);
+        store_shared(last < kTile ? own : carried + (stage ^ 1) * carried_tile, words);
       }
     }
     __syncthreads();
