@@ -5,6 +5,8 @@ Sizes are tiny, odd and ragged: what is to be seen is every kernel's every acces
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from helpers import KERNELS, make_inputs, make_state, run
 
@@ -17,6 +19,8 @@ SHAPES = {
     "ragged": (3, (1, 8), 4, 6, 5, [0, 0, 17, 18, 41], [7, 0, 100, 2]),
     "stretches": (5, (9,), 1, 8, 17, [0, 1037], [4]),
     "many slots": (70, (2,), 2, 36, 4, [0, 33], [1000]),
+    "tiles": (16, (8, 3, 40), 3, 64, 40, [0, 0, 150, 151, 300], [7, 0, 100, 2]),
+    "wide tiles": (70, (4,), 2, 128, 128, [0, 260], [5]),
 }
 VIEWS = (
     lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -30,7 +34,8 @@ def calls(kernel: str, dtype: torch.dtype, shape: str) -> None:
     slots, resolutions, heads, dim, value_dim, ends, positions = SHAPES[shape]
     window, kv_heads = BlurryWindow.pyramid(slots, resolutions, kernel), len(resolutions)
     inputs = make_inputs(1, heads, kv_heads, ends[-1], dim, value_dim, dtype)
-    packed = [view(x.to("cuda")) for view, x in zip(VIEWS, inputs, strict=True)]
+    views = VIEWS if dim % 8 else VIEWS[:1] * 3  # rows of whole 16 bytes stay so: the window kernels want them
+    packed = [view(x.to("cuda")) for view, x in zip(views, inputs, strict=True)]
     state = make_state(window, positions, kv_heads, dim, value_dim, dtype, "cuda")
     found = run(blurry_window_attention, *packed, window, state=state, cu_seqlens=torch.tensor(ends, device="cuda"))
     assert all(x.isfinite().all() for x in found.values())
@@ -42,12 +47,15 @@ def calls(kernel: str, dtype: torch.dtype, shape: str) -> None:
 
 
 def main() -> None:
-    for kernel in KERNELS:
-        for dtype in DTYPES:
-            for shape in SHAPES:
-                calls(kernel, dtype, shape)
+    cases = [
+        (kernel, dtype, shape)
+        for kernel, dtype, shape in itertools.product(KERNELS, DTYPES, SHAPES)
+        if kernel == "fejer" or max(SHAPES[shape][1]) <= 32
+    ]
+    for case in cases:
+        calls(*case)
     torch.cuda.synchronize()
-    print(f"{len(KERNELS) * len(DTYPES) * len(SHAPES)} cases ran")
+    print(f"{len(cases)} cases ran")
 
 
 if __name__ == "__main__":

@@ -303,6 +303,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const int masked = irregular ? min(walk.first - (here_cell - slots), slots) : 0;
     // Cells that go on in this patch lie apart from the ring.
     const int going_on = here_offset >= 2 ? 2 : 1;
+    // And the slots of those that ended before the walk hold them, not what was before them.
+    const int ended = irregular ? walk.given - slots - here_cell : 0;
     const uint32_t raw_keys = tile_base, raw_values = tile_base + kTile * config::kRow;
     const uint32_t ring_keys = shared + layout.ring, ring_values = ring_keys + ring_side;
     const uint32_t started_keys = shared + layout.started, started_values = started_keys + started_side;
@@ -337,6 +339,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         for (int tile = 0; tile < kColumnTiles; ++tile) {
           const int column = first + 8 * tile + g;
           int row = wrap(here_row + column, ring_rows);
+          if (column < ended) row = wrap(row + slots, ring_rows);
           uint32_t address = ring_keys + row * config::kRow;
           if (tile == 0 && column < going_on) {
             row = 0;
@@ -447,6 +450,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
                                  pack<storage>(score[2 * step + 1][2], score[2 * step + 1][3])};
           const int column = first + 16 * step + lane % 16;
           int row = wrap(here_row + column, ring_rows);
+          if (column < ended) row = wrap(row + slots, ring_rows);
           uint32_t address = ring_values + row * config::kRow;
           if (step == 0 && column < going_on) {
             row = 0;
