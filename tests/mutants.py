@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "mutants.md"
 PARTS = ("blurry_attn", "csrc", "tests", "LICENSE", "README.md", "pyproject.toml", "setup.py")
 LIMIT = 120  # seconds that a fault's tests may take
+AT_ONCE = 6  # faults that share a card
 UNMUTATED = "unmutated"
 SURVIVED = "SURVIVED"
 HEAD = """\
@@ -186,7 +188,7 @@ def build_cuda(faults: list[Fault], python: str, folder: Path) -> None:
             store(fault.name)
 
 
-def run_cuda(faults: list[Fault], python: str, folder: Path, table: Path) -> bool:
+def run_cuda(faults: list[Fault], python: str, source: Path, table: Path) -> bool:
     import torch
 
     if not torch.cuda.is_available():
@@ -194,24 +196,25 @@ def run_cuda(faults: list[Fault], python: str, folder: Path, table: Path) -> boo
     installed = importlib.util.find_spec("blurry_attn")
     if installed is None or installed.origin is None:
         raise SystemExit("blurry_attn is not installed")
-    with tempfile.TemporaryDirectory() as temporary:
-        site = Path(temporary)
-        shutil.copytree(Path(installed.origin).parent, site / "blurry_attn")
-        (extension,) = (site / "blurry_attn").glob("_C*.so")
+    package = Path(installed.origin).parent
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(AT_ONCE) as pool:
 
-        def put(name: str) -> None:
-            extension.unlink()  # a process that ends slowly may still have the old one
-            extension.write_bytes(lzma.decompress(packed(folder, name).read_bytes()))
+        def site(name: str) -> Path:
+            """A folder with the package whose extension is the one built under that name."""
+            folder = Path(tempfile.mkdtemp(dir=temporary))
+            shutil.copytree(package, folder / "blurry_attn")
+            (extension,) = (folder / "blurry_attn").glob("_C*.so")
+            extension.write_bytes(lzma.decompress(packed(folder=source, name=name).read_bytes()))
+            return folder
 
-        put(UNMUTATED)
-        check_unmutated(faults, ROOT, site, "cuda", python)
-        all_caught = True
-        for fault in faults:
+        def check(fault: Fault) -> tuple[str | None, float]:
             start = time.perf_counter()
-            put(fault.name)
-            caught = run_tests(fault.tests, ROOT, site, "cuda", python)
-            all_caught &= report(fault, caught, time.perf_counter() - start, table)
-    return all_caught
+            caught = run_tests(fault.tests, ROOT, site(fault.name), "cuda", python)
+            return caught, time.perf_counter() - start
+
+        check_unmutated(faults, ROOT, site(UNMUTATED), "cuda", python)
+        outcomes = zip(faults, pool.map(check, faults), strict=True)
+        return all([report(fault, caught, seconds, table) for fault, (caught, seconds) in outcomes])
 
 
 def main() -> None:
