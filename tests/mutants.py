@@ -124,13 +124,17 @@ def run_tests(tests: tuple[str, ...], root: Path, package: Path, marker: str, py
     return failed[1]
 
 
-def check_unmutated(faults: list[Fault], root: Path, package: Path, marker: str, python: str) -> None:
+def check_unmutated(faults: list[Fault], root: Path, package: Path, marker: str, python: str, at_once: int = 1) -> None:
     """Every subset passes, in time, where there is no fault."""
-    for tests in dict.fromkeys(fault.tests for fault in faults):
+
+    def check(tests: tuple[str, ...]) -> None:
         start = time.perf_counter()
         if failed := run_tests(tests, root, package, marker, python):
             raise SystemExit(f"without a fault: {failed} ({' '.join(tests)})")
         print(f"{time.perf_counter() - start:4.0f} s  no fault  {' '.join(tests)}", flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(check, dict.fromkeys(fault.tests for fault in faults)))
 
 
 def rows(table: Path) -> dict[str, str]:
@@ -212,7 +216,7 @@ def run_cuda(faults: list[Fault], python: str, source: Path, table: Path) -> boo
             caught = run_tests(fault.tests, ROOT, site(fault.name), "cuda", python)
             return caught, time.perf_counter() - start
 
-        check_unmutated(faults, ROOT, site(UNMUTATED), "cuda", python)
+        check_unmutated(faults, ROOT, site(UNMUTATED), "cuda", python, AT_ONCE)
         outcomes = zip(faults, pool.map(check, faults), strict=True)
         return all([report(fault, caught, seconds, table) for fault, (caught, seconds) in outcomes])
 
