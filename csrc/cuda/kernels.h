@@ -78,6 +78,11 @@ const char* window_refusal(const Problem& problem);
 int64_t window_forward_workspace(const Problem& problem);
 void window_forward(const Problem& problem, const Outputs& outputs, void* workspace);
 
+// Its backward (window_backward.cu).
+const char* window_backward_refusal(const Problem& problem, const Gradients& gradients);
+int64_t window_backward_workspace(const Problem& problem);
+void window_backward(const Problem& problem, const Gradients& gradients, void* workspace);
+
 // One token per sequence (step.cu): problem.tokens is 1; updates the slots and the positions in place.
 void step(const Problem& problem, const View& out, void* state_key, void* state_value, int64_t* position);
 

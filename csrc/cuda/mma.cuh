@@ -1,6 +1,8 @@
 // Tensor cores, matrix loads and asynchronous copies (sm_80 and up), for bfloat16 and float16.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace blurry_attn::cuda {
@@ -48,6 +50,16 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
+// Whether eight numbers are neither infinite nor NaN: no exponent has all its bits set.
+template <typename storage>
+__device__ __forceinline__ bool finite(const uint4& words) {
+  constexpr bool half = std::is_same<storage, __half>::value;
+  constexpr uint32_t exponent = half ? 0x7c007c00u : 0x7f807f80u, one = half ? 0x04000400u : 0x00800080u;
+  const uint32_t carries = ((words.x & exponent) + one) | ((words.y & exponent) + one) | ((words.z & exponent) + one) |
+                           ((words.w & exponent) + one);
+  return (carries & 0x80008000u) == 0;
+}
+
 // 2^x and log2 x to about 2^-22; numbers too small to be normal count as zero.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -91,6 +103,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint3
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address)
                : "memory");
+}
+
+// Of an 8 x 8 matrix with row lane / 4, columns 2 (lane % 4) and the next, its transpose.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
 }
 
 // 16 bytes from global to shared memory in the background.

@@ -92,6 +92,27 @@ void check_values(const Call& call) {
   if (call.position) check_positions(call.position->cpu());
 }
 
+// The window kernels read rows of whole, aligned 16 bytes. Other tensors are copied for them, so that a layout never
+// changes a bit.
+at::Tensor in_rows(const at::Tensor& tensor, bool wanted) {
+  const int64_t size = 16 / tensor.element_size();
+  const bool aligned = (tensor.stride(3) == 1 || tensor.size(3) == 1) && tensor.stride(0) % size == 0 &&
+                       tensor.stride(1) % size == 0 && tensor.stride(2) % size == 0 &&
+                       reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  return aligned || !wanted ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+}
+bool wants_rows(const Call& call) {
+  return call.kernel == Kernel::fejer &&
+         (call.query.scalar_type() == at::kBFloat16 || call.query.scalar_type() == at::kHalf);
+}
+Call with_rows(Call call) {
+  const bool wanted = wants_rows(call);
+  call.query = in_rows(call.query, wanted);
+  call.key = in_rows(call.key, wanted);
+  call.value = in_rows(call.value, wanted);
+  return call;
+}
+
 // `cu_seqlens` contiguous.
 cuda::Problem make_problem(const Call& call) {
   const Tables& tables = tables_of(call);
@@ -138,8 +159,8 @@ ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const
                            at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
                            double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
                            const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
-  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, dense(cu_seqlens),
-                               state_key, state_value, position);
+  const Call call = with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, scale,
+                                         dense(cu_seqlens), state_key, state_value, position));
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
   check_values(call);
@@ -171,8 +192,8 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
                              at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
                              const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
                              const OptionalTensor& state_value, const OptionalTensor& position) {
-  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, dense(cu_seqlens),
-                               state_key, state_value, position);
+  const Call call = with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, scale,
+                                         dense(cu_seqlens), state_key, state_value, position));
   check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse);
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
@@ -187,7 +208,8 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
   const OptionalTensor grad_key_end = dense(grad_state_key), grad_value_end = dense(grad_state_value);
   const cuda::Problem problem = make_problem(call);
   cuda::Gradients gradients{};
-  gradients.grad_out = view(grad_out);
+  const at::Tensor grad_out_rows = in_rows(grad_out, wants_rows(call));
+  gradients.grad_out = view(grad_out_rows);
   gradients.lse = dense_lse.const_data_ptr();
   gradients.grad_lse = data(dense_grad_lse);
   gradients.grad_state_key = data(grad_key_end);
@@ -199,14 +221,20 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
     gradients.state_key = grad_key_in.mutable_data_ptr();
     gradients.state_value = grad_value_in.mutable_data_ptr();
   }
-  const at::Tensor memory = workspace(call, cuda::backward_workspace(problem));
-  cuda::scan_backward(problem, gradients, memory.mutable_data_ptr());
+  if (cuda::window_backward_refusal(problem, gradients)) {
+    const at::Tensor memory = workspace(call, cuda::backward_workspace(problem));
+    cuda::scan_backward(problem, gradients, memory.mutable_data_ptr());
+  } else {
+    const at::Tensor memory = workspace(call, cuda::window_backward_workspace(problem));
+    cuda::window_backward(problem, gradients, memory.mutable_data_ptr());
+  }
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
 }
 
 std::string backend_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
                          at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness) {
-  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, 1, {}, {}, {}, {});
+  const Call call =
+      with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, 1, {}, {}, {}, {}));
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
   const char* const refusal = cuda::window_refusal(make_problem(call));

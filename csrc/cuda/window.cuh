@@ -8,6 +8,9 @@
 // with the same decays and weights in every patch that lies alike between two cells.
 #pragma once
 
+#include <algorithm>
+#include <numeric>
+
 #include "mma.cuh"
 
 namespace blurry_attn::cuda {
@@ -136,10 +139,12 @@ struct WalkPlan {
 // from the one that trails there, both as plain ints.
 struct Walk {
   int64_t stretch, sequence, batch;
-  int64_t row;         // of time 0, which may lie before the batch entry's first
-  int64_t first_time;  // tokens of the sequence before time 0: below zero where the tile begins before the sequence
-  int64_t cell;        // number of the first cell
+  int64_t sequence_row;  // of the sequence's first token
+  int64_t row;           // of time 0, which may lie before the batch entry's first
+  int64_t first_time;    // tokens of the sequence before time 0: below zero where the tile begins before the sequence
+  int64_t cell;          // number of the first cell
   int64_t position;
+  int64_t first_patch;     // number of the patch at time 0, from the sequence's first
   int begin, end;          // the sequence's tokens of this call
   int own_begin, own_end;  // the stretch's
   int offset, resolution;  // of time 0 from the first cell's centre
@@ -151,22 +156,31 @@ struct Walk {
   __device__ Walk(const Problem& p, const WalkPlan& plan, int64_t x, int head, int tile) : stretch(x) {
     const Cells cells = p.laws[head].cells;
     const Sequence s(p, plan.find(p, x));
-    const int64_t number = x - plan.first(p, s.index), own = number * plan.length;
+    const int64_t number = x - plan.first(p, s.index);
+    // Stretches begin on the grid of tiles, but for the first.
+    const int64_t grid = floor_div(s.position - cells.phase, tile) * tile + cells.phase;
+    const int64_t own = number == 0 ? s.position : grid + number * plan.length;
+    const bool last = (number + 1) * plan.length >= s.length;
+    const int64_t own_to = last ? s.end() : grid + (number + 1) * plan.length;
     sequence = s.index;
     batch = s.batch;
     position = s.position;
-    from_begin = own <= plan.warm_up;
-    const int64_t from = s.position + (from_begin ? 0 : own - plan.warm_up);
-    const int64_t grid = floor_div(from - cells.phase, tile) * tile + cells.phase;
-    first_time = grid;
-    row = s.row + grid - s.position;
-    cell = cells.trailing(grid);
-    begin = static_cast<int>(s.position - grid > -(int64_t(1) << 30) ? s.position - grid : -(int64_t(1) << 30));
-    end = static_cast<int>(s.position + s.length - grid);
-    own_begin = static_cast<int>(s.position + own - grid);
-    const int64_t left = s.length - own;
-    own_end = own_begin + static_cast<int>(left < plan.length ? left : plan.length);
-    offset = static_cast<int>(grid - cells.centre(cell));
+    from_begin = own - s.position <= plan.warm_up;
+    const int64_t from = from_begin ? s.position : own - plan.warm_up;
+    first_time = floor_div(from - cells.phase, tile) * tile + cells.phase;
+    sequence_row = s.row;
+    row = s.row + first_time - s.position;
+    cell = cells.trailing(first_time);
+    const auto since = [&](int64_t t) {
+      const int64_t least = -(int64_t(1) << 30);
+      return static_cast<int>(t - first_time > least ? t - first_time : least);
+    };
+    begin = since(s.position);
+    end = since(s.end());
+    own_begin = since(own);
+    own_end = number * plan.length < s.length ? since(own_to) : own_begin;
+    first_patch = (first_time - grid) / kPatch;
+    offset = static_cast<int>(first_time - cells.centre(cell));
     resolution = static_cast<int>(cells.resolution);
     const int64_t first_of_all = cells.first() - cell;
     first = static_cast<int>(first_of_all > -(int64_t(1) << 30) ? first_of_all : -(int64_t(1) << 30));
@@ -186,6 +200,17 @@ struct Walk {
   Cells cells_;
 };
 
+// What window_walk leaves to window_tokens of each patch and query head: for key and for value its weights, 16 columns
+// by 16 rows at a time, the last of them of the patch's tokens; here in which place of 16 bytes they begin.
+constexpr int64_t kSparePatches = 10;  // of a sequence: tiles that begin before it or end after it
+__host__ __device__ inline int64_t pieces_of_patch(int column_tiles) { return 2 * (column_tiles / 2 + 1) * kWarp; }
+__device__ __forceinline__ int64_t piece_at(const Problem& p, int64_t sequence, int64_t batch, int64_t row,
+                                            int64_t patch, int64_t query_head, int column_tiles) {
+  const int64_t base =
+      p.cu_seqlens ? row / kPatch + sequence * kSparePatches : batch * (p.tokens / kPatch + kSparePatches);
+  return ((base + patch) * p.query_heads + query_head) * pieces_of_patch(column_tiles);
+}
+
 // Calls body(storage{}) for bfloat16 or float16.
 template <typename body_type>
 void for_half(DType dtype, const body_type& body) {
@@ -194,5 +219,49 @@ void for_half(DType dtype, const body_type& body) {
 }
 
 __device__ __forceinline__ int wrap(int row, int rows) { return row >= rows ? row - rows : row; }
+
+// How many cells are in flux in one patch at most: where patches begin is a
+// multiple of both 16's and r's common divisor.
+inline int cells_in_flux(int64_t resolution) {
+  if (resolution == 1) return kPatch;
+  const int64_t step = std::gcd(resolution, int64_t(kPatch));
+  return static_cast<int>((resolution - step + kPatch - 1) / resolution + 2);
+}
+inline constexpr int kFluxClasses[] = {3, 5, 9, kPatch};
+
+inline WalkPlan make_plan(const Problem& problem) {
+  WalkPlan plan;
+  const int64_t least = 4 * problem.longest_window;
+  plan.length = least > 4096 ? least : 4096;
+  plan.warm_up = 2 * problem.longest_window + 2 * problem.longest_window / problem.slots;
+  plan.per_batch = 0;
+  plan.count = problem.sequences ? problem.tokens / plan.length + problem.sequences : 0;
+  if (!problem.cu_seqlens) {
+    plan.per_batch = problem.tokens > 0 ? (problem.tokens + plan.length - 1) / plan.length : 1;
+    plan.count = plan.per_batch * problem.sequences;
+  }
+  return plan;
+}
+
+// Calls body(kFlux, heads) for each class of heads that there is.
+template <typename body_type>
+void for_flux_classes(const Problem& p, const body_type& body) {
+  int least = 0;
+  for (const int flux : kFluxClasses) {
+    HeadList heads{};
+    for (int64_t h = 0; h < p.kv_heads; ++h) {
+      const int in_flux = cells_in_flux(p.cells[h].resolution);
+      if (in_flux > least && in_flux <= flux) heads.head[heads.count++] = static_cast<uint16_t>(h);
+    }
+    if (heads.count > 0) body(flux, heads);
+    least = flux;
+  }
+}
+
+// Whether rows are runs of whole, aligned 16 bytes.
+inline bool aligned(const View& view) {
+  return view.element == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch % 8 == 0 &&
+         view.head % 8 == 0 && view.token % 8 == 0;
+}
 
 }  // namespace blurry_attn::cuda
