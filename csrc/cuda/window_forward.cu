@@ -8,8 +8,8 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// A walk cannot keep a token that is not finite from its neighbours in a patch:
-// such sequences are done again, token by token.
+// A walk cannot keep a token that is not finite from its neighbours in a patch: such sequences are done again, token by
+// token.
 template <typename storage>
 __global__ void __launch_bounds__(kStepThreads)
     window_repair(Problem p, Outputs outputs, WalkPlan plan, const uint8_t* unsound, float* contents) {
@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kStepThreads)
   }
 }
 
-// The state after the last token, in float32. What is left of a slot after four
-// laps is less than float32 shows.
+// The state after the last token, in float32. What is left of a slot after four laps is less than float32 shows.
 template <typename storage>
 __global__ void __launch_bounds__(256)
     window_state(Problem p, View tokens, int dim, const float* state, int tiles, float* end) {

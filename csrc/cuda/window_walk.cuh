@@ -9,15 +9,13 @@ namespace {
 
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
-// Shapes of a walk at compile time. kColumns: slots that are taken at once;
-// kMore: there may be more of them.
+// Shapes of a walk at compile time. kColumns: slots that are taken at once; kMore: there may be more of them.
 template <typename storage_type, int dim, int flux, int columns, bool more, bool backward = false>
 struct Config {
   using storage = storage_type;
   static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
   static constexpr bool kMore = more, kBackward = backward;
-  // With r = 1 every token is a cell, which replaces what its slot held: no
-  // decays, no weights.
+  // With r = 1 every token is a cell, which replaces what its slot held: no decays, no weights.
   static constexpr bool kSliding = flux == kPatch;
   static constexpr int kWarps = dim <= 64 ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarp;
@@ -107,8 +105,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   for (int i = threadIdx.x; i < 2 * resolution; i += config::kThreads) {
     table[i] = static_cast<const float*>(p.gates)[p.laws[head].gates + i];
   }
-  // Contents before the walk: as given, else zeros. Cell number c lies in row c
-  // mod ring_rows.
+  // Contents before the walk: as given, else zeros. Cell number c lies in row c mod ring_rows.
   for (uint32_t i = threadIdx.x; i < 2 * ring_side / 16; i += config::kThreads) {
     store_shared(shared + layout.ring + 16 * i, make_uint4(0, 0, 0, 0));
   }
@@ -176,12 +173,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   int made_for = -1;  // the regular patch that `weights` are of: its offset from
                       // the trailing cell's centre
   bool sound = true;
-  // Of the tile and of this warp's patch: the trailing cell, the offset from
-  // its centre.
+  // Of the tile and of this warp's patch: the trailing cell, the offset from its centre.
   int tile_cell = 0, tile_offset = walk.offset, tile_row = 0;
   int cell = (walk.offset + warp * kPatch) / resolution, offset = (walk.offset + warp * kPatch) % resolution;
-  // The ring counts cells from `slots` before the first: this row is that of
-  // the trailing cell's slot before the patch.
+  // The ring counts cells from `slots` before the first: this row is that of the trailing cell's slot before the patch.
   int first_row = cell % ring_rows;
   const int cells_per_tile = kTile / resolution, tokens_left = kTile % resolution;
 
@@ -248,9 +243,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       __syncthreads();
 
-      // The cells that take tokens of this tile, each from patch to patch: a
-      // thread has one chunk of one cell. A cell may need what the one before
-      // it in its slot left, so no more than `slots` at a time.
+      // The cells that take tokens of this tile, each from patch to patch: a thread has one chunk of one cell. A cell
+      // may need what the one before it in its slot left, so no more than `slots` at a time.
       const int further = tokens_left + tile_offset;
       const int cells_here = cells_per_tile + (further > resolution ? 3 : further > 0 ? 2 : 1);
       for (int lap = 0; lap < cells_here; lap += slots) {
@@ -331,8 +325,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const int masked = irregular ? min(walk.first - (here_cell - slots), slots) : 0;
     // Cells that go on in this patch lie apart from the ring.
     const int going_on = config::kSliding ? 0 : here_offset >= 2 ? 2 : 1;
-    // And the slots of those that ended before the walk hold them, not what was
-    // before them.
+    // And the slots of those that ended before the walk hold them, not what was before them.
     const int ended = irregular ? walk.given - slots - here_cell : 0;
     const uint32_t raw_keys = tile_base + warp * kPatch * config::kRow, raw_values = raw_keys + kTile * config::kRow;
     const uint32_t ring_keys = shared + layout.ring, ring_values = ring_keys + ring_side;
