@@ -83,13 +83,20 @@ __global__ void __launch_bounds__(kMaxSlices* kWarp)
   const int64_t later = own_to + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
   const bool to_end = last || later >= s.end();
   const int64_t to = to_end ? s.end() : later;
-  const int64_t first_patch = (own - grid) / kPatch, last_patch = (to - 1 - grid) / kPatch;
-
-  // Cells are counted from one that lies before all that this walk meets.
-  const int64_t base = cells.trailing(grid + first_patch * kPatch) - slots;
-  const auto row_of_cell = [&](int64_t cell) { return static_cast<int>((cell - base) % ring_rows); };
+  // From here on patches, tokens and cells are plain ints: tokens are counted from the first of this call, cells from
+  // one that lies before all that this walk meets.
+  const int lead = static_cast<int>(grid - s.position), length = static_cast<int>(s.length);
+  const int first_patch = static_cast<int>((own - grid) / kPatch),
+            last_patch = static_cast<int>((to - 1 - grid) / kPatch);
+  const int own_begin = static_cast<int>(own - s.position), own_end = static_cast<int>(own_to - s.position);
+  const int64_t base = cells.trailing(grid + static_cast<int64_t>(first_patch) * kPatch) - slots;
+  const int first_offset =
+      static_cast<int>(grid + static_cast<int64_t>(first_patch) * kPatch - cells.centre(base + slots));
+  const auto row_of_cell = [&](int cell) { return static_cast<int>(static_cast<uint32_t>(cell) % ring_rows); };
   const auto at = [&](int row, int element) { return row * kSlice + (element ^ (((row >> 1) & 1) << 3)); };
-  const int64_t given = cells.trailing(s.position);  // the trailing cell where the given state ends
+  // The trailing cell where the given state ends, or a bound below it.
+  const int64_t given_cell = cells.trailing(s.position) - base;
+  const int given = given_cell > -(1 << 30) ? static_cast<int>(given_cell) : -(1 << 30);
   for (int i = lane; i < ring_rows * kSlice; i += kWarp) ring[i] = 0.f;
   __syncwarp();
   if (to_end && grad_state) {
@@ -99,29 +106,59 @@ __global__ void __launch_bounds__(kMaxSlices* kWarp)
       const int64_t cell = newest - i / kSlice;
       const int element = first_element + i % kSlice, slot = static_cast<int>(cells.slot(cell));
       if (element >= dim || s.end() <= cells.slot_opening(slot)) continue;
-      ring[at(row_of_cell(cell), i % kSlice)] = static_cast<const float*>(grad_state)[state_at(slot, i % kSlice)];
+      ring[at(row_of_cell(static_cast<int>(cell - base)), i % kSlice)] =
+          static_cast<const float*>(grad_state)[state_at(slot, i % kSlice)];
     }
     __syncwarp();
   }
 
+  // What a patch and a query head bring: weights, and the rows' slice. Read one ahead.
+  struct Item {
+    uint4 weights[kGroups + 1];
+    uint32_t rows[2][2];
+  };
+  const uint4* const first_piece =
+      pieces + piece_at(p, s.index, s.batch, s.row, 0, static_cast<int64_t>(head) * group, kColumns / 8) +
+      (is_value ? (kGroups + 1) * kWarp : 0) + lane;
+  const storage* const first_row_slice =
+      row_of<const storage>(rows_view, s.batch, static_cast<int64_t>(head) * group, s.row) + first_element + 2 * q;
+  const auto fetch = [&](int patch, int i) {
+    Item item;
+    const uint4* piece = first_piece + (patch * p.query_heads + i) * pieces_of_patch(kColumns / 8);
+#pragma unroll
+    for (int m = 0; m <= kGroups; ++m) item.weights[m] = piece[m * kWarp];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int t = lead + patch * kPatch + g + 8 * half;
+      const storage* from = first_row_slice + i * rows_view.head + t * rows_view.token;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const bool exists = t >= 0 && t < length && first_element + 8 * n + 2 * q < dim;
+        item.rows[n][half] = exists ? *reinterpret_cast<const uint32_t*>(from + 8 * n) : 0u;
+      }
+    }
+    return item;
+  };
+  Item next = fetch(last_patch, 0);
+
   float live0 = 0.f, live1 = 0.f;  // gradients of the cells in flux where the next patch begins; lane: element
-  int64_t made_for = -1;
-  int64_t cell = given;
-  for (int64_t patch = last_patch; patch >= first_patch; --patch) {
-    const int64_t time = grid + patch * kPatch;
-    cell = cells.trailing(time);
-    const int offset = static_cast<int>(time - cells.centre(cell));
-    const int ended = given - cell > 0 ? static_cast<int>(given - cell) : 0;
+  int made_for = -1, cell = given;
+  for (int patch = last_patch; patch >= first_patch; --patch) {
+    const int token0 = lead + patch * kPatch, since = first_offset + (patch - first_patch) * kPatch;
+    const int offset = since % resolution;
+    cell = slots + since / resolution;
+    const int ended = max(given - cell, 0);
     const int first_row = row_of_cell(cell - slots);
     const auto column_row = [&](int column) {
       const int row = wrap(first_row + column, ring_rows);
       return column < ended ? wrap(row + slots, ring_rows) : row;
     };
     if constexpr (!kSliding) {
-      const bool irregular = cells.opens(cell) || time < s.position || time + kPatch > s.end();
+      const bool irregular = cells.opens(base + cell) || token0 < 0 || token0 + kPatch > length;
       if (irregular || made_for != offset) {
         for (int i = lane; i < kFlux * kPatch; i += kWarp) {
-          const int64_t c = cell + i / kPatch, t = time + i % kPatch, from_centre = t - cells.centre(c);
+          const int64_t c = base + cell + i / kPatch, t = s.position + token0 + i % kPatch;
+          const int64_t from_centre = t - cells.centre(c);
           const bool lies = c >= cells.first() && t >= s.position && t < s.end() && from_centre > -cells.resolution &&
                             from_centre < cells.resolution;
           gates[i] = lies ? cells.gate(table, c, t) : 0.f;
@@ -142,28 +179,25 @@ __global__ void __launch_bounds__(kMaxSlices* kWarp)
     // Products of weights and rows, over the heads of the group.
     float sums[kGroups][2][4] = {}, token_sums[2][4] = {};
     for (int i = 0; i < group; ++i) {
-      const int64_t query_head = static_cast<int64_t>(head) * group + i;
+      const Item item = next;
+      if (i + 1 < group) {
+        next = fetch(patch, i + 1);
+      } else if (patch > first_patch) {
+        next = fetch(patch - 1, 0);
+      }
       uint32_t b[2][2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t t = time + g + 8 * half;
-        const storage* from = row_of<const storage>(rows_view, s.batch, query_head, s.row + t - s.position);
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int element = first_element + 8 * n + 2 * q;
-          const bool exists = t >= s.position && t < s.end() && element < dim;
-          b[n][half] = transpose(exists ? *reinterpret_cast<const uint32_t*>(from + element) : 0u);
-        }
+        for (int n = 0; n < 2; ++n) b[n][half] = transpose(item.rows[n][half]);
       }
-      const uint4* piece = pieces + piece_at(p, s.index, s.batch, s.row, patch, query_head, kColumns / 8) +
-                           (is_value ? (kGroups + 1) * kWarp : 0) + lane;
 #pragma unroll
       for (int m = 0; m <= kGroups; ++m) {
-        const uint4 words = piece[m * kWarp];
-        const uint32_t a[4] = {words.x, words.y, words.z, words.w};
+        const uint32_t a[4] = {item.weights[m].x, item.weights[m].y, item.weights[m].z, item.weights[m].w};
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+        for (int n = 0; n < 2; ++n) {
           mma<storage>(m < kGroups ? sums[m < kGroups ? m : 0][n] : token_sums[n], a, b[n][0], b[n][1]);
+        }
       }
     }
 #pragma unroll
@@ -220,8 +254,7 @@ __global__ void __launch_bounds__(kMaxSlices* kWarp)
     // The patch's tokens.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token = g + 8 * half;
-      const int64_t t = time + token;
+      const int token = g + 8 * half, t = token0 + token;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const int element = 8 * n + 2 * q;
@@ -242,9 +275,9 @@ __global__ void __launch_bounds__(kMaxSlices* kWarp)
             sum.y += weights[j * kPatch + token] * end.y;
           }
         }
-        if (t >= own && t < own_to && first_element + element < dim) {
-          *reinterpret_cast<uint32_t*>(row_of<storage>(to_view, s.batch, head, s.row + t - s.position) + first_element +
-                                       element) = pack<storage>(sum.x, sum.y);
+        if (t >= own_begin && t < own_end && first_element + element < dim) {
+          *reinterpret_cast<uint32_t*>(row_of<storage>(to_view, s.batch, head, s.row + t) + first_element + element) =
+              pack<storage>(sum.x, sum.y);
         }
       }
     }
@@ -254,14 +287,14 @@ __global__ void __launch_bounds__(kMaxSlices* kWarp)
   if (number > 0 || !grad_given) return;
   if (!kSliding && lane < kSlice) {
     for (int j = 0; j < 2; ++j) {
-      const int64_t c = cell + j;
+      const int c = cell + j;
       ring[at(row_of_cell(c < given ? c : c - slots), lane)] += j ? live1 : live0;
     }
   }
   __syncwarp();
   for (int i = lane; i < slots * kSlice; i += kWarp) {
-    const int64_t c = given - 1 - i / kSlice;
-    const int element = first_element + i % kSlice, slot = static_cast<int>(cells.slot(c));
+    const int c = given - 1 - i / kSlice;
+    const int element = first_element + i % kSlice, slot = static_cast<int>(cells.slot(base + c));
     if (element >= dim) continue;
     const bool open = s.position > cells.slot_opening(slot);
     static_cast<float*>(grad_given)[state_at(slot, i % kSlice)] = open ? ring[at(row_of_cell(c), i % kSlice)] : 0.f;
