@@ -8,6 +8,7 @@ from . import (
 )
 from .modules import BlurrySelfAttention, BlurryWindowAttention
 from .ops import backend, blurry_window_attention, blurry_window_step
+from .ragged import Packing
 from .state import BlurryState
 from .swap import replace_sdpa
 from .window import BlurryWindow
@@ -22,6 +23,7 @@ __all__ = [
     "BlurryState",
     "BlurryWindow",
     "BlurryWindowAttention",
+    "Packing",
     "backend",
     "blurry_window_attention",
     "blurry_window_step",

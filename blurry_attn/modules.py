@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import blurry_window_attention, blurry_window_step
+from .ragged import Packing
 from .state import BlurryState
 from .window import BlurryWindow
 
@@ -240,17 +241,19 @@ class BlurrySelfAttention(nn.Module):
             out, state = self._attend(x, positions, None, state, return_state)
         else:
             self._check_mask(key_padding_mask, x)
-            is_kept = ~key_padding_mask
-            positions = is_kept.cumsum(1) - 1
+            # Padding is left out before the projections: whatever it holds reaches neither an output nor a gradient.
+            # Traced shapes cannot depend on the mask: there it stays, as one more sequence.
+            packing = Packing(key_padding_mask, keep_padding=torch.compiler.is_compiling())
+            positions = packing.positions
             if state is not None:
                 positions = positions + state.position.unsqueeze(1)
-            cu_seqlens = nn.functional.pad(is_kept.sum(1).cumsum(0), (1, 0))
-            # Padding is left out before the projections: whatever it holds reaches neither an output nor a gradient.
+                state = packing.pack_state(state)
             packed, state = self._attend(
-                x[is_kept].unsqueeze(0), positions[is_kept].unsqueeze(0), cu_seqlens, state, return_state
+                packing.pack(x), packing.pack(positions), packing.cu_seqlens, state, return_state
             )
-            out = packed.new_zeros(*x.shape[:2], self.embed_dim)
-            out[is_kept] = packed.squeeze(0)
+            if state is not None:
+                state = packing.unpack_state(state)
+            out = packing.unpack(packed)
         return (out, cast(BlurryState, state)) if return_state else out
 
     def step(self, x: Tensor, state: BlurryState) -> Tensor:
@@ -285,8 +288,6 @@ class BlurrySelfAttention(nn.Module):
 
     @staticmethod
     def _check_mask(mask: Tensor, x: Tensor) -> None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask must be bool (True = padding), got {mask.dtype}")
         if mask.shape != x.shape[:2]:
             raise ValueError(f"key_padding_mask must be (B, T) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
         if mask.device != x.device:

@@ -88,7 +88,8 @@ def blurry_window_attention(
         window: slots, window, kernel and phases of every kv head.
         scale: of the logits; 1 / sqrt(Dk) when None.
         enable_gqa: allow Hq > Hkv: query head h reads kv head h // (Hq // Hkv).
-        cu_seqlens: (S + 1,) int32 or int64, from 0 to T, not decreasing: packs S sequences along T, with B = 1.
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to T, not decreasing: packs S sequences along T, with B = 1
+            (:class:`Packing` makes it from a padding mask).
         state: what came before the first token, of each sequence; positions may differ.
         return_state: return the state after the last token too.
         return_lse: return the log-sum-exp of the logits too.
@@ -130,6 +131,8 @@ def blurry_window_attention(
 
 def backend(query: Tensor, key: Tensor, value: Tensor, window: BlurryWindow) -> str:
     """Which kernels a call of :func:`blurry_window_attention` (with ``enable_gqa=True``) would run forward.
+
+    For eager code: a graph cannot hold the answer.
 
     Returns:
         ``"window"``: the parallel form; or ``"scan: "`` and the reason why it is not taken.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .window import BlurryWindow
 
@@ -149,6 +153,69 @@ class BlurryState:
         """The same slots without their gradient history; memory is shared."""
         return BlurryState(self.key.detach(), self.value.detach(), self.position.detach(), self.window)
 
+    def __getitem__(self, index: slice | Tensor) -> BlurryState:
+        """The state of some of the sequences, in any order and number: for beam search, and for a batch that shrinks.
+
+        Args:
+            index: a slice (the result shares memory with this state) or an int64 or bool tensor ``(B',)`` (it is new).
+
+        Raises:
+            TypeError: another index; an int would drop the batch dimension.
+        """
+        if not isinstance(index, slice) and not (isinstance(index, Tensor) and index.dim() == 1):
+            raise TypeError(f"index must be a slice or a one-dimensional tensor, got {index!r}")
+        return BlurryState(self.key[index], self.value[index], self.position[index], self.window)
+
+    @classmethod
+    def cat(cls, states: Sequence[BlurryState]) -> BlurryState:
+        """One state of the sequences of all ``states``, in their order; new memory.
+
+        Raises:
+            ValueError: no states, or of unlike windows.
+        """
+        if not states:
+            raise ValueError("states must hold at least one state")
+        for state in states:
+            if state.window != states[0].window:
+                raise ValueError(f"states must have the same window: {states[0].window}, got {state.window}")
+        key, value, position = (
+            torch.cat([getattr(state, name) for state in states]) for name in ("key", "value", "position")
+        )
+        return cls(key, value, position, states[0].window)
+
+    def crop(self, length: int) -> NoReturn:
+        """Refused: a state cannot go back to ``length`` tokens.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"a BlurryState cannot be cropped to {length} tokens: each slot is a mix of tokens that cannot be taken "
+            "out again; keep a clone() of where to return to (its size does not grow with the history)"
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of the state in tensors, for ``torch.save`` or safetensors: ``key``, ``value``, ``position`` (memory is
+        shared, gradient history is not), and ``window``, the text of the window as JSON in uint8."""
+        text = json.dumps(asdict(self.window)).encode()
+        return {
+            "key": self.key.detach(),
+            "value": self.value.detach(),
+            "position": self.position,
+            "window": torch.tensor(list(text), dtype=torch.uint8),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> BlurryState:
+        """The state of a :meth:`state_dict`, on the device of its tensors; memory is shared.
+
+        Raises:
+            KeyError: an entry is missing.
+            TypeError, ValueError: entries that do not fit together.
+        """
+        window = BlurryWindow(**json.loads(bytes(state_dict["window"].tolist())))
+        return cls(state_dict["key"], state_dict["value"], state_dict["position"], window)
+
     def frequency_window(self) -> tuple[Tensor, Tensor]:
         """The slots' discrete Fourier transform, for key and value: complex, ``(B, Hkv, N // 2 + 1, D)`` each.
 
@@ -240,3 +307,37 @@ def _fill(slots: Tensor, is_open: Tensor, oldest: Tensor) -> Tensor:
     known = torch.where(is_open, slots, 0.0)
     first = known[:, torch.arange(slots.shape[1], device=slots.device), oldest].unsqueeze(2)
     return torch.where(is_open, known, first)
+
+
+_CHILDREN = ("key", "value", "position")
+
+
+def _flatten(state: BlurryState) -> tuple[list[Any], BlurryWindow]:
+    return [state.key, state.value, state.position], state.window
+
+
+def _flatten_with_keys(state: BlurryState) -> tuple[list[tuple[Any, Any]], BlurryWindow]:
+    children, window = _flatten(state)
+    return [(pytree.GetAttrKey(name), child) for name, child in zip(_CHILDREN, children, strict=True)], window
+
+
+def _unflatten(children: Any, window: Any) -> BlurryState:
+    # Not checked: while a tree is taken apart its leaves need not be tensors.
+    state = BlurryState.__new__(BlurryState)
+    state.key, state.value, state.position = children
+    state.window = window
+    return state
+
+
+# States go into and out of compiled and exported programs.
+pytree.register_pytree_node(
+    BlurryState,
+    _flatten,
+    _unflatten,
+    serialized_type_name="blurry_attn.BlurryState",
+    to_dumpable_context=lambda window: asdict(window),
+    from_dumpable_context=lambda fields: BlurryWindow(**cast(dict[str, Any], fields)),
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+# Plain data: torch.load and torch.export.load take them under weights_only.
+torch.serialization.add_safe_globals([BlurryState, BlurryWindow])

@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.attention.flex_attention  # registers its operator
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import mha
@@ -23,6 +24,7 @@ _SDPA = {
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 }
+_FLEX = torch.ops.higher_order.flex_attention
 _MULTI_HEAD_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -62,7 +64,10 @@ class replace_sdpa(TorchFunctionMode):
     inside ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` (whose fused fast path is off until the last
     such context ends). A call counts as causal with ``is_causal=True``, or with an ``attn_mask`` that is exactly the
     causal mask: boolean, or 0 and -inf (or the dtype's lowest number). Any other call is an error, never full
-    attention.
+    attention, and so is FlexAttention. Attention written out as products and a softmax, or by another package's
+    kernels, is not seen.
+
+    It holds in code under ``torch.compile`` too: enter it around the call of the compiled model.
 
     Contexts nest (the inner one is in force) and may be entered again. As every mode of PyTorch, a context holds in
     the thread that entered it; calls from C++ and TorchScript do not pass it. A model with activation checkpointing
@@ -73,7 +78,7 @@ class replace_sdpa(TorchFunctionMode):
 
     Raises:
         ValueError: a call that is not causal, asks for attention weights, or has a key length unlike its query length.
-        NotImplementedError: an ``attn_mask`` other than causal, ``dropout_p > 0``, or nested tensors.
+        NotImplementedError: an ``attn_mask`` other than causal, ``dropout_p > 0``, nested tensors, or FlexAttention.
     """
 
     def __init__(self, window: BlurryWindow) -> None:
@@ -98,6 +103,8 @@ class replace_sdpa(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SDPA:
             return self._attend(*args, **kwargs)
+        if func is _FLEX:
+            raise NotImplementedError("replace_sdpa: cannot replace flex_attention, only scaled_dot_product_attention")
         if func is F.multi_head_attention_forward:
             call = _MULTI_HEAD_SIGNATURE.bind(*args, **kwargs)
             call.apply_defaults()
@@ -106,6 +113,8 @@ class replace_sdpa(TorchFunctionMode):
                     "replace_sdpa: need_weights must be False in multi_head_attention_forward: "
                     "blurry window attention has no attention weights"
                 )
+        if func is Tensor.unflatten:  # torch.compile cannot trace the method inside a mode, but can the function
+            func = torch.unflatten
         if func in _OPENED:
             with self:
                 return _OPENED[func](*args, **kwargs)

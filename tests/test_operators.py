@@ -51,6 +51,14 @@ def test_opcheck_step(kernel, device):
     torch.library.opcheck(torch.ops.blurry_attn.step.default, (*inputs, *state, *law(kernel)))
 
 
+def test_opcheck_backend(device):
+    """It answers with a string, which no graph can hold: nothing of it is for tracing."""
+    inputs, _, _ = tensors(device, True)
+    torch.library.opcheck(
+        torch.ops.blurry_attn.backend.default, (*inputs, *law("fejer")[:-1]), test_utils=("test_schema",)
+    )
+
+
 def test_backward_operator_has_no_gradient(device):
     inputs, _, _ = tensors(device, False)
     out, lse, *_ = torch.ops.blurry_attn.forward(*inputs, *law("fejer"), None, None, None, None, False)

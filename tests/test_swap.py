@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -341,6 +343,95 @@ def test_compiled_models_are_replaced_too():
     with replace_sdpa(WINDOW):
         close(compiled(x, src_mask=CAUSAL, is_causal=True), layer_by_hand(layer, x, WINDOW))
     assert torch.equal(compiled(x, src_mask=CAUSAL, is_causal=True), full)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flex_attention_is_named(compiled):
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 16, 16)
+    attend = torch.compile(flex_attention, backend="eager") if compiled else flex_attention
+    with pytest.raises(Exception, match="replace_sdpa: cannot replace flex_attention"), replace_sdpa(WINDOW):
+        attend(q, q, q)
+    torch._dynamo.reset()
+    assert flex_attention(q, q, q).shape == q.shape
+
+
+class HandWritten(nn.Module):
+    """A small GPT in the usual styles of splitting heads."""
+
+    def __init__(self, style: str):
+        super().__init__()
+        self.style, options = style, {"bias": False, "dtype": torch.float64}
+        self.embedding = nn.Embedding(11, WIDTH, dtype=torch.float64)
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH, **options) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH, **options) for _ in range(2))
+
+    def heads(self, x):
+        if self.style == "split and view":
+            batch, tokens, _ = x.shape
+            return [y.view(batch, tokens, HEADS, -1).transpose(1, 2) for y in x.split(WIDTH, dim=2)]
+        if self.style == "chunk and unflatten":
+            return [y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in x.chunk(3, dim=-1)]
+        return x.reshape(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind()
+
+    def forward(self, tokens, attend=None, **options):
+        x = self.embedding(tokens)
+        for qkv, out in zip(self.qkv, self.out, strict=True):
+            heads = self.heads(qkv(x))
+            if attend is None:
+                attended = F.scaled_dot_product_attention(*heads, **{"is_causal": True, **options})
+            else:
+                attended = attend(*heads)
+            x = x + out(attended.transpose(1, 2).contiguous().flatten(2))
+        return x @ self.embedding.weight.T
+
+
+@pytest.mark.parametrize("style", ["split and view", "chunk and unflatten", "reshape and permute"])
+def test_a_hand_written_model_compiled_whole(style):
+    """One graph for all lengths, forward and backward, and full attention again afterwards."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = HandWritten(style)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (20, 31, 17):
+        tokens = torch.randint(11, (2, length))
+        expected = model(tokens, lambda *heads: reference.blurry_window_attention(*heads, WINDOW))
+        with replace_sdpa(WINDOW):
+            close(model(tokens), expected)
+            got = compiled(tokens)
+            gradients = torch.autograd.grad(got.square().sum(), [*model.parameters()])
+        close(got, expected)
+        for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), [*model.parameters()]), strict=True):
+            close(a, b)
+    assert counter.frame_count <= 2
+    full = model(tokens)
+    assert (full - expected).abs().max() > 0.001
+    close(compiled(tokens), full)
+
+
+def test_an_encoder_layer_compiled_whole():
+    torch._dynamo.reset()
+    layer, x = encoder_layer(), double(2, T, WIDTH)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with replace_sdpa(WINDOW):
+        close(compiled(x, src_mask=CAUSAL, is_causal=True), layer_by_hand(layer, x, WINDOW))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"is_causal": False}, "replace_sdpa: is_causal must be True"),
+        ({"dropout_p": 0.5}, "dropout_p must be 0"),
+    ],
+    ids=["not causal", "dropout"],
+)
+def test_a_compiled_model_that_cannot_be_replaced_is_named(fullgraph, options, message):
+    torch._dynamo.reset()
+    compiled = torch.compile(HandWritten("split and view"), fullgraph=fullgraph, backend="eager")
+    with pytest.raises(Exception, match=message), replace_sdpa(WINDOW):
+        compiled(torch.randint(11, (2, T)), **options)
 
 
 @pytest.mark.parametrize(
