@@ -1,4 +1,4 @@
-"""Several processes give what one does: a sequence, heads or sequences of a batch cut over ranks."""
+"""Several processes give what one does: a sequence that is cut over ranks."""
 
 from __future__ import annotations
 
