@@ -12,6 +12,7 @@
 #include <string>
 
 #include "csrc/cuda/device.cuh"
+#include "races.h"
 #include "reference.h"
 
 namespace {
@@ -67,7 +68,10 @@ class Random {
 // Memory full of NaN between guards, which must stay as they are.
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes) : bytes(bytes), memory(bytes + 2 * kGuard + 256, 0xff) {}
+  explicit Buffer(int64_t bytes) : bytes(bytes), memory(bytes + 2 * kGuard + 256, 0xff) {
+    emulator::races::know(data(), static_cast<size_t>(bytes));
+  }
+  ~Buffer() { emulator::races::forget(data()); }
   Buffer(const Buffer&) = delete;
   unsigned char* data() {
     const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data()) + kGuard;
@@ -85,6 +89,17 @@ class Buffer {
   static constexpr int kGuard = 4096;
   int64_t bytes;
   std::vector<unsigned char> memory;
+};
+
+// Memory that kernels may use, while this lives.
+struct Known {
+  const void* memory;
+
+  template <typename type>
+  explicit Known(const std::vector<type>& items) : memory(items.data()) {
+    emulator::races::know(memory, items.size() * sizeof(type));
+  }
+  ~Known() { emulator::races::forget(memory); }
 };
 
 int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
@@ -451,6 +466,8 @@ void run_attention(Case& c, Checks& checks) {
   std::vector<int64_t> positions;
   for (const reference::Sequence& s : p.sequences) positions.push_back(s.position);
   const std::vector<int32_t> narrow_ends(c.ends.begin(), c.ends.end());
+
+  const Known known[] = {Known(laws), Known(positions), Known(c.ends), Known(narrow_ends)};
 
   cuda::Problem problem{};
   problem.dtype = c.dtype;

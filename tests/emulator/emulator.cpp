@@ -3,9 +3,11 @@
 #include <sys/mman.h>
 
 #include <cstring>
-#include <memory>
+#include <map>
 #include <stdexcept>
 #include <vector>
+
+#include "races.h"
 
 // Saves the callee's registers on the stack, leaves its end in *from and goes on where another stack was left.
 extern "C" void emulator_switch(void** from, void* to);
@@ -50,8 +52,7 @@ struct Copy {
 };
 
 struct Thread {
-  void* stack = nullptr;    // mapped once
-  void* resumed = nullptr;  // where it was left
+  void* resumed;  // where it was left
   Index index;
   int warp, lane;
   bool done;
@@ -78,6 +79,7 @@ Thread threads[kMaxThreads];
 Warp warps[kMaxThreads / kLanes];
 Barrier barriers[kBarriers];
 Thread* current = nullptr;
+char* stacks = nullptr;  // of all threads
 int alive = 0;
 void* scheduler = nullptr;
 void (*entry)(const void*) = nullptr;
@@ -107,7 +109,12 @@ void leave() {
 }
 
 void release(Barrier& barrier) {
-  for (const int i : barrier.waiting) warps[threads[i].warp].runnable |= 1u << threads[i].lane;
+  uint32_t met = 0;
+  for (const int i : barrier.waiting) {
+    warps[threads[i].warp].runnable |= 1u << threads[i].lane;
+    met |= 1u << threads[i].warp;
+  }
+  races::sync_warps(met, barrier.count == 0);
   barrier.waiting.clear();
   barrier.result = barrier.value;
 }
@@ -127,13 +134,16 @@ void begin_thread() {
   leave();
 }
 
+void map_stacks() {
+  void* const mapped =
+      mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) throw std::runtime_error("emulator: no memory for stacks");
+  stacks = static_cast<char*>(mapped);
+  for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kStack, 4096, PROT_NONE);
+}
+
 void prepare(Thread& t) {
-  if (!t.stack) {
-    t.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (t.stack == MAP_FAILED) throw std::runtime_error("emulator: no memory for stacks");
-    mprotect(t.stack, 4096, PROT_NONE);
-  }
-  void** top = reinterpret_cast<void**>(static_cast<char*>(t.stack) + kStack);
+  void** top = reinterpret_cast<void**>(stacks + (&t - threads + 1) * kStack);
   *--top = nullptr;  // begin_thread() never returns
   *--top = reinterpret_cast<void*>(begin_thread);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -165,6 +175,7 @@ void run_block(int count) {
   const int warp_count = (count + kLanes - 1) / kLanes;
   std::memset(shared_memory, 0xff, shared_bytes + kGuard);
   copies_are_early = random_number() % 4 == 0;
+  races::begin_block();
   alive = count;
   for (Barrier& barrier : barriers) barrier.waiting.clear();
   for (Warp& warp : warps) warp = Warp{};
@@ -217,12 +228,21 @@ void fail(const std::string& what) {
   while (true) leave();
 }
 
-void run_grid(Index grid, Index block, size_t bytes, void (*kernel)(const void*), const void* arguments) {
+size_t& shared_limit(const void* kernel) {
+  static std::map<const void*, size_t> limits;
+  return limits.emplace(kernel, 48 * 1024).first->second;
+}
+
+void run_grid(Index grid, Index block, size_t bytes, void (*kernel)(const void*), const void* arguments,
+              size_t argument_bytes) {
   entry = kernel;
   entry_arguments = arguments;
   shared_bytes = bytes;
   blockDim = block;
   gridDim = grid;
+  if (!stacks) map_stacks();
+  races::know(arguments, argument_bytes);
+  races::begin_launch();
   const unsigned count = grid.x * grid.y * grid.z, shift = random_number() % count;
   const bool backwards = random_number() % 2;
   for (unsigned i = 0; i < count; ++i) {
@@ -230,8 +250,10 @@ void run_grid(Index grid, Index block, size_t bytes, void (*kernel)(const void*)
     blockIdx = {n % grid.x, n / grid.x % grid.y, n / grid.x / grid.y};
     failure.clear();
     run_block(static_cast<int>(block.x * block.y * block.z));
-    if (!failure.empty()) throw std::runtime_error("emulator: " + failure);
+    if (!failure.empty()) break;
   }
+  races::forget(arguments);
+  if (!failure.empty()) throw std::runtime_error("emulator: " + failure);
 }
 
 bool wait_at_barrier(int id, int count, bool value, Place place) {
@@ -279,17 +301,38 @@ void meet(unsigned mask, const char* name, void* mine, const void* body, void (*
     all[l] = other.mine;
   }
   run(body, all);
+  if (!std::strcmp(name, "__syncwarp")) races::sync_warp(self->warp);
   warp.meeting &= ~mask;
   warp.runnable |= mask;
 }
 
 int lane() { return current->lane; }
+int thread_number() { return current ? static_cast<int>(current - threads) : -1; }
+bool is_stack(const void* pointer) {
+  const ptrdiff_t at = static_cast<const char*>(pointer) - stacks;
+  return at >= 0 && at < static_cast<ptrdiff_t>(kMaxThreads * kStack);
+}
+size_t shared_size() { return shared_bytes; }
+
+namespace {
+void land(const Copy& c) {
+  races::access(c.to, c.bytes, true);
+  if (!c.from) {
+    std::memset(c.to, 0, c.bytes);
+    return;
+  }
+  races::access(c.from, c.bytes, false);
+  std::memcpy(c.to, c.from, c.bytes);
+}
+}  // namespace
 
 void copy_async(void* to, const void* from, int bytes) {
   check_shared(to, bytes);
   if (reinterpret_cast<uintptr_t>(from) % bytes) fail("the source of an asynchronous copy is not aligned");
-  if (!copies_are_early) return current->copies.push_back({to, from, bytes, current->groups});
-  from ? static_cast<void>(std::memcpy(to, from, bytes)) : static_cast<void>(std::memset(to, 0, bytes));
+  const Copy copy{to, from, bytes, current->groups};
+  if (copies_are_early) return land(copy);
+  races::access(to, bytes, true);
+  current->copies.push_back(copy);
 }
 
 void commit_copies() { ++current->groups; }
@@ -297,10 +340,7 @@ void commit_copies() { ++current->groups; }
 void wait_copies(int pending) {
   std::vector<Copy>& copies = current->copies;
   size_t i = 0;
-  for (; i < copies.size() && copies[i].group < current->groups - pending; ++i) {
-    const Copy& c = copies[i];
-    c.from ? static_cast<void>(std::memcpy(c.to, c.from, c.bytes)) : static_cast<void>(std::memset(c.to, 0, c.bytes));
-  }
+  while (i < copies.size() && copies[i].group < current->groups - pending) land(copies[i++]);
   copies.erase(copies.begin(), copies.begin() + i);
 }
 

@@ -30,8 +30,11 @@ struct Place {
 void seed(uint64_t number);
 [[noreturn]] void fail(const std::string& what);
 
+size_t& shared_limit(const void* kernel);  // bytes that a launch may ask for
+
 // Runs `kernel(arguments)` once per thread of the grid.
-void run_grid(Index grid, Index block, size_t shared_bytes, void (*kernel)(const void*), const void* arguments);
+void run_grid(Index grid, Index block, size_t shared_bytes, void (*kernel)(const void*), const void* arguments,
+              size_t argument_bytes);
 
 // Waits for `count` of the block's threads, all that have not ended if 0, at barrier `id`; whether one brought `value`.
 bool wait_at_barrier(int id, int count, bool value, Place place);
@@ -45,6 +48,9 @@ void together(unsigned mask, const char* name, type& mine, const body_type& body
   });
 }
 int lane();
+int thread_number();  // in its block; below zero outside of kernels
+bool is_stack(const void* pointer);
+size_t shared_size();  // of the launch
 
 // Copies into shared memory in the background, by thread; null is zeros.
 void copy_async(void* to, const void* from, int bytes);

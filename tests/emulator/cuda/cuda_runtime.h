@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <map>
 #include <tuple>
 
 #include "../emulator.h"
@@ -177,25 +176,20 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "invalid argument";
 }
 
-inline std::map<const void*, size_t>& emulator_shared_limits() {  // of kernels that asked for more than 48 KiB
-  static std::map<const void*, size_t> limits;
-  return limits;
-}
 template <typename... parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(parameters...), cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || static_cast<size_t>(value) > emulator::kMaxSharedBytes) return cudaErrorInvalidValue;
-  emulator_shared_limits()[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
+  emulator::shared_limit(reinterpret_cast<const void*>(kernel)) = static_cast<size_t>(value);
   return cudaSuccess;
 }
 template <typename... parameters, typename... argument_types>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(parameters...),
                                argument_types&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
-  const auto found = emulator_shared_limits().find(reinterpret_cast<const void*>(kernel));
-  const size_t limit = found == emulator_shared_limits().end() ? 48 * 1024 : found->second;
   const unsigned threads = block.x * block.y * block.z;
-  if (config->dynamicSmemBytes > limit) return cudaErrorInvalidValue;
+  if (config->dynamicSmemBytes > emulator::shared_limit(reinterpret_cast<const void*>(kernel)))
+    return cudaErrorInvalidValue;
   if (threads == 0 || threads > 1024 || grid.x * grid.y * grid.z == 0) return cudaErrorInvalidConfiguration;
   struct Call {
     void (*kernel)(parameters...);
@@ -207,6 +201,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         const Call& call = *static_cast<const Call*>(of);
         std::apply(call.kernel, call.arguments);
       },
-      &call);
+      &call, sizeof call);
   return cudaSuccess;
 }
