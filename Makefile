@@ -51,9 +51,11 @@ sanitize: $(VENV)/.installed  ## run the C++ tests under AddressSanitizer and Un
 mutants: $(VENV)/.built  ## put single faults into the CPU sources, one by one: the tests must catch each
 	$(BIN)/python tests/mutants.py
 
-emulate:  ## run the CUDA kernels on the CPU, in an emulator, against the law in float64: SEEDS=0:200; needs g++ alone
+SEEDS ?= 0:200
+emulate:  ## run the CUDA kernels on the CPU against the law in float64, on random problems SEEDS=0:200; needs g++ alone
 	@$(MAKE) --no-print-directory -C tests/emulator -j$(JOBS)
-	build/emulator/emulate --seeds $(or $(SEEDS),0:200)
+	build/emulator/emulate --seeds $(SEEDS)
+	build/emulator/emulate-races --seeds $(SEEDS)
 
 cuda-objects:  ## compile the CUDA kernels, warnings being errors, for two generations of cards; needs nvcc alone
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory -j2 $(CUDA_OBJECTS); \

@@ -29,7 +29,7 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 struct Options {
   int64_t first = 0, last = 100;
   std::string kind, dtype, kernel;
-  int64_t slots = 0, resolution = 0, dim = 0, tokens = 0, stretch = 0;
+  int64_t slots = 0, resolution = 0, dim = 0, tokens = 0, stretch = 0, stop = 0;
   double sharpness = 0;
   bool verbose = false;
 };
@@ -241,6 +241,7 @@ Case draw(const Options& o, uint64_t seed) {
   const auto dim = [&] {
     if (o.dim) return o.dim;
     if (window) return random.one_of<int64_t>({8, 16, 64, 64, 72, 128, 8 * random.between(1, 16)});
+    if (step && random.chance(10)) return random.between(257, cuda::kMaxHeadDim);
     return random.one_of<int64_t>({1, 8, 16, 20, 33, 64, random.between(1, 100)});
   };
   p.key_dim = dim();
@@ -249,6 +250,12 @@ Case draw(const Options& o, uint64_t seed) {
   const int64_t longest = window ? 400 : 150;
   p.tokens = random.one_of<int64_t>({random.between(1, 40), random.between(1, longest), random.between(1, longest),
                                      longest, 128, random.chance(30) ? random.between(longest, 700) : 64});
+  if (random.chance(2)) p.tokens = 0;
+  if (c.kind == "scan" && random.chance(6)) {  // several stretches
+    p.tokens = random.between(520, 1300);
+    p.key_dim = std::min<int64_t>(p.key_dim, 12);
+    p.value_dim = std::min<int64_t>(p.value_dim, 12);
+  }
   if (step) p.tokens = random.between(1, 6);
   if (o.tokens) p.tokens = o.tokens;
   c.packed = !step && random.chance(30);
@@ -277,7 +284,7 @@ Case draw(const Options& o, uint64_t seed) {
   c.wants_state = step || random.chance(50);
   c.with_grad_lse = random.chance(50);
   c.with_grad_state = random.chance(50);
-  c.bad_token = !step && p.kernel == Kernel::fejer && random.chance(8);
+  c.bad_token = !step && p.tokens > 0 && p.kernel == Kernel::fejer && random.chance(8);
   c.backward = !step && !c.bad_token;
   for (Order& order : c.order) {
     order = random.one_of({Order::dense, Order::dense, Order::tokens_first, Order::gaps});
@@ -378,6 +385,7 @@ struct Checks {
   void tokens(const std::string& name, const Numbers& got, const Numbers& want, int64_t heads, double limit,
               double floor) {
     const reference::Problem& p = c.p;
+    if (p.tokens == 0) return;
     const int64_t dim = static_cast<int64_t>(want.size()) / (p.batch * heads * p.tokens);
     for (size_t i = 0; i < p.sequences.size(); ++i) {
       const reference::Sequence& s = p.sequences[i];
@@ -600,7 +608,7 @@ void crashed(int) {
 constexpr char kUsage[] =
     "emulate [--seeds FIRST:END] [--kind window|scan|step] [--dtype bfloat16|float16|float32|float64]\n"
     "        [--kernel fejer|dirichlet] [--slots N] [--resolution R] [--dim D] [--tokens T]\n"
-    "        [--sharpness S] [--stretch TOKENS] [--verbose]\n"
+    "        [--sharpness S] [--stretch TOKENS] [--stop FAILURES] [--verbose]\n"
     "Runs the problems of seeds FIRST .. END - 1; what an option sets is not drawn.\n";
 
 Options parse(int count, char** words) {
@@ -612,11 +620,9 @@ Options parse(int count, char** words) {
       continue;
     }
     const std::string text = i + 1 < count ? words[++i] : "";
-    std::map<std::string, int64_t*> numbers{{"--slots", &o.slots},
-                                            {"--resolution", &o.resolution},
-                                            {"--dim", &o.dim},
-                                            {"--tokens", &o.tokens},
-                                            {"--stretch", &o.stretch}};
+    std::map<std::string, int64_t*> numbers{{"--slots", &o.slots},     {"--resolution", &o.resolution},
+                                            {"--dim", &o.dim},         {"--tokens", &o.tokens},
+                                            {"--stretch", &o.stretch}, {"--stop", &o.stop}};
     std::map<std::string, std::string*> texts{{"--kind", &o.kind}, {"--dtype", &o.dtype}, {"--kernel", &o.kernel}};
     if (numbers.count(word) && !text.empty()) {
       *numbers[word] = std::stoll(text);
@@ -651,6 +657,7 @@ int main(int count, char** words) {
   for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigaction(signal, &action, nullptr);
   int64_t failed = 0;
   for (int64_t seed = options.first; seed < options.last; ++seed) {
+    running = "seed " + std::to_string(seed);
     Case c = draw(options, static_cast<uint64_t>(seed));
     emulator::seed(static_cast<uint64_t>(seed));
     running = "seed " + std::to_string(seed) + ": " + c.text();
@@ -667,6 +674,7 @@ int main(int count, char** words) {
     for (const std::string& failure : checks.failures) text += (text.empty() ? "" : "; ") + failure;
     std::printf("FAIL %s: %s\n", running.c_str(), text.c_str());
     std::fflush(stdout);
+    if (failed == options.stop) break;
   }
   if (options.verbose) {
     for (const auto& [name, part] : worst) std::printf("worst %-28s %.2f of what is allowed\n", name.c_str(), part);
