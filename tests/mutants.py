@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import lzma
 import os
 import re
 import shutil
@@ -172,8 +171,8 @@ def check_cpu(faults: list[Fault], python: str, table: Path) -> bool:
     return all_caught
 
 
-def packed(folder: Path, name: str) -> Path:
-    return folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.so.xz"
+def stored(folder: Path, name: str) -> Path:
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.so"
 
 
 def build_cuda(faults: list[Fault], python: str, folder: Path) -> None:
@@ -182,8 +181,8 @@ def build_cuda(faults: list[Fault], python: str, folder: Path) -> None:
 
     def store(name: str) -> None:
         start = time.perf_counter()
-        path = packed(folder, name)
-        path.write_bytes(lzma.compress(copy.build().read_bytes()))
+        path = stored(folder, name)
+        shutil.copy(copy.build(), path)
         print(f"{time.perf_counter() - start:4.0f} s  {path.name}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
 
     store(UNMUTATED)
@@ -208,7 +207,7 @@ def run_cuda(faults: list[Fault], python: str, source: Path, table: Path) -> boo
             folder = Path(tempfile.mkdtemp(dir=temporary))
             shutil.copytree(package, folder / "blurry_attn")
             (extension,) = (folder / "blurry_attn").glob("_C*.so")
-            extension.write_bytes(lzma.decompress(packed(folder=source, name=name).read_bytes()))
+            shutil.copy(stored(source, name), extension)
             return folder
 
         def check(fault: Fault) -> tuple[str | None, float]:

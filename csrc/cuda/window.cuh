@@ -44,17 +44,18 @@ struct PatchWeights {
   __half2 weight[kFlux][2][2];  // of tokens (columns) in rows: [cell][8 tokens][row g or g + 8]
   float decay[kFluxTiles][4];   // of the columns of cells: [8 cells][fragment]; below zero: shut
 
-  // `gates`: [kFlux][kPatch] of the warp. Also writes of the patch's end the decays and, for each thread its fragments
-  // of b, high and low parts, the weights: [kFluxTiles][lane].
-  __device__ __forceinline__ void make(const Cells& cells, int64_t begin, int64_t cell, int64_t token,
-                                       const float* table, float* gates, float* end_decays, uint4* end_weights) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-    for (int i = lane; i < kFlux * kPatch; i += kWarp) {
+  // Writes the gates of the patch's tokens, begin <= t < end, in its cells: [kFlux][kPatch]; for all lanes of a warp.
+  __device__ __forceinline__ static void make_gates(const Cells& cells, int64_t begin, int64_t end, int64_t cell,
+                                                    int64_t token, const float* table, float* gates) {
+    for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
       const int64_t c = cell + i / kPatch, t = token + i % kPatch, x = t - cells.centre(c);
-      const bool lies = c >= cells.first() && t >= begin && x > -cells.resolution && x < cells.resolution;
+      const bool lies = c >= cells.first() && t >= begin && t < end && x > -cells.resolution && x < cells.resolution;
       gates[i] = lies ? cells.gate(table, c, t) : 0.f;
     }
     __syncwarp();
+  }
+  __device__ __forceinline__ void make(const Cells& cells, int64_t cell, int64_t token, const float* gates) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
 #pragma unroll
     for (int tile = 0; tile < kFluxTiles; ++tile) {
 #pragma unroll
@@ -82,6 +83,11 @@ struct PatchWeights {
         if (j % 8 / 2 == q) decay[j / 8][2 * half + j % 2] = shut ? -1.f : product;
       }
     }
+  }
+  // Of the patch's end: the decays, and for each thread its fragments of b, high and low parts, of the weights:
+  // [kFluxTiles][lane].
+  __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, uint4* end_weights) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
 #pragma unroll
     for (int tile = 0; tile < kFluxTiles; ++tile) {
       float w[4] = {};
@@ -105,6 +111,17 @@ struct PatchWeights {
     }
     __syncwarp();
   }
+  // The same as plain numbers: [kFlux][kPatch] and [kFlux].
+  __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, float* end_weights) {
+    for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
+      const int j = i / kPatch;
+      float product = 1.f;
+      for (int t = kPatch - 1; t > i % kPatch; --t) product *= 1.f - gates[j * kPatch + t];
+      end_weights[i] = gates[i] * product;
+      if (i % kPatch == 0) end_decays[j] = product * (1.f - gates[i]);
+    }
+    __syncwarp();
+  }
 };
 
 // Which heads a launch takes.
@@ -112,6 +129,7 @@ constexpr int kMaxWindowHeads = 256;
 struct HeadList {
   int count;
   uint16_t head[kMaxWindowHeads];
+  int64_t cell_rows[kMaxWindowHeads];  // of Contents, before the head's
 };
 
 // How time is cut for the walks. As in the scan, a sequence's cut depends on its own length alone.
@@ -135,6 +153,12 @@ struct WalkPlan {
   }
 };
 
+// Stretches begin on a grid of tiles, but for a sequence's first; the grid begins at or before the sequence.
+constexpr int kGrid = 128;
+__device__ __forceinline__ int64_t grid_begin(const Cells& cells, int64_t position) {
+  return floor_div(position - cells.phase, kGrid) * kGrid + cells.phase;
+}
+
 // One block's walk: a stretch of one sequence and head. Tokens ("times") are counted from the first tile's first, cells
 // from the one that trails there, both as plain ints.
 struct Walk {
@@ -144,7 +168,8 @@ struct Walk {
   int64_t first_time;    // tokens of the sequence before time 0: below zero where the tile begins before the sequence
   int64_t cell;          // number of the first cell
   int64_t position;
-  int64_t first_patch;     // number of the patch at time 0, from the sequence's first
+  int64_t first_patch;        // number of the patch at time 0, from the sequence's first
+  int64_t trailing_at_begin;  // the cell that trails at the sequence's first token
   int begin, end;          // the sequence's tokens of this call
   int own_begin, own_end;  // the stretch's
   int offset, resolution;  // of time 0 from the first cell's centre
@@ -157,8 +182,7 @@ struct Walk {
     const Cells cells = p.laws[head].cells;
     const Sequence s(p, plan.find(p, x));
     const int64_t number = x - plan.first(p, s.index);
-    // Stretches begin on the grid of tiles, but for the first.
-    const int64_t grid = floor_div(s.position - cells.phase, tile) * tile + cells.phase;
+    const int64_t grid = grid_begin(cells, s.position);
     const int64_t own = number == 0 ? s.position : grid + number * plan.length;
     const bool last = (number + 1) * plan.length >= s.length;
     const int64_t own_to = last ? s.end() : grid + (number + 1) * plan.length;
@@ -180,6 +204,7 @@ struct Walk {
     own_begin = since(own);
     own_end = number * plan.length < s.length ? since(own_to) : own_begin;
     first_patch = (first_time - grid) / kPatch;
+    trailing_at_begin = cells.trailing(s.position) - cell;
     offset = static_cast<int>(first_time - cells.centre(cell));
     resolution = static_cast<int>(cells.resolution);
     const int64_t first_of_all = cells.first() - cell;
@@ -200,16 +225,36 @@ struct Walk {
   Cells cells_;
 };
 
-// What window_walk leaves to window_tokens of each patch and query head: for key and for value its weights, 16 columns
-// by 16 rows at a time, the last of them of the patch's tokens; here in which place of 16 bytes they begin.
-constexpr int64_t kSparePatches = 10;  // of a sequence: tiles that begin before it or end after it
-__host__ __device__ inline int64_t pieces_of_patch(int column_tiles) { return 2 * (column_tiles / 2 + 1) * kWarp; }
-__device__ __forceinline__ int64_t piece_at(const Problem& p, int64_t sequence, int64_t batch, int64_t row,
-                                            int64_t patch, int64_t query_head, int column_tiles) {
-  const int64_t base =
-      p.cu_seqlens ? row / kPatch + sequence * kSparePatches : batch * (p.tokens / kPatch + kSparePatches);
-  return ((base + patch) * p.query_heads + query_head) * pieces_of_patch(column_tiles);
-}
+// What the walk backward needs of what the slots hold, in rows of both sides: [key, value][element].
+constexpr int64_t kSpareCells = 4, kSparePatches = 10;  // of a sequence: cells and tiles that begin before it or end later
+struct Contents {
+  void* cells;        // of every head, what cells hold in the end; those of a given state first
+  void* started;      // of every patch and head, what two cells hold that go on in it: [patch][head][side][2][element]
+  int64_t of_states;  // rows of a sequence's given state
+
+  // Row of the cell that trails at the sequence's first token, within a head.
+  __device__ int64_t cell_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row, int64_t resolution) const {
+    if (resolution == 1) return of_states * (sequence + 1);  // the tokens themselves are the cells
+    const int64_t spare = kSpareCells + of_states;
+    return of_states + (p.cu_seqlens ? row / resolution + sequence * spare : batch * (p.tokens / resolution + spare));
+  }
+  __host__ __device__ int64_t cell_rows(const Problem& p, int64_t resolution) const {
+    if (resolution == 1) return of_states * p.sequences;
+    const int64_t spare = kSpareCells + of_states;
+    return p.cu_seqlens ? p.tokens / resolution + p.sequences * spare : p.batch * (p.tokens / resolution + spare);
+  }
+  __device__ int64_t started_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row, int64_t patch,
+                                 int64_t head) const {
+    const int64_t base =
+        p.cu_seqlens ? row / kPatch + sequence * kSparePatches : batch * (p.tokens / kPatch + kSparePatches);
+    return ((base + patch) * p.kv_heads + head) * 2;
+  }
+  __host__ __device__ static int64_t started_rows(const Problem& p) {
+    return 2 * p.kv_heads *
+           (p.cu_seqlens ? p.tokens / kPatch + p.sequences * kSparePatches
+                         : p.batch * (p.tokens / kPatch + kSparePatches));
+  }
+};
 
 // Calls body(storage{}) for bfloat16 or float16.
 template <typename body_type>
@@ -232,7 +277,7 @@ inline constexpr int kFluxClasses[] = {3, 5, 9, kPatch};
 inline WalkPlan make_plan(const Problem& problem) {
   WalkPlan plan;
   const int64_t least = 4 * problem.longest_window;
-  plan.length = least > 4096 ? least : 4096;
+  plan.length = least > 4096 ? (least + kGrid - 1) / kGrid * kGrid : 4096;
   plan.warm_up = 2 * problem.longest_window + 2 * problem.longest_window / problem.slots;
   plan.per_batch = 0;
   plan.count = problem.sequences ? problem.tokens / plan.length + problem.sequences : 0;
@@ -245,13 +290,18 @@ inline WalkPlan make_plan(const Problem& problem) {
 
 // Calls body(kFlux, heads) for each class of heads that there is.
 template <typename body_type>
-void for_flux_classes(const Problem& p, const body_type& body) {
+void for_flux_classes(const Problem& p, const Contents& contents, const body_type& body) {
   int least = 0;
   for (const int flux : kFluxClasses) {
     HeadList heads{};
+    int64_t cell_rows = 0;
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       const int in_flux = cells_in_flux(p.cells[h].resolution);
-      if (in_flux > least && in_flux <= flux) heads.head[heads.count++] = static_cast<uint16_t>(h);
+      if (in_flux > least && in_flux <= flux) {
+        heads.head[heads.count] = static_cast<uint16_t>(h);
+        heads.cell_rows[heads.count++] = cell_rows;
+      }
+      cell_rows += contents.cell_rows(p, p.cells[h].resolution);
     }
     if (heads.count > 0) body(flux, heads);
     least = flux;
@@ -262,6 +312,13 @@ void for_flux_classes(const Problem& p, const body_type& body) {
 inline bool aligned(const View& view) {
   return view.element == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch % 8 == 0 &&
          view.head % 8 == 0 && view.token % 8 == 0;
+}
+
+inline int64_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
 }
 
 }  // namespace blurry_attn::cuda

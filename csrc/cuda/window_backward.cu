@@ -1,328 +1,622 @@
-// "fejer" backward on tensor cores, bfloat16 and float16. The walk forward over time leaves the gradient of the query
-// and every patch's weights; a walk backward takes the gradients of what the slots hold to the tokens of key and value.
+// "fejer" backward on tensor cores, bfloat16 and float16. A walk forward over time leaves what the slots hold; a walk
+// backward attends again, patch by patch, and takes the gradients of what the slots hold to the tokens.
 #include "window_walk.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
 
-constexpr int kSlice = 16;      // elements of key or value that a warp has
-constexpr int kMaxSlices = 16;  // of key and value together
+constexpr int kSlice = 32;  // elements of key or value of which a warp has the gradients
 
-// Shared memory of a warp of window_tokens, in floats.
-struct SliceLayout {
-  int ring_rows, columns, ends, weights, gates, decays, floats;
+// Shapes of a walk backward at compile time.
+template <typename storage_type, int dim, int flux, int columns, int patches>
+struct BackConfig {
+  using storage = storage_type;
+  static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
+  static constexpr bool kSliding = flux == kPatch;
+  static constexpr int kPatches = patches;  // of a tile; a warp attends for each
+  static constexpr int kTile = kPatches * kPatch;
+  static constexpr int kSlices = 2 * dim / kSlice;  // a warp each
+  static constexpr int kAttending = kPatches * kWarp, kThreads = kAttending + kSlices * kWarp;
+  static constexpr int kBlocks = dim <= 64 && flux <= 3 ? 2 : 1;
+  static constexpr int kRow = Rows<dim>::kBytes;
+};
 
-  __host__ __device__ static SliceLayout make(int slots, int resolution, int flux) {
-    SliceLayout l;
-    l.ring_rows = (slots + flux + kPatch / resolution + 3 + 7) / 8 * 8;
-    int at = l.ring_rows * kSlice;  // gradients of what cells hold in the end: [cell][element]
-    const int in_flux = flux == kPatch ? 0 : flux;
-    l.columns = at;  // of what slots in flux held when the patch began: [cell][element]
-    at += in_flux * kSlice;
-    l.ends = at;  // of what they hold when it ends
-    at += in_flux * kSlice;
-    l.weights = at;  // of the patch's tokens in what they hold when it ends: [cell][token]
-    at += in_flux * kPatch;
-    l.gates = at;
-    at += in_flux * kPatch;
-    l.decays = at;
-    at += (in_flux + 3) / 4 * 4;
-    l.floats = at;
+// Shared memory of a walk backward, by offsets in bytes.
+struct BackLayout {
+  int ring_rows;  // of what cells hold, and
+  int grad_rows;  // of its gradients
+  // Rows of a patch's weights, 16 tokens each: of the cells in grad_rows, of the cells that go on, of the patch's tokens
+  // and of no use.
+  int piece_started, piece_tokens, piece_spare, piece_rows;
+  uint32_t ring, started, tokens, grads, grads_started, ends, sums, pieces, gates, weights, decays, bytes;
+
+  template <typename config>
+  __host__ __device__ static BackLayout make(int slots, int resolution, int group) {
+    constexpr int in_flux = config::kSliding ? 0 : config::kFlux;
+    const auto rounded = [](int x, int to) { return (x + to - 1) / to * to; };
+    const int cells_of_tile = config::kTile / resolution + (config::kSliding ? 0 : 1);
+    BackLayout l;
+    l.ring_rows = rounded(slots + 2 * cells_of_tile + in_flux, 8);
+    if (l.ring_rows < config::kColumns) l.ring_rows = config::kColumns;
+    l.grad_rows = rounded(slots + cells_of_tile + in_flux, 16);
+    l.piece_started = l.grad_rows;
+    l.piece_tokens = l.piece_started + 8;
+    l.piece_spare = l.piece_tokens + kPatch;
+    l.piece_rows = l.piece_spare + 8;
+    uint32_t at = 0;
+    l.ring = at;  // [side][cell]
+    at += 2 * l.ring_rows * config::kRow;
+    l.started = at;  // [tile mod 2][patch][side][2]
+    at += config::kSliding ? 0 : 2 * config::kPatches * 4 * config::kRow;
+    l.tokens = at;  // the patches' own: [patch][side][token]
+    at += config::kPatches * 2 * kPatch * config::kRow;
+    l.grads = at;  // float: [slice][cell][element]
+    at += config::kSlices * l.grad_rows * kSlice * 4;
+    l.grads_started = at;  // float: [slice][patch][2][element]
+    at += config::kSliding ? 0 : config::kSlices * 8 * kSlice * 4;
+    l.ends = at;  // gradients of what cells in flux hold at a patch's end, float: [slice][cell][element]
+    at += config::kSlices * in_flux * kSlice * 4;
+    l.sums = at;  // of the tokens, over the heads of a group, float: [slice][patch][16][lane]
+    at += group > 1 ? config::kSlices * config::kPatches * 16 * kWarp * 4 : 0;
+    l.pieces = at;  // [key, value][patch][row][token]
+    at += 2 * config::kPatches * l.piece_rows * kPatch * 2;
+    l.gates = at;  // float: [patch][cell][token]
+    at += config::kPatches * in_flux * kPatch * 4;
+    l.weights = at;  // of the patch's tokens in what cells hold at its end, float: [patch][cell][token]
+    at += config::kPatches * in_flux * kPatch * 4;
+    l.decays = at;  // float: [patch][cell]
+    at += config::kPatches * in_flux * 4;
+    l.bytes = (at + 15) / 16 * 16;
     return l;
   }
 };
 
-// One warp has kSlice elements of key or value of one head, from the last patch of a stretch to the first. It begins
-// plan.warm_up tokens later, for what cells of the stretch give to later tokens.
-template <typename storage, int kFlux, int kColumns>
-__global__ void __launch_bounds__(kMaxSlices* kWarp)
-    window_tokens(Problem p, Gradients gradients, WalkPlan plan, HeadList heads, int tile, int key_slices,
-                  const uint4* pieces) {
-  constexpr bool kSliding = kFlux == kPatch;
-  constexpr int kGroups = kColumns / 16;
+// Offset in bytes of half of a row of weights: chunks are permuted so that eight rows' same half lies in different banks.
+__device__ __forceinline__ uint32_t piece_at(int row, int half) { return row * 32 + ((half ^ ((row >> 2) & 1)) << 4); }
+
+enum Barrier { kFull = 1, kEmpty = 2 };
+
+// Some warps attend, one per patch of a tile, and leave weights: of what the slots held when the patch began, and of its
+// tokens. The others sum them up, a slice of elements of key or value each, one tile behind. A block has one stretch of
+// one sequence and kv head; it begins plan.warm_up tokens later, for what cells of the stretch give to later tokens.
+template <typename config>
+__global__ void __launch_bounds__(config::kThreads, config::kBlocks)
+    window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads) {
+  using storage = typename config::storage;
+  using Row = Rows<config::kDim>;
+  using Weights = PatchWeights<storage, config::kFlux>;
+  constexpr int kFlux = config::kFlux, kPatches = config::kPatches, kTile = config::kTile;
+  constexpr int kRow = config::kRow, kThreads = config::kThreads, kColumns = config::kColumns;
+  constexpr bool kSliding = config::kSliding;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-  const int head = heads.head[blockIdx.x % heads.count];
+  const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
   const int64_t x = blockIdx.x / heads.count;
   const Cells cells = p.laws[head].cells;
   const int slots = static_cast<int>(cells.slots), resolution = static_cast<int>(cells.resolution);
-  const SliceLayout layout = SliceLayout::make(slots, resolution, kFlux);
-  const int ring_rows = layout.ring_rows;
-  float* const ring = reinterpret_cast<float*>(shared_memory) + warp * layout.floats;
-  float *const columns = ring + layout.columns, *const ends = ring + layout.ends;
-  float *const weights = ring + layout.weights, *const gates = ring + layout.gates,
-               *const decays = ring + layout.decays;
-  const bool is_value = warp >= key_slices;
-  const int first_element = kSlice * (is_value ? warp - key_slices : warp);
-  const int dim = static_cast<int>(is_value ? p.value_dim : p.key_dim);
-  const View& rows_view = is_value ? gradients.grad_out : p.query;
-  const View& to_view = is_value ? gradients.value : gradients.key;
-  const float* const table = static_cast<const float*>(p.gates) + p.laws[head].gates;
   const int group = static_cast<int>(p.query_heads / p.kv_heads);
+  const BackLayout layout = BackLayout::make<config>(slots, resolution, group);
+  const int ring_rows = layout.ring_rows, grad_rows = layout.grad_rows;
+  const uint32_t shared = shared_address(shared_memory);
+  const float* const table = static_cast<const float*>(p.gates) + p.laws[head].gates;
+
+  const bool attends = warp < kPatches;
+  const int slice = warp - kPatches;
+  const int side = slice >= config::kSlices / 2;
+  const int first_element = kSlice * (slice - side * (config::kSlices / 2));
+  const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
 
   const Sequence s(p, plan.find(p, x));
   const int64_t number = x - plan.first(p, s.index);
-  const void* const grad_state = is_value ? gradients.grad_state_value : gradients.grad_state_key;
-  void* const grad_given = is_value ? gradients.state_value : gradients.state_key;
-  const auto state_at = [&](int slot, int element) {
-    return ((s.index * p.kv_heads + head) * slots + slot) * dim + first_element + element;
+  const void* const grad_state = side ? gradients.grad_state_value : gradients.grad_state_key;
+  void* const grad_given = side ? gradients.state_value : gradients.state_key;
+  const auto state_at = [&](int slot) {
+    return ((s.index * p.kv_heads + head) * slots + slot) * dim + first_element + lane;
   };
-  if (s.length == 0 && number == 0 && grad_given) {
-    for (int i = lane; i < slots * kSlice; i += kWarp) {
-      const int slot = i / kSlice, element = i % kSlice;
-      if (first_element + element >= dim) continue;
+  const bool has_element = first_element + lane < dim;
+  if (s.length == 0 && number == 0 && !attends && grad_given && has_element) {
+    for (int slot = 0; slot < slots; ++slot) {
       const bool passes = grad_state && s.position > cells.slot_opening(slot);
-      static_cast<float*>(grad_given)[state_at(slot, element)] =
-          passes ? static_cast<const float*>(grad_state)[state_at(slot, element)] : 0.f;
+      static_cast<float*>(grad_given)[state_at(slot)] =
+          passes ? static_cast<const float*>(grad_state)[state_at(slot)] : 0.f;
     }
   }
   if (number * plan.length >= s.length) return;
-  const int64_t grid = floor_div(s.position - cells.phase, tile) * tile + cells.phase;
+  const int64_t grid = grid_begin(cells, s.position);
   const int64_t own = number == 0 ? s.position : grid + number * plan.length;
   const bool last = (number + 1) * plan.length >= s.length;
   const int64_t own_to = last ? s.end() : grid + (number + 1) * plan.length;
   const int64_t later = own_to + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
   const bool to_end = last || later >= s.end();
   const int64_t to = to_end ? s.end() : later;
-  // From here on patches, tokens and cells are plain ints: tokens are counted from the first of this call, cells from
-  // one that lies before all that this walk meets.
+  // From here on tiles, tokens and cells are plain ints: tokens are counted from the first of this call, cells from one
+  // that lies before all that this walk meets.
   const int lead = static_cast<int>(grid - s.position), length = static_cast<int>(s.length);
-  const int first_patch = static_cast<int>((own - grid) / kPatch),
-            last_patch = static_cast<int>((to - 1 - grid) / kPatch);
+  const int first_tile = static_cast<int>((own - grid) / kTile), last_tile = static_cast<int>((to - 1 - grid) / kTile);
   const int own_begin = static_cast<int>(own - s.position), own_end = static_cast<int>(own_to - s.position);
-  const int64_t base = cells.trailing(grid + static_cast<int64_t>(first_patch) * kPatch) - slots;
-  const int first_offset =
-      static_cast<int>(grid + static_cast<int64_t>(first_patch) * kPatch - cells.centre(base + slots));
-  const auto row_of_cell = [&](int cell) { return static_cast<int>(static_cast<uint32_t>(cell) % ring_rows); };
-  const auto at = [&](int row, int element) { return row * kSlice + (element ^ (((row >> 1) & 1) << 3)); };
-  // The trailing cell where the given state ends, or a bound below it.
-  const int64_t given_cell = cells.trailing(s.position) - base;
-  const int given = given_cell > -(1 << 30) ? static_cast<int>(given_cell) : -(1 << 30);
-  for (int i = lane; i < ring_rows * kSlice; i += kWarp) ring[i] = 0.f;
-  __syncwarp();
-  if (to_end && grad_state) {
+  const int walk_end = static_cast<int>(to - s.position);
+  const int64_t first_token = grid + static_cast<int64_t>(first_tile) * kTile;
+  const int64_t base = cells.trailing(first_token) - slots;
+  const int first_offset = static_cast<int>(first_token - cells.centre(base + slots));
+  const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
+  const int given = bounded(cells.trailing(s.position) - base);  // the trailing cell where the given state ends
+  const int first = bounded(cells.first() - base);               // the first cell of all
+  const int ended = bounded(cells.trailing(s.end()) - base);     // the first cell that does not end in this call
+  const auto tile_token = [&](int tile) { return lead + tile * kTile; };
+  const auto trailing = [&](int tile, int patch, int* offset) {
+    const int since = first_offset + ((tile - first_tile) * kPatches + patch) * kPatch;
+    if (offset) *offset = since % resolution;
+    return slots + since / resolution;
+  };
+  const auto goes_on = [](int offset) { return kSliding ? 0 : offset >= 2 ? 2 : 1; };
+
+  // Reads what cells from .. to - 1 hold; `thread` of `threads`. Those that there are not hold zeros.
+  const int64_t cell_row = heads.cell_rows[head_index] +
+                           contents.cell_row(p, s.index, s.batch, s.row, resolution) - given;
+  const auto load_cells = [&](int from, int until, int thread, int threads) {
+    for (int i = thread; i < (until - from) * 2 * Row::kChunks; i += threads) {
+      const int chunk = i % Row::kChunks, at = i / Row::kChunks % 2, cell = from + i / Row::kChunks / 2;
+      const uint32_t to_row = Row::at(shared + layout.ring + at * ring_rows * kRow, cell % ring_rows, chunk);
+      const View& view = at ? p.value : p.key;
+      if (kSliding && cell >= given) {
+        const int t = cell - given;  // every token is a cell
+        const bool exists = t < length && chunk * 8 < (at ? p.value_dim : p.key_dim);
+        copy_async_or_zero(
+            to_row, exists ? row_of<const storage>(view, s.batch, head, s.row + t) + chunk * 8 : view.data, exists);
+      } else {
+        const bool exists = cell >= given - contents.of_states && cell < ended;
+        const int64_t row = exists ? 2 * (cell_row + cell) + at : 0;
+        copy_async_or_zero(to_row, static_cast<const uint4*>(contents.cells) + row * Row::kChunks + chunk, exists);
+      }
+    }
+  };
+  // Reads what goes on in the patches of a tile.
+  const int64_t started_row = contents.started_row(p, s.index, s.batch, s.row, 0, head);
+  const auto load_started = [&](int tile, int thread, int threads) {
+    if (kSliding) return;
+    for (int i = thread; i < kPatches * 4 * Row::kChunks; i += threads) {
+      const int chunk = i % Row::kChunks, row = i / Row::kChunks, patch = row / 4;
+      const int t = tile_token(tile) + patch * kPatch;
+      int offset;
+      trailing(tile, patch, &offset);
+      const bool exists = t + kPatch > 0 && t < length && row % 2 < goes_on(offset);
+      const int64_t from = started_row + static_cast<int64_t>(tile * kPatches + patch) * 2 * p.kv_heads;
+      copy_async_or_zero(
+          shared + layout.started + ((tile & 1) * kPatches * 4 + row) * kRow + chunk * 16,
+          static_cast<const uint4*>(contents.started) + (exists ? (2 * from + row % 4) * Row::kChunks + chunk : 0),
+          exists);
+    }
+  };
+  const auto oldest = [&](int tile) { return trailing(tile, 0, nullptr) - slots; };
+
+  // Before the first tile: what it and the next one need; no weights. Columns past the last slot meet rows of zeros.
+  for (int i = threadIdx.x; i < 2 * ring_rows * Row::kChunks; i += kThreads) {
+    store_shared(shared + layout.ring + 16 * i, make_uint4(0, 0, 0, 0));
+  }
+  for (int i = threadIdx.x; i < 2 * kPatches * layout.piece_rows * 2; i += kThreads) {
+    store_shared(shared + layout.pieces + 16 * i, make_uint4(0, 0, 0, 0));
+  }
+  __syncthreads();
+  load_cells(oldest(last_tile), max(trailing(last_tile, kPatches - 1, nullptr), given), threadIdx.x, kThreads);
+  load_started(last_tile, threadIdx.x, kThreads);
+  if (last_tile > first_tile) {
+    load_cells(oldest(last_tile - 1), oldest(last_tile), threadIdx.x, kThreads);
+    load_started(last_tile - 1, threadIdx.x, kThreads);
+  }
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+
+  if (attends) {
+    Attend<config> attend(slots, ring_rows);
+    for (int i = 0; i < 2; ++i) {
+      attend.ring[i] = shared + layout.ring + i * ring_rows * kRow;
+      attend.tokens[i] = shared + layout.tokens + (2 * warp + i) * kPatch * kRow;
+    }
+    float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + warp * kFlux * kPatch;
+    float* const end_weights = reinterpret_cast<float*>(shared_memory + layout.weights) + warp * kFlux * kPatch;
+    float* const end_decays = reinterpret_cast<float*>(shared_memory + layout.decays) + warp * kFlux;
+    const uint32_t pieces[2] = {shared + layout.pieces + warp * layout.piece_rows * 32,
+                                shared + layout.pieces + (kPatches + warp) * layout.piece_rows * 32};
+    const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to base 2
+    const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;
+    const auto load_tokens = [&](int tile) {
+      const int t = tile_token(tile) + warp * kPatch;
+#pragma unroll
+      for (int n = 0; n < 2 * kPatch * Row::kChunks / kWarp; ++n) {
+        const int i = lane + n * kWarp, chunk = i % Row::kChunks, token = i / Row::kChunks % kPatch;
+        const int at = i / Row::kChunks / kPatch;
+        const View& view = at ? p.value : p.key;
+        const bool exists =
+            t + token >= 0 && t + token < length && chunk * 8 < (at ? p.value_dim : p.key_dim);
+        copy_async_or_zero(Row::at(attend.tokens[at], token, chunk),
+                           exists ? row_of<const storage>(view, s.batch, head, s.row + t + token) + chunk * 8
+                                  : static_cast<const storage*>(view.data),
+                           exists);
+      }
+      commit_copies();
+    };
+    load_tokens(last_tile);
+    int made_for = -1;  // the regular patch that weights are of: its offset from the trailing cell's centre
+    for (int tile = last_tile; tile >= first_tile; --tile) {
+      const int t = tile_token(tile) + warp * kPatch;
+      int offset;
+      const int cell = trailing(tile, warp, &offset);
+      const bool irregular = cell - slots < first || t < 0 || t + kPatch > length;
+      const bool make = !kSliding && (irregular || made_for != offset);
+      if (make) {
+        Weights::make_gates(cells, s.position, s.end(), base + cell, s.position + t, table, gates);
+        attend.weights.make(cells, base + cell, s.position + t, gates);
+        made_for = irregular ? -1 : offset;
+      }
+      attend.row = (cell - slots) % ring_rows;
+      attend.irregular = irregular;
+      attend.masked = irregular ? min(first - (cell - slots), slots) : 0;
+      attend.ended = irregular ? given - cell : 0;
+      attend.going_on = goes_on(offset);
+      for (int i = 0; i < 2; ++i) {
+        attend.started[i] = shared + layout.started + ((tile & 1) * kPatches * 4 + warp * 4 + i * 2) * kRow;
+      }
+      const int from = own_begin - t, until = walk_end - t;  // of the patch's tokens
+      for (int i = 0; i < group; ++i) {
+        const int64_t query_head = static_cast<int64_t>(head) * group + i, row = s.row + t;
+        uint32_t key_weights[kColumns / 16 + 1][4], value_weights[kColumns / 16 + 1][4];
+        {
+          typename Attend<config>::Scores score, grad;
+          typename Attend<config>::Raw raw, shares = {}, grad_shares = {};
+          attend.load_rows(p.query, s.batch, query_head, row, from, until, static_cast<int>(p.key_dim), query_sign);
+          wait_copies<0>();
+          __syncwarp();
+          attend.token_products(raw, 0);
+          attend.column_products(score, 0, 0);
+          attend.advance(score, raw);
+          attend.mask(score, 0);
+          attend.load_rows(gradients.grad_out, s.batch, query_head, row, from, until, static_cast<int>(p.value_dim), 0);
+          attend.token_products(raw, 1);
+          attend.column_products(grad, 1, 0);
+          attend.advance(grad, raw);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int token = g + 8 * half;
+            const bool valid = token >= from && token < until;
+            const int64_t scalar = (s.batch * p.query_heads + query_head) * p.tokens + row + token;
+            const float lse = valid ? static_cast<const float*>(gradients.lse)[scalar] * 1.44269504f : 0.f;
+            float delta = 0.f;
+#pragma unroll
+            for (int tile = 0; tile < kColumns / 8; ++tile) {
+#pragma unroll
+              for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                score[tile][e] = valid ? exp2_fast(score[tile][e] * factor - lse) : 0.f;
+                delta += score[tile][e] * grad[tile][e];
+              }
+            }
+            delta += __shfl_xor_sync(kAllLanes, delta, 1);
+            delta += __shfl_xor_sync(kAllLanes, delta, 2);
+            if (gradients.grad_lse && valid) delta -= static_cast<const float*>(gradients.grad_lse)[scalar];
+#pragma unroll
+            for (int tile = 0; tile < kColumns / 8; ++tile) {
+#pragma unroll
+              for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                grad[tile][e] = static_cast<float>(p.scale) * score[tile][e] * (grad[tile][e] - delta);
+              }
+            }
+          }
+          attend.split(score, shares);
+          attend.split(grad, grad_shares);
+#pragma unroll
+          for (int m = 0; m < kColumns / 16; ++m) {
+            attend.pack_pair(key_weights[m], grad[2 * m], grad[2 * m + 1]);
+            attend.pack_pair(value_weights[m], score[2 * m], score[2 * m + 1]);
+          }
+          attend.pack_pair(key_weights[kColumns / 16], grad_shares[0], grad_shares[1]);
+          attend.pack_pair(value_weights[kColumns / 16], shares[0], shares[1]);
+        }
+        {
+          typename Attend<config>::Sums out = {};
+#pragma unroll
+          for (int m = 0; m < kColumns / 16; ++m) attend.gather_columns(out, key_weights[m], 0, 16 * m);
+          attend.gather_tokens(out, key_weights[kColumns / 16], 0);
+          __syncwarp();  // the values have been read
+          attend.store_rows(out, {1.f, 1.f}, gradients.query, s.batch, query_head, row, from, min(until, own_end - t),
+                            static_cast<int>(p.key_dim), attend.tokens[1]);
+          if (i + 1 < group) {
+            load_tokens(tile);
+          } else if (tile > first_tile) {
+            load_tokens(tile - 1);
+          }
+        }
+        if (i > 0 || tile < last_tile) barrier_sync(kEmpty, kThreads);
+        if (make && i == 0) Weights::make_end(gates, end_decays, end_weights);
+        // The gradients' rows of cells that no column has are cleared.
+        const int clear = irregular ? grad_rows : grad_rows - slots + attend.going_on;
+        const int cell_row = cell % grad_rows;
+        for (int n = lane; n < 4 * clear; n += kWarp) {
+          store_shared(pieces[n & 1] + piece_at(wrap(cell_row + n / 4, grad_rows), n / 2 % 2), make_uint4(0, 0, 0, 0));
+        }
+        if (attend.going_on == 1 && lane < 4) {
+          store_shared(pieces[lane & 1] + piece_at(layout.piece_started + 2 * warp + 1, lane / 2),
+                       make_uint4(0, 0, 0, 0));
+        }
+        __syncwarp();
+        const int before_row = (cell - slots) % grad_rows;
+#pragma unroll
+        for (int m = 0; m <= kColumns / 16; ++m) {
+          const int column = 16 * m + 8 * (lane / 16) + lane % 8;
+          int to_row = wrap(before_row + column, grad_rows);
+          if (column < attend.ended) to_row = wrap(to_row + slots, grad_rows);
+          if (column < attend.going_on) to_row = layout.piece_started + 2 * warp + column;
+          if (column >= slots) to_row = layout.piece_spare + lane % 8;
+          if (m == kColumns / 16) to_row = layout.piece_tokens + column - kColumns;
+          const uint32_t at = piece_at(to_row, lane / 8 % 2);
+          store_matrices_transposed(pieces[0] + at, key_weights[m]);
+          store_matrices_transposed(pieces[1] + at, value_weights[m]);
+        }
+        barrier_arrive(kFull, kThreads);
+      }
+    }
+    return;
+  }
+
+  float* const grads = reinterpret_cast<float*>(shared_memory + layout.grads) + slice * grad_rows * kSlice;
+  float* const grads_started = reinterpret_cast<float*>(shared_memory + layout.grads_started) + slice * 8 * kSlice;
+  float* const ends = reinterpret_cast<float*>(shared_memory + layout.ends) + slice * kFlux * kSlice;
+  float* const sums_before =
+      reinterpret_cast<float*>(shared_memory + layout.sums) + slice * kPatches * 16 * kWarp + lane;
+  const auto at = [](int row, int element) { return row * kSlice + (element ^ ((row & 3) << 3)); };
+  for (int row = 0; row < grad_rows; ++row) grads[at(row, lane)] = 0.f;
+  if (to_end && grad_state && has_element) {
     // The newest cells of the slots; one of r = 1 begins with its centre, all others before it.
     const int64_t newest = cells.trailing(s.end() - 1) + (kSliding ? 0 : 1);
-    for (int i = lane; i < slots * kSlice; i += kWarp) {
-      const int64_t cell = newest - i / kSlice;
-      const int element = first_element + i % kSlice, slot = static_cast<int>(cells.slot(cell));
-      if (element >= dim || s.end() <= cells.slot_opening(slot)) continue;
-      ring[at(row_of_cell(static_cast<int>(cell - base)), i % kSlice)] =
-          static_cast<const float*>(grad_state)[state_at(slot, i % kSlice)];
-    }
-    __syncwarp();
-  }
-
-  // What a patch and a query head bring: weights, and the rows' slice. Read one ahead.
-  struct Item {
-    uint4 weights[kGroups + 1];
-    uint32_t rows[2][2];
-  };
-  const uint4* const first_piece =
-      pieces + piece_at(p, s.index, s.batch, s.row, 0, static_cast<int64_t>(head) * group, kColumns / 8) +
-      (is_value ? (kGroups + 1) * kWarp : 0) + lane;
-  const storage* const first_row_slice =
-      row_of<const storage>(rows_view, s.batch, static_cast<int64_t>(head) * group, s.row) + first_element + 2 * q;
-  const auto fetch = [&](int patch, int i) {
-    Item item;
-    const uint4* piece = first_piece + (patch * p.query_heads + i) * pieces_of_patch(kColumns / 8);
-#pragma unroll
-    for (int m = 0; m <= kGroups; ++m) item.weights[m] = piece[m * kWarp];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int t = lead + patch * kPatch + g + 8 * half;
-      const storage* from = first_row_slice + i * rows_view.head + t * rows_view.token;
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const bool exists = t >= 0 && t < length && first_element + 8 * n + 2 * q < dim;
-        item.rows[n][half] = exists ? *reinterpret_cast<const uint32_t*>(from + 8 * n) : 0u;
-      }
-    }
-    return item;
-  };
-  Item next = fetch(last_patch, 0);
-
-  float live0 = 0.f, live1 = 0.f;  // gradients of the cells in flux where the next patch begins; lane: element
-  int made_for = -1, cell = given;
-  for (int patch = last_patch; patch >= first_patch; --patch) {
-    const int token0 = lead + patch * kPatch, since = first_offset + (patch - first_patch) * kPatch;
-    const int offset = since % resolution;
-    cell = slots + since / resolution;
-    const int ended = max(given - cell, 0);
-    const int first_row = row_of_cell(cell - slots);
-    const auto column_row = [&](int column) {
-      const int row = wrap(first_row + column, ring_rows);
-      return column < ended ? wrap(row + slots, ring_rows) : row;
-    };
-    if constexpr (!kSliding) {
-      const bool irregular = cells.opens(base + cell) || token0 < 0 || token0 + kPatch > length;
-      if (irregular || made_for != offset) {
-        for (int i = lane; i < kFlux * kPatch; i += kWarp) {
-          const int64_t c = base + cell + i / kPatch, t = s.position + token0 + i % kPatch;
-          const int64_t from_centre = t - cells.centre(c);
-          const bool lies = c >= cells.first() && t >= s.position && t < s.end() && from_centre > -cells.resolution &&
-                            from_centre < cells.resolution;
-          gates[i] = lies ? cells.gate(table, c, t) : 0.f;
-        }
-        __syncwarp();
-        for (int i = lane; i < kFlux * kPatch; i += kWarp) {
-          const int j = i / kPatch;
-          float product = 1.f;
-          for (int t = kPatch - 1; t > i % kPatch; --t) product *= 1.f - gates[j * kPatch + t];
-          weights[i] = gates[i] * product;
-          if (i % kPatch == 0) decays[j] = product * (1.f - gates[i]);
-        }
-        made_for = irregular ? -1 : offset;
-        __syncwarp();
-      }
-    }
-
-    // Products of weights and rows, over the heads of the group.
-    float sums[kGroups][2][4] = {}, token_sums[2][4] = {};
-    for (int i = 0; i < group; ++i) {
-      const Item item = next;
-      if (i + 1 < group) {
-        next = fetch(patch, i + 1);
-      } else if (patch > first_patch) {
-        next = fetch(patch - 1, 0);
-      }
-      uint32_t b[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) b[n][half] = transpose(item.rows[n][half]);
-      }
-#pragma unroll
-      for (int m = 0; m <= kGroups; ++m) {
-        const uint32_t a[4] = {item.weights[m].x, item.weights[m].y, item.weights[m].z, item.weights[m].w};
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          mma<storage>(m < kGroups ? sums[m < kGroups ? m : 0][n] : token_sums[n], a, b[n][0], b[n][1]);
-        }
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < kGroups; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = 16 * m + g + 8 * half;
-        if (column >= slots) continue;
-        const bool in_flux = !kSliding && column < kFlux;
-        const int row = column_row(column);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int element = 8 * n + 2 * q;
-          float2* to =
-              reinterpret_cast<float2*>(in_flux ? columns + column * kSlice + element : ring + at(row, element));
-          float2 sum = in_flux ? make_float2(0.f, 0.f) : *to;
-          sum.x += sums[m][n][2 * half];
-          sum.y += sums[m][n][2 * half + 1];
-          *to = sum;
-        }
-      }
-    }
-    __syncwarp();
-
-    if constexpr (!kSliding) {
-      // Back over the patch: from what the cells in flux hold at its end to what they held when it began.
-      if (lane < kSlice) {
-        const int finished = patch == last_patch && to_end ? kFlux : (offset + kPatch) / resolution;
-        float begin0 = 0.f, begin1 = 0.f;
-#pragma unroll
-        for (int j = 0; j < kFlux; ++j) {
-          const int before = wrap(first_row + j, ring_rows), own_row = wrap(before + slots, ring_rows);
-          float end = j == finished ? live0 : j == finished + 1 ? live1 : 0.f;
-          if (j < finished) {
-            end = ring[at(own_row, lane)];
-            ring[at(own_row, lane)] = 0.f;
-          }
-          ends[j * kSlice + lane] = end;
-          const float begin = decays[j] * end + columns[j * kSlice + lane];
-          if (j == 0) {
-            begin0 = begin;
-          } else if (j == 1 && offset >= 2) {
-            begin1 = begin;
-          } else {
-            ring[at(j < ended ? own_row : before, lane)] += begin;
-          }
-        }
-        live0 = begin0;
-        live1 = begin1;
-      }
-      __syncwarp();
-    }
-
-    // The patch's tokens.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = g + 8 * half, t = token0 + token;
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int element = 8 * n + 2 * q;
-        float2 sum = make_float2(token_sums[n][2 * half], token_sums[n][2 * half + 1]);
-        if constexpr (kSliding) {
-          if (token >= ended) {
-            float2* const held = reinterpret_cast<float2*>(
-                ring + at(wrap(wrap(first_row + token, ring_rows) + slots, ring_rows), element));
-            sum.x += held->x;
-            sum.y += held->y;
-            *held = make_float2(0.f, 0.f);
-          }
-        } else {
-#pragma unroll
-          for (int j = 0; j < kFlux; ++j) {
-            const float2 end = *reinterpret_cast<const float2*>(ends + j * kSlice + element);
-            sum.x += weights[j * kPatch + token] * end.x;
-            sum.y += weights[j * kPatch + token] * end.y;
-          }
-        }
-        if (t >= own_begin && t < own_end && first_element + element < dim) {
-          *reinterpret_cast<uint32_t*>(row_of<storage>(to_view, s.batch, head, s.row + t) + first_element + element) =
-              pack<storage>(sum.x, sum.y);
-        }
-      }
-    }
-    __syncwarp();
-  }
-
-  if (number > 0 || !grad_given) return;
-  if (!kSliding && lane < kSlice) {
-    for (int j = 0; j < 2; ++j) {
-      const int c = cell + j;
-      ring[at(row_of_cell(c < given ? c : c - slots), lane)] += j ? live1 : live0;
+    for (int i = 0; i < slots; ++i) {
+      const int64_t cell = newest - i;
+      const int slot = static_cast<int>(cells.slot(cell));
+      if (s.end() <= cells.slot_opening(slot)) continue;
+      grads[at(static_cast<int>(cell - base) % grad_rows, lane)] =
+          static_cast<const float*>(grad_state)[state_at(slot)];
     }
   }
   __syncwarp();
-  for (int i = lane; i < slots * kSlice; i += kWarp) {
-    const int c = given - 1 - i / kSlice;
-    const int element = first_element + i % kSlice, slot = static_cast<int>(cells.slot(base + c));
-    if (element >= dim) continue;
+
+  const View& rows_view = side ? gradients.grad_out : p.query;
+  const View& to_view = side ? gradients.value : gradients.key;
+  const storage* const first_row =
+      row_of<const storage>(rows_view, s.batch, static_cast<int64_t>(head) * group, s.row) + first_element + 2 * q;
+  const uint32_t pieces = shared + layout.pieces + side * kPatches * layout.piece_rows * 32;
+  const uint32_t patch_pieces = layout.piece_rows * 32;
+  // Of the left side of a product: this lane's row of 16, its half.
+  const uint32_t left = piece_at(lane % 16, lane / 16);
+  for (int tile = last_tile; tile >= first_tile; --tile) {
+    const int t = tile_token(tile);
+    for (int i = 0; i < group; ++i) {
+      uint32_t b[kPatches][kSlice / 8][2];
+#pragma unroll
+      for (int w = 0; w < kPatches; ++w) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int token = t + w * kPatch + g + 8 * half;
+          const storage* const from = first_row + i * rows_view.head + token * rows_view.token;
+#pragma unroll
+          for (int n = 0; n < kSlice / 8; ++n) {
+            const bool exists = token >= own_begin && token < walk_end && first_element + 8 * n + 2 * q < dim;
+            b[w][n][half] = exists ? *reinterpret_cast<const uint32_t*>(from + 8 * n) : 0u;
+          }
+        }
+      }
+      barrier_sync(kFull, kThreads);
+      const bool is_last = i + 1 == group;
+      if (is_last && tile - 2 >= first_tile) {
+        const int thread = static_cast<int>(threadIdx.x) - config::kAttending, threads = kThreads - config::kAttending;
+        load_cells(oldest(tile - 2), oldest(tile - 1), thread, threads);
+        load_started(tile - 2, thread, threads);
+        commit_copies();
+      }
+#pragma unroll
+      for (int w = 0; w < kPatches; ++w) {
+#pragma unroll
+        for (int n = 0; n < kSlice / 8; ++n) {
+          b[w][n][0] = transpose(b[w][n][0]);
+          b[w][n][1] = transpose(b[w][n][1]);
+        }
+      }
+      const auto multiply = [&](float (&sums)[kSlice / 8][4], int w, int row) {
+        uint32_t a[4];
+        load_matrices(a, pieces + w * patch_pieces + row * 32 + left);
+#pragma unroll
+        for (int n = 0; n < kSlice / 8; ++n) mma<storage>(sums[n], a, b[w][n][0], b[w][n][1]);
+      };
+      // What the slots held when the patches began, of cells,
+      for (int row = 0; row < grad_rows; row += 16) {
+        float sums[kSlice / 8][4] = {};
+#pragma unroll
+        for (int w = 0; w < kPatches; ++w) multiply(sums, w, row);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int n = 0; n < kSlice / 8; ++n) {
+            float2* const to = reinterpret_cast<float2*>(grads + at(row + g + 8 * half, 8 * n + 2 * q));
+            float2 sum = *to;
+            sum.x += sums[n][2 * half];
+            sum.y += sums[n][2 * half + 1];
+            *to = sum;
+          }
+        }
+      }
+      // and of cells that went on.
+      if constexpr (!kSliding) {
+        float sums[kSlice / 8][4] = {};
+#pragma unroll
+        for (int w = 0; w < kPatches; ++w) multiply(sums, w, layout.piece_started);
+#pragma unroll
+        for (int n = 0; n < kSlice / 8; ++n) {
+          float2* const to = reinterpret_cast<float2*>(grads_started + g * kSlice + 8 * n + 2 * q);
+          float2 sum = make_float2(0.f, 0.f);
+          if (i > 0) sum = *to;
+          *to = make_float2(sum.x + sums[n][0], sum.y + sums[n][1]);
+        }
+      }
+      __syncwarp();
+
+      // Back over the patches.
+#pragma unroll
+      for (int w = kPatches - 1; w >= 0; --w) {
+        float sums[kSlice / 8][4] = {};
+        multiply(sums, w, layout.piece_tokens);
+        if (group > 1) {
+#pragma unroll
+          for (int e = 0; e < 16; ++e) {
+            float* const before = sums_before + (w * 16 + e) * kWarp;
+            if (i > 0) sums[e / 4][e % 4] += *before;
+            if (!is_last) *before = sums[e / 4][e % 4];
+          }
+        }
+        if (!is_last) continue;
+        int offset;
+        const int cell = trailing(tile, w, &offset), token0 = t + w * kPatch;
+        const int ended_before = given - cell, going_on = goes_on(offset);
+        const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
+        if constexpr (kSliding) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int token = g + 8 * half;
+            if (token < ended_before) continue;
+#pragma unroll
+            for (int n = 0; n < kSlice / 8; ++n) {
+              float2* const held =
+                  reinterpret_cast<float2*>(grads + at(wrap(own_row + token, grad_rows), 8 * n + 2 * q));
+              sums[n][2 * half] += held->x;
+              sums[n][2 * half + 1] += held->y;
+              *held = make_float2(0.f, 0.f);
+            }
+          }
+        } else {
+          // From what the cells in flux hold at the patch's end to what they held when it began.
+          const float* const decays = reinterpret_cast<const float*>(shared_memory + layout.decays) + w * kFlux;
+          const float* const weights =
+              reinterpret_cast<const float*>(shared_memory + layout.weights) + w * kFlux * kPatch;
+#pragma unroll
+          for (int j = 0; j < kFlux; ++j) {
+            const int before = wrap(before_row + j, grad_rows), own = wrap(own_row + j, grad_rows);
+            const float end = grads[at(own, lane)];
+            float begin = decays[j] * end;
+            ends[j * kSlice + lane] = end;
+            if (j < going_on) {
+              grads[at(own, lane)] = begin + grads_started[(2 * w + j) * kSlice + lane];
+            } else if (j >= ended_before) {
+              grads[at(own, lane)] = 0.f;
+              grads[at(before, lane)] += begin;
+            } else {
+              grads[at(own, lane)] = begin;
+            }
+          }
+          __syncwarp();
+#pragma unroll
+          for (int j = 0; j < kFlux; ++j) {
+            const float low = weights[j * kPatch + g], high = weights[j * kPatch + g + 8];
+#pragma unroll
+            for (int n = 0; n < kSlice / 8; ++n) {
+              const float2 end = *reinterpret_cast<const float2*>(ends + j * kSlice + 8 * n + 2 * q);
+              sums[n][0] += low * end.x;
+              sums[n][1] += low * end.y;
+              sums[n][2] += high * end.x;
+              sums[n][3] += high * end.y;
+            }
+          }
+          __syncwarp();
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int token = token0 + g + 8 * half;
+          if (token < own_begin || token >= own_end) continue;
+          storage* const to = row_of<storage>(to_view, s.batch, head, s.row + token) + first_element + 2 * q;
+#pragma unroll
+          for (int n = 0; n < kSlice / 8; ++n) {
+            if (first_element + 8 * n + 2 * q < dim) {
+              *reinterpret_cast<uint32_t*>(to + 8 * n) =
+                  pack<storage>(sums[n][2 * half], sums[n][2 * half + 1]);
+            }
+          }
+        }
+      }
+      wait_copies<0>();
+      if (!is_last || tile > first_tile) barrier_arrive(kEmpty, kThreads);
+    }
+  }
+
+  if (number > 0 || !grad_given || !has_element) return;
+  if constexpr (!kSliding) {
+    int offset;
+    const int cell = trailing(first_tile, 0, &offset);
+    for (int j = 0; j < goes_on(offset); ++j) {
+      if (cell + j < given) continue;
+      grads[at((cell + j - slots) % grad_rows, lane)] += grads[at((cell + j) % grad_rows, lane)];
+    }
+  }
+  for (int i = 0; i < slots; ++i) {
+    const int cell = given - 1 - i, slot = static_cast<int>(cells.slot(base + cell));
     const bool open = s.position > cells.slot_opening(slot);
-    static_cast<float*>(grad_given)[state_at(slot, i % kSlice)] = open ? ring[at(row_of_cell(c), i % kSlice)] : 0.f;
+    static_cast<float*>(grad_given)[state_at(slot)] = open ? grads[at(cell % grad_rows, lane)] : 0.f;
   }
 }
 
-template <typename storage, int dim, typename body_type>
-void with_backward_flux(const Problem& p, int flux, const body_type& body) {
-  const bool few = p.slots <= 32;
-  if (flux <= 3)
-    return few ? body(Config<storage, dim, 3, 32, false, true>()) : body(Config<storage, dim, 3, 64, false, true>());
-  if (flux <= 5)
-    return few ? body(Config<storage, dim, 5, 32, false, true>()) : body(Config<storage, dim, 5, 64, false, true>());
-  if (flux <= 9) return body(Config<storage, dim, 9, 64, false, true>());
-  return few ? body(Config<storage, dim, kPatch, 32, false, true>())
-             : body(Config<storage, dim, kPatch, 64, false, true>());
-}
-template <typename body_type>
-void with_backward_config(const Problem& p, int flux, const body_type& body) {
-  for_half(p.dtype, [&](auto storage_tag) {
-    using storage = decltype(storage_tag);
-    if (p.key_dim > 64 || p.value_dim > 64) return with_backward_flux<storage, 128>(p, flux, body);
-    with_backward_flux<storage, 64>(p, flux, body);
-  });
+// What the slots of a given state hold, as if cells held it that ended before the sequence.
+template <typename storage, int dim>
+__global__ void __launch_bounds__(256) window_given(Problem p, Contents contents, HeadList heads) {
+  const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
+  const Cells cells = p.laws[head].cells;
+  const Sequence s(p, blockIdx.x / heads.count);
+  const int64_t first_row = heads.cell_rows[head_index] +
+                            contents.cell_row(p, s.index, s.batch, s.row, cells.resolution) - p.slots;
+  const int64_t oldest = cells.trailing(s.position) - p.slots;
+  for (int64_t i = threadIdx.x; i < p.slots * 2 * dim; i += 256) {
+    const int64_t row = i / (2 * dim), side = i / dim % 2, d = i % dim;
+    const int64_t slot = cells.slot(oldest + row), width = side ? p.value_dim : p.key_dim;
+    const float* const state = static_cast<const float*>(side ? p.state_value : p.state_key);
+    float content = 0.f;
+    if (d < width && s.position > cells.slot_opening(slot)) {
+      content = state[((s.index * p.kv_heads + head) * p.slots + slot) * width + d];
+    }
+    static_cast<storage*>(contents.cells)[first_row * 2 * dim + i] = to_storage<storage>(content);
+  }
 }
 
-int64_t patches(const Problem& p) {
-  return p.cu_seqlens ? p.tokens / kPatch + kSparePatches * p.sequences : p.batch * (p.tokens / kPatch + kSparePatches);
+// Calls body(config{}) with the shapes for heads of one class.
+template <typename storage, int dim, int flux, int patches, typename body_type>
+void with_back_columns(const Problem& p, const body_type& body) {
+  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches>());
+  body(BackConfig<storage, dim, flux, 64, patches>());
+}
+template <typename storage, typename body_type>
+void with_back_flux(const Problem& p, int flux, const body_type& body) {
+  if (p.key_dim <= 64 && p.value_dim <= 64) {
+    if (flux <= 3) return with_back_columns<storage, 64, 3, 4>(p, body);
+    if (flux <= 5) return with_back_columns<storage, 64, 5, 4>(p, body);
+    if (flux <= 9) return with_back_columns<storage, 64, 9, 4>(p, body);
+    return with_back_columns<storage, 64, kPatch, 4>(p, body);
+  }
+  if (flux <= 3 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 3, 4>(p, body);
+  if (flux <= 3) return with_back_columns<storage, 128, 3, 2>(p, body);
+  if (flux <= 5) return with_back_columns<storage, 128, 5, 2>(p, body);
+  if (flux <= 9) return with_back_columns<storage, 128, 9, 2>(p, body);
+  with_back_columns<storage, 128, kPatch, 2>(p, body);
+}
+template <typename body_type>
+void with_back_config(const Problem& p, int flux, const body_type& body) {
+  for_half(p.dtype, [&](auto storage) { with_back_flux<decltype(storage)>(p, flux, body); });
+}
+
+template <typename config>
+int64_t back_bytes(const Problem& p, int resolution) {
+  const int group = static_cast<int>(p.query_heads / p.kv_heads);
+  return BackLayout::make<config>(static_cast<int>(p.slots), resolution, group).bytes;
+}
+
+int64_t row_bytes(const Problem& p) { return (p.key_dim > 64 || p.value_dim > 64 ? 128 : 64) * 2 * 2; }
+
+Contents make_contents(const Problem& p, void* workspace) {
+  Contents contents{workspace, nullptr, p.state_key ? p.slots : 0};
+  int64_t rows = 0;
+  for (int64_t h = 0; h < p.kv_heads; ++h) rows += contents.cell_rows(p, p.cells[h].resolution);
+  contents.started = static_cast<unsigned char*>(workspace) + rows * row_bytes(p);
+  return contents;
 }
 
 }  // namespace
@@ -331,37 +625,46 @@ const char* window_backward_refusal(const Problem& p, const Gradients& gradients
   if (const char* const refusal = window_refusal(p)) return refusal;
   if (p.slots > 64) return "backward: there are more than 64 slots";
   if (!aligned(gradients.grad_out)) return "backward: rows are not aligned to 16 bytes";
+  for (int64_t h = 0; h < p.kv_heads; ++h) {
+    const int resolution = static_cast<int>(p.cells[h].resolution);
+    bool fits = true;
+    with_back_config(p, cells_in_flux(resolution), [&](auto config) {
+      fits = back_bytes<decltype(config)>(p, resolution) <= shared_memory_limit();
+    });
+    if (!fits) return "backward: the slots do not fit into shared memory";
+  }
   return nullptr;
 }
 
 int64_t window_backward_workspace(const Problem& p) {
-  return patches(p) * p.query_heads * pieces_of_patch(8) * static_cast<int64_t>(sizeof(uint4));
+  const Contents contents = make_contents(p, nullptr);
+  return reinterpret_cast<intptr_t>(contents.started) + Contents::started_rows(p) * row_bytes(p);
 }
 
 void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
   const WalkPlan plan = make_plan(p);
-  uint4* const pieces = static_cast<uint4*>(workspace);
-  for_flux_classes(p, [&](int flux, const HeadList& heads) {
-    with_backward_config(p, flux, [&](auto config_tag) {
+  const Contents contents = make_contents(p, workspace);
+  for_flux_classes(p, contents, [&](int flux, const HeadList& heads) {
+    with_back_config(p, flux, [&](auto config_tag) {
       using config = decltype(config_tag);
-      if (p.tokens > 0) {
-        const uint32_t bytes = shared_bytes<config>(p, heads);
-        cudaFuncSetAttribute(window_walk<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-        launch("window_walk backward", window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream,
-               p, Outputs{}, gradients, plan, heads, static_cast<uint8_t*>(nullptr), pieces);
+      using storage = typename config::storage;
+      if (p.state_key) {
+        launch("window_given", window_given<storage, config::kDim>, p.sequences * heads.count, 256, 0, p.stream, p,
+               contents, heads);
       }
-      const int key_slices = static_cast<int>((p.key_dim + kSlice - 1) / kSlice);
-      const int slices = key_slices + static_cast<int>((p.value_dim + kSlice - 1) / kSlice);
-      const auto kernel = window_tokens<typename config::storage, config::kFlux, config::kColumns>;
-      int floats = 0;
+      if constexpr (!config::kSliding) {
+        using walk = Config<storage, config::kDim, config::kFlux, 32, false, true>;
+        if (p.tokens > 0) {
+          launch_walk<walk>("window_walk of contents", p, Outputs{}, contents, plan, heads, nullptr);
+        }
+      }
+      int64_t bytes = 0;
       for (int i = 0; i < heads.count; ++i) {
-        const int resolution = static_cast<int>(p.cells[heads.head[i]].resolution);
-        floats = std::max(floats, SliceLayout::make(static_cast<int>(p.slots), resolution, config::kFlux).floats);
+        bytes = std::max(bytes, back_bytes<config>(p, static_cast<int>(p.cells[heads.head[i]].resolution)));
       }
-      const int bytes = floats * 4 * slices;
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-      launch("window_tokens", kernel, plan.count * heads.count, slices * kWarp, bytes, p.stream, p, gradients, plan,
-             heads, config::kTile, key_slices, static_cast<const uint4*>(pieces));
+      cudaFuncSetAttribute(window_back<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+      launch("window_back", window_back<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
+             gradients, contents, plan, heads);
     });
   });
 }

@@ -82,12 +82,6 @@ void with_config(const Problem& p, int flux, const body_type& body) {
   return with_flux<__half, 64>(p, flux, body);
 }
 
-int64_t shared_memory_limit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
 }  // namespace
 
 const char* window_refusal(const Problem& p) {
@@ -121,13 +115,9 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   float* const contents = reinterpret_cast<float*>(unsound + (plan.count * p.kv_heads + 15) / 16 * 16);
   if (p.tokens > 0) {
-    for_flux_classes(p, [&](int flux, const HeadList& heads) {
-      with_config(p, flux, [&](auto config_tag) {
-        using config = decltype(config_tag);
-        const uint32_t bytes = shared_bytes<config>(p, heads);
-        cudaFuncSetAttribute(window_walk<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-        launch("window_walk", window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
-               outputs, Gradients{}, plan, heads, unsound, static_cast<uint4*>(nullptr));
+    for_flux_classes(p, Contents{}, [&](int flux, const HeadList& heads) {
+      with_config(p, flux, [&](auto config) {
+        launch_walk<decltype(config)>("window_walk", p, outputs, Contents{}, plan, heads, unsound);
       });
     });
   }

@@ -1,8 +1,7 @@
-// The walk over time, for one of two tasks: the output, or backwards the gradient of the query and the patches'
-// weights, which window_tokens takes further.
+// The walk forward over time, for one of two tasks: the output, or what the slots hold for the walk backward.
 #pragma once
 
-#include "window.cuh"
+#include "window_attend.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
@@ -10,17 +9,17 @@ namespace {
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
 // Shapes of a walk at compile time. kColumns: slots that are taken at once; kMore: there may be more of them.
-template <typename storage_type, int dim, int flux, int columns, bool more, bool backward = false>
+template <typename storage_type, int dim, int flux, int columns, bool more, bool contents = false>
 struct Config {
   using storage = storage_type;
   static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
-  static constexpr bool kMore = more, kBackward = backward;
+  static constexpr bool kMore = more, kContents = contents;
   // With r = 1 every token is a cell, which replaces what its slot held: no decays, no weights.
   static constexpr bool kSliding = flux == kPatch;
   static constexpr int kWarps = dim <= 64 ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kTile = kWarps * kPatch;
-  static constexpr int kBlocks = dim <= 64 && flux <= 5 && !backward ? 2 : 1;
+  static constexpr int kBlocks = dim <= 64 && flux <= 5 ? 2 : 1;
   static constexpr int kStages = 2;
   static constexpr int kRow = Rows<dim>::kBytes;
   static constexpr int kAddedStride = dim + 8;  // floats of a row of what a patch adds to its cells
@@ -71,21 +70,18 @@ struct Layout {
 
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
-    window_walk(Problem p, Outputs outputs, Gradients gradients, WalkPlan plan, HeadList heads, uint8_t* unsound,
-                uint4* pieces) {
+    window_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, uint8_t* unsound) {
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   constexpr int kDim = config::kDim, kFlux = config::kFlux, kWarps = config::kWarps, kTile = config::kTile;
-  constexpr int kSteps = kDim / 16, kWords = kDim / 8;
-  constexpr int kColumnTiles = config::kColumns / 8;
   using Weights = PatchWeights<storage, kFlux>;
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-  const int head = heads.head[blockIdx.x % heads.count];
+  const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
   __shared__ Walk walk;
   if (threadIdx.x == 0) {
     walk = Walk(p, plan, blockIdx.x / heads.count, head, kTile);
-    if (!config::kBackward) unsound[walk.stretch * p.kv_heads + head] = 0;
+    if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 0;
   }
   __syncthreads();
   if (walk.own_begin >= walk.own_end) return;
@@ -148,30 +144,28 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     commit_copies();
   };
 
-  const auto owns = [&](int time) { return time >= walk.own_begin && time < walk.own_end; };
-  uint32_t rows[kSteps][4];  // of the patch, of one query head: query, or the gradient of the output
   const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;  // the scale below is its absolute value
-  const auto load_rows = [&](const View& view, int64_t query_head, int patch, int dim, uint32_t sign) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int time = patch + g + 8 * half;
-      const storage* from = row_of<const storage>(view, walk.batch, query_head, walk.row + time) + 16 * q;
-#pragma unroll
-      for (int w = 0; w < kWords / 4; ++w) {
-        const int chunk = Row::chunk_of(q, w);
-        uint4 words = make_uint4(0, 0, 0, 0);
-        if (owns(time) && chunk * 8 < dim) words = load_global(from + (chunk - 2 * q) * 8);
-        rows[2 * w][half] = words.x ^ sign;
-        rows[2 * w][half + 2] = words.y ^ sign;
-        rows[2 * w + 1][half] = words.z ^ sign;
-        rows[2 * w + 1][half + 2] = words.w ^ sign;
-      }
-    }
+  const int group = static_cast<int>(p.query_heads / p.kv_heads);
+  const auto load_query = [&](auto& attend, int patch, int i) {
+    attend.load_rows(p.query, walk.batch, static_cast<int64_t>(head) * group + i, walk.row + patch,
+                     walk.own_begin - patch, walk.own_end - patch, static_cast<int>(p.key_dim), query_sign);
   };
+  // Rows of both sides of what cells hold in the end, from the walk's first cell on, and of what goes on in patches.
+  const int64_t cell_row = config::kContents ? heads.cell_rows[head_index] +
+                                                   contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row,
+                                                                     resolution) -
+                                                   walk.trailing_at_begin
+                                             : 0;
+  const int64_t started_row = config::kContents ? contents.started_row(p, walk.sequence, walk.batch, walk.sequence_row,
+                                                                       walk.first_patch, head)
+                                                : 0;
 
-  Weights weights;
-  int made_for = -1;  // the regular patch that `weights` are of: its offset from
-                      // the trailing cell's centre
+  Attend<config> attend(slots, ring_rows);
+  for (int side = 0; side < 2; ++side) {
+    attend.ring[side] = shared + layout.ring + side * ring_side;
+    attend.started[side] = shared + layout.started + side * started_side + 2 * warp * config::kRow;
+  }
+  int made_for = -1;  // the regular patch that weights are of: its offset from the trailing cell's centre
   bool sound = true;
   // Of the tile and of this warp's patch: the trailing cell, the offset from its centre.
   int tile_cell = 0, tile_offset = walk.offset, tile_row = 0;
@@ -180,6 +174,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   int first_row = cell % ring_rows;
   const int cells_per_tile = kTile / resolution, tokens_left = kTile % resolution;
 
+  const auto owns = [&](int time) { return time >= walk.own_begin && time < walk.own_end; };
+  const auto store_row = [](void* rows, int64_t row, int chunk, const uint4& words) {
+    static_cast<uint4*>(rows)[row * Row::kChunks + chunk] = words;
+  };
   fetch(0, 0);
   for (int time = 0, stage = 0; time < walk.own_end; time += kTile, stage ^= 1) {
     wait_copies<0>();
@@ -189,15 +187,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const int patch = time + warp * kPatch;
     const bool irregular = cell - slots < walk.first || patch < walk.begin;
     if (!config::kSliding && (irregular || made_for != offset)) {
-      weights.make(p.laws[head].cells, walk.time(walk.begin), walk.cell + cell, walk.time(patch), table, gates,
-                   decays + warp * kFlux, end_weights);
+      const Cells cells = p.laws[head].cells;
+      Weights::make_gates(cells, walk.time(walk.begin), walk.time(walk.end), walk.cell + cell, walk.time(patch), table,
+                          gates);
+      Weights::make_end(gates, decays + warp * kFlux, end_weights);
+      if constexpr (!config::kContents) attend.weights.make(cells, walk.cell + cell, walk.time(patch), gates);
       made_for = irregular ? -1 : offset;
     }
     if (lane == 0) patch_cells[warp] = cell;
-    if (!config::kBackward) {
-      load_rows(p.query, static_cast<int64_t>(head) * (p.query_heads / p.kv_heads), patch, static_cast<int>(p.key_dim),
-                query_sign);
-    }
+    if constexpr (!config::kContents) load_query(attend, patch, 0);
 
     // What the patch adds to its cells.
     const uint32_t tile_base = shared + layout.tiles + stage * 2 * kTile * config::kRow;
@@ -279,7 +277,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           const uint32_t started = shared + layout.started + side * started_side + chunk * 16;
           for (int w = max(lobe, 0) / kPatch; w <= end_patch; ++w) {
             const int j = c - patch_cells[w];
-            if (lobe < w * kPatch) store_shared(started + (2 * w + j) * config::kRow, words);
+            if (lobe < w * kPatch) {
+              if constexpr (!config::kContents) {
+                store_shared(started + (2 * w + j) * config::kRow, words);
+              } else if (time + w * kPatch + kPatch > walk.own_begin && time + w * kPatch < walk.own_end) {
+                const int64_t row = started_row + (time / kPatch + w) * 2 * p.kv_heads;
+                store_row(contents.started, 2 * row + 2 * side + j, chunk, words);
+              }
+            }
             const float4* sums = reinterpret_cast<const float4*>(
                 added + ((w * 2 + side) * kFlux + j) * config::kAddedStride + chunk * 8);
             const float decay = decays[w * kFlux + j];
@@ -296,13 +301,22 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
                                pack<storage>(content[4], content[5]), pack<storage>(content[6], content[7]));
           }
           store_shared(last < kTile ? own : carried + (stage ^ 1) * carried_tile, words);
+          if (config::kContents && last < kTile && owns(time + last)) {
+            store_row(contents.cells, 2 * (cell_row + c) + side, chunk, words);
+          }
         }
       }
     }
     __syncthreads();
 
     // Attend.
-    const int here_cell = cell, here_row = first_row, here_offset = offset;
+    attend.row = first_row;
+    attend.irregular = irregular;
+    attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
+    attend.going_on = config::kSliding ? 0 : offset >= 2 ? 2 : 1;
+    attend.ended = irregular ? walk.given - slots - cell : 0;
+    attend.tokens[0] = tile_base + warp * kPatch * config::kRow;
+    attend.tokens[1] = attend.tokens[0] + kTile * config::kRow;
     tile_cell += cells_per_tile;
     tile_row += cells_per_tile;
     tile_offset += tokens_left;
@@ -321,283 +335,28 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     }
     first_row = wrap(first_row, ring_rows);
     tile_row = wrap(tile_row, ring_rows);
-    if (patch + kPatch <= walk.own_begin || patch >= walk.own_end) continue;
-    const int masked = irregular ? min(walk.first - (here_cell - slots), slots) : 0;
-    // Cells that go on in this patch lie apart from the ring.
-    const int going_on = config::kSliding ? 0 : here_offset >= 2 ? 2 : 1;
-    // And the slots of those that ended before the walk hold them, not what was before them.
-    const int ended = irregular ? walk.given - slots - here_cell : 0;
-    const uint32_t raw_keys = tile_base + warp * kPatch * config::kRow, raw_values = raw_keys + kTile * config::kRow;
-    const uint32_t ring_keys = shared + layout.ring, ring_values = ring_keys + ring_side;
-    const uint32_t started_keys = shared + layout.started + 2 * warp * config::kRow;
-    const uint32_t started_values = started_keys + started_side;
-    const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to base 2
-
-    // The products of the patch's rows in `rows` with eight rows; this thread's is number `row` of its eight.
-    const auto product = [&](float (&sum)[4], uint32_t row_address, int row) {
-      const uint32_t even = row_address + (((2 * q) ^ (row & 7)) << 4), odd = even ^ 16;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[e] = 0.f;
-#pragma unroll
-      for (int w = 0; w < kWords / 4; ++w) {
-        const uint4 words = load_shared((w % 2 ? odd : even) + 128 * (w / 2));
-        mma<storage>(sum, rows[2 * w], words.x, words.y);
-        mma<storage>(sum, rows[2 * w + 1], words.z, words.w);
-      }
-    };
-    const auto patch_products = [&](float (&sums)[2][4], uint32_t patch_rows) {
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) product(sums[tile], patch_rows + (8 * tile + g) * config::kRow, g);
-    };
-    // Where what the slot of a column holds at the beginning of the patch lies, its chunks not yet permuted.
-    const auto column_row = [&](uint32_t& address, uint32_t ring, uint32_t started, int column) {
-      int row = wrap(here_row + column, ring_rows);
-      if (column < ended) row = wrap(row + slots, ring_rows);
-      address = ring + row * config::kRow;
-      if (column < going_on) {
-        row = 0;
-        address = started + column * config::kRow;
-      }
-      return row;
-    };
-    const auto column_products = [&](float (&sums)[kColumnTiles][4], uint32_t ring, uint32_t started, int first) {
-#pragma unroll
-      for (int tile = 0; tile < kColumnTiles; ++tile) {
-        uint32_t address;
-        const int row = column_row(address, ring, started, first + 8 * tile + g);
-        product(sums[tile], address, row);
-      }
-    };
-    // With r = 1: whether the row's token, or one of the patch before it, has replaced the column's cell.
-    const auto fresh = [&](int tile, int e) {
-      const int column = 8 * tile + 2 * q + e % 2;
-      return config::kSliding && tile < 2 && column <= g + 8 * (e / 2) && column >= ended;
-    };
-    // From products with what the slots held to products with what they hold at the row's token.
-    const auto advance = [&](float (&sums)[kColumnTiles][4], const float (&raw)[2][4]) {
-      if constexpr (config::kSliding) {
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sums[tile][e] = fresh(tile, e) ? raw[tile][e] : sums[tile][e];
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < kFlux; ++j) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float sum = 0.f;
-#pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-              const float2 weight = __half22float2(weights.weight[j][tile][half]);
-              sum += weight.x * raw[tile][2 * half];
-              sum += weight.y * raw[tile][2 * half + 1];
-            }
-            sum += __shfl_xor_sync(kAllLanes, sum, 1);
-            sum += __shfl_xor_sync(kAllLanes, sum, 2);
-            if (j % 8 / 2 == q) {
-              float& s = sums[j / 8][2 * half + j % 2];
-              s = s * weights.decay[j / 8][2 * half + j % 2] + sum;
-            }
-          }
-        }
-      }
-    };
-    const auto mask = [&](float (&score)[kColumnTiles][4], int first) {
-      if (masked > 0 || first + config::kColumns > slots) {
-#pragma unroll
-        for (int tile = 0; tile < kColumnTiles; ++tile) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int column = first + 8 * tile + 2 * q + e % 2;
-            const bool old = config::kSliding ? column >= ended && !(first == 0 && fresh(tile, e)) : column >= kFlux;
-            if (column >= slots || (old && column < masked)) score[tile][e] = -INFINITY;
-          }
-        }
-      }
-      if (!config::kSliding && irregular && first == 0) {
-#pragma unroll
-        for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if (weights.decay[tile][e] < 0.f) score[tile][e] = -INFINITY;
-          }
-        }
-      }
-    };
-    // The adjoint of advance(): splits weights of what the slots hold at the row's token into those of the patch's
-    // tokens, which are added to, and of what the slots held.
-    const auto split = [&](float (&sums)[kColumnTiles][4], float (&shares)[2][4]) {
-      if constexpr (config::kSliding) {
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            shares[tile][e] += fresh(tile, e) ? sums[tile][e] : 0.f;
-            sums[tile][e] = fresh(tile, e) ? 0.f : sums[tile][e];
-          }
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < kFlux; ++j) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float share = __shfl_sync(kAllLanes, sums[j / 8][2 * half + j % 2], (lane & ~3) | (j % 8 / 2));
-#pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-              const float2 weight = __half22float2(weights.weight[j][tile][half]);
-              shares[tile][2 * half] += share * weight.x;
-              shares[tile][2 * half + 1] += share * weight.y;
-            }
-          }
-        }
-#pragma unroll
-        for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sums[tile][e] *= fmaxf(weights.decay[tile][e], 0.f);
-        }
-      }
-    };
-    // out += what columns, or the patch's tokens, hold, by weight.
-    float out[kDim / 8][4];
-    const auto gather_columns = [&](const float (&sums)[kColumnTiles][4], uint32_t ring, uint32_t started, int first) {
-#pragma unroll
-      for (int step = 0; step < kColumnTiles / 2; ++step) {
-        const uint32_t a[4] = {pack<storage>(sums[2 * step][0], sums[2 * step][1]),
-                               pack<storage>(sums[2 * step][2], sums[2 * step][3]),
-                               pack<storage>(sums[2 * step + 1][0], sums[2 * step + 1][1]),
-                               pack<storage>(sums[2 * step + 1][2], sums[2 * step + 1][3])};
-        uint32_t address;
-        const int row = column_row(address, ring, started, first + 16 * step + lane % 16);
-        address += ((lane / 16) ^ (row & 7)) << 4;
-#pragma unroll
-        for (int d = 0; d < kDim / 16; ++d) {
-          uint32_t b[4];
-          load_matrices_transposed(b, (address ^ ((d % 4) << 5)) + 128 * (d / 4));
-          mma<storage>(out[2 * d], a, b[0], b[1]);
-          mma<storage>(out[2 * d + 1], a, b[2], b[3]);
-        }
-      }
-    };
-    const auto gather_patch = [&](const float (&shares)[2][4], uint32_t patch_rows) {
-      const uint32_t a[4] = {pack<storage>(shares[0][0], shares[0][1]), pack<storage>(shares[0][2], shares[0][3]),
-                             pack<storage>(shares[1][0], shares[1][1]), pack<storage>(shares[1][2], shares[1][3])};
-      const uint32_t address = patch_rows + lane % 16 * config::kRow + (((lane / 16) ^ (lane & 7)) << 4);
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-        uint32_t b[4];
-        load_matrices_transposed(b, (address ^ ((d % 4) << 5)) + 128 * (d / 4));
-        mma<storage>(out[2 * d], a, b[0], b[1]);
-        mma<storage>(out[2 * d + 1], a, b[2], b[3]);
-      }
-    };
-    // Writes the owned rows of `out`, times a number per row.
-    const auto store_rows = [&](const View& view, int64_t query_head, int dim, const float (&times)[2]) {
-      unsigned char* const staged = shared_memory + layout.added + warp * kPatch * config::kRow;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int tile = 0; tile < kDim / 8; ++tile) {
-          *reinterpret_cast<uint32_t*>(staged + Row::element(g + 8 * half, 8 * tile + 2 * q)) =
-              pack<storage>(out[tile][2 * half] * times[half], out[tile][2 * half + 1] * times[half]);
-        }
-      }
-      __syncwarp();
-#pragma unroll
-      for (int n = 0; n < kPatch * Row::kChunks / kWarp; ++n) {
-        const int at = lane + n * kWarp, row = at / Row::kChunks, chunk = at % Row::kChunks;
-        if (owns(patch + row) && chunk * 8 < dim) {
-          *reinterpret_cast<uint4*>(row_of<storage>(view, walk.batch, query_head, walk.row + patch + row) + chunk * 8) =
-              *reinterpret_cast<const uint4*>(staged + Row::element(row, chunk * 8));
-        }
-      }
-      __syncwarp();
-    };
-    const auto scalar_at = [&](int64_t query_head, int row) {
-      return (walk.batch * p.query_heads + query_head) * p.tokens + walk.row + patch + row;
-    };
-    const int group = static_cast<int>(p.query_heads / p.kv_heads);
-
-    for (int i = 0; i < group; ++i) {
-      const int64_t query_head = static_cast<int64_t>(head) * group + i;
-      if (i > 0 || config::kBackward) load_rows(p.query, query_head, patch, static_cast<int>(p.key_dim), query_sign);
-#pragma unroll
-      for (int tile = 0; tile < kDim / 8; ++tile) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out[tile][e] = 0.f;
-      }
-      float raw[2][4], shares[2][4] = {};
-      patch_products(raw, raw_keys);
-      if constexpr (config::kBackward) {
-        float score[kColumnTiles][4], grad[kColumnTiles][4], raw_grad[2][4], grad_shares[2][4] = {};
-        column_products(score, ring_keys, started_keys, 0);
-        advance(score, raw);
-        mask(score, 0);
-        load_rows(gradients.grad_out, query_head, patch, static_cast<int>(p.value_dim), 0);
-        patch_products(raw_grad, raw_values);
-        column_products(grad, ring_values, started_values, 0);
-        advance(grad, raw_grad);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = g + 8 * half;
-          const bool own = owns(patch + row);
-          const float lse = own ? static_cast<const float*>(gradients.lse)[scalar_at(query_head, row)] : 0.f;
-          float delta = 0.f;
-#pragma unroll
-          for (int tile = 0; tile < kColumnTiles; ++tile) {
-#pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; ++e) {
-              score[tile][e] = own ? exp2_fast(score[tile][e] * factor - lse * 1.44269504f) : 0.f;
-              delta += score[tile][e] * grad[tile][e];
-            }
-          }
-          delta += __shfl_xor_sync(kAllLanes, delta, 1);
-          delta += __shfl_xor_sync(kAllLanes, delta, 2);
-          if (gradients.grad_lse && own) {
-            delta -= static_cast<const float*>(gradients.grad_lse)[scalar_at(query_head, row)];
-          }
-#pragma unroll
-          for (int tile = 0; tile < kColumnTiles; ++tile) {
-#pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; ++e) {
-              grad[tile][e] = static_cast<float>(p.scale) * score[tile][e] * (grad[tile][e] - delta);
-            }
-          }
-        }
-        split(score, shares);
-        split(grad, grad_shares);
-        // For the gradients of key and value: the weights, a column's in a row.
-        uint4* to = pieces +
-                    piece_at(p, walk.sequence, walk.batch, walk.sequence_row, walk.first_patch + patch / kPatch,
-                             query_head, kColumnTiles) +
-                    lane;
-        const auto put = [&](const float (&even)[4], const float (&odd)[4]) {
-          *to = make_uint4(transpose(pack<storage>(even[0], even[1])), transpose(pack<storage>(odd[0], odd[1])),
-                           transpose(pack<storage>(even[2], even[3])), transpose(pack<storage>(odd[2], odd[3])));
-          to += kWarp;
-        };
-#pragma unroll
-        for (int m = 0; m < kColumnTiles / 2; ++m) put(grad[2 * m], grad[2 * m + 1]);
-        put(grad_shares[0], grad_shares[1]);
-#pragma unroll
-        for (int m = 0; m < kColumnTiles / 2; ++m) put(score[2 * m], score[2 * m + 1]);
-        put(shares[0], shares[1]);
-        gather_columns(grad, ring_keys, started_keys, 0);
-        gather_patch(grad_shares, raw_keys);
-        store_rows(gradients.query, query_head, static_cast<int>(p.key_dim), {1.f, 1.f});
-      } else {
+    if (config::kContents || patch + kPatch <= walk.own_begin || patch >= walk.own_end) continue;
+    if constexpr (!config::kContents) {
+      const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to base 2
+      const uint32_t staged = shared + layout.added + warp * kPatch * config::kRow;
+      for (int i = 0; i < group; ++i) {
+        const int64_t query_head = static_cast<int64_t>(head) * group + i;
+        if (i > 0) load_query(attend, patch, i);
+        typename Attend<config>::Sums out = {};
+        typename Attend<config>::Raw raw, shares = {};
         float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
+        attend.token_products(raw, 0);
         for (int first = 0; first < (config::kMore ? slots : 1); first += config::kColumns) {
-          float score[kColumnTiles][4];
-          column_products(score, ring_keys, started_keys, first);
-          if (first == 0) advance(score, raw);
-          mask(score, first);
+          typename Attend<config>::Scores score;
+          attend.column_products(score, 0, first);
+          if (first == 0) attend.advance(score, raw);
+          attend.mask(score, first);
           float before[2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float most = top[half];
 #pragma unroll
-            for (int tile = 0; tile < kColumnTiles; ++tile) {
+            for (int tile = 0; tile < config::kColumns / 8; ++tile) {
               most = fmaxf(most, fmaxf(score[tile][2 * half], score[tile][2 * half + 1]));
             }
             most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
@@ -607,7 +366,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             top[half] = most;
             float sum = 0.f;
 #pragma unroll
-            for (int tile = 0; tile < kColumnTiles; ++tile) {
+            for (int tile = 0; tile < config::kColumns / 8; ++tile) {
 #pragma unroll
               for (int e = 2 * half; e < 2 * half + 2; ++e) {
                 score[tile][e] = exp2_fast(score[tile][e] * factor - shift);
@@ -628,11 +387,18 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               for (int e = 0; e < 4; ++e) shares[tile][e] *= before[e / 2];
             }
           } else {
-            split(score, shares);
+            attend.split(score, shares);
           }
-          gather_columns(score, ring_values, started_values, first);
+#pragma unroll
+          for (int m = 0; m < config::kColumns / 16; ++m) {
+            uint32_t weights[4];
+            attend.pack_pair(weights, score[2 * m], score[2 * m + 1]);
+            attend.gather_columns(out, weights, 1, first + 16 * m);
+          }
         }
-        gather_patch(shares, raw_values);
+        uint32_t weights[4];
+        attend.pack_pair(weights, shares[0], shares[1]);
+        attend.gather_tokens(out, weights, 1);
         float inverse[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -640,26 +406,31 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           sum += __shfl_xor_sync(kAllLanes, sum, 1);
           sum += __shfl_xor_sync(kAllLanes, sum, 2);
           inverse[half] = 1.f / sum;
-          if (q == 0 && owns(patch + g + 8 * half)) {
-            static_cast<float*>(outputs.lse)[scalar_at(query_head, g + 8 * half)] =
+          const int time = patch + attend.g + 8 * half;
+          if (attend.q == 0 && owns(time)) {
+            static_cast<float*>(outputs.lse)[(walk.batch * p.query_heads + query_head) * p.tokens + walk.row + time] =
                 (top[half] * factor + log2_fast(sum)) * 0.693147181f;
           }
         }
-        store_rows(outputs.out, query_head, static_cast<int>(p.value_dim), inverse);
+        attend.store_rows(out, inverse, outputs.out, walk.batch, query_head, walk.row + patch, walk.own_begin - patch,
+                          walk.own_end - patch, static_cast<int>(p.value_dim), staged);
       }
     }
   }
-  if (!sound && !config::kBackward) unsound[walk.stretch * p.kv_heads + head] = 1;
+  if (!sound && !config::kContents) unsound[walk.stretch * p.kv_heads + head] = 1;
 }
 
 template <typename config>
-uint32_t shared_bytes(const Problem& p, const HeadList& heads) {
+void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Contents& contents,
+                 const WalkPlan& plan, const HeadList& heads, uint8_t* unsound) {
   uint32_t bytes = 0;
   for (int i = 0; i < heads.count; ++i) {
     const int resolution = static_cast<int>(p.cells[heads.head[i]].resolution);
     bytes = std::max(bytes, Layout::make<config>(static_cast<int>(p.slots), resolution).bytes);
   }
-  return bytes;
+  cudaFuncSetAttribute(window_walk<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  launch(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p, outputs, contents,
+         plan, heads, unsound);
 }
 
 }  // namespace

@@ -70,7 +70,8 @@ struct Warp {
 
 struct Barrier {
   std::vector<int> waiting;
-  int count;
+  int count, arrived = 0;  // and do not wait
+  races::Arrived ordered;
   bool value, result;
   Place place;
 };
@@ -114,14 +115,16 @@ void release(Barrier& barrier) {
     warps[threads[i].warp].runnable |= 1u << threads[i].lane;
     met |= 1u << threads[i].warp;
   }
-  races::sync_warps(met, barrier.count == 0);
+  races::sync_warps(met, barrier.count == 0, barrier.ordered);
   barrier.waiting.clear();
+  barrier.arrived = 0;
+  barrier.ordered = {};
   barrier.result = barrier.value;
 }
 
 void release_if_all(Barrier& barrier) {
-  if (barrier.waiting.empty()) return;
-  if (static_cast<int>(barrier.waiting.size()) == (barrier.count ? barrier.count : alive)) release(barrier);
+  const int met = static_cast<int>(barrier.waiting.size()) + barrier.arrived;
+  if (met > 0 && met == (barrier.count ? barrier.count : alive)) release(barrier);
 }
 
 void begin_thread() {
@@ -177,7 +180,7 @@ void run_block(int count) {
   copies_are_early = random_number() % 4 == 0;
   races::begin_block();
   alive = count;
-  for (Barrier& barrier : barriers) barrier.waiting.clear();
+  for (Barrier& barrier : barriers) barrier = {};
   for (Warp& warp : warps) warp = Warp{};
   for (int i = 0; i < count; ++i) {
     Thread& t = threads[i];
@@ -256,9 +259,10 @@ void run_grid(Index grid, Index block, size_t bytes, void (*kernel)(const void*)
   if (!failure.empty()) throw std::runtime_error("emulator: " + failure);
 }
 
-bool wait_at_barrier(int id, int count, bool value, Place place) {
+namespace {
+Barrier& come_to_barrier(int id, int count, Place place) {
   Barrier& barrier = barriers[id];
-  if (barrier.waiting.empty()) {
+  if (barrier.waiting.empty() && barrier.arrived == 0) {
     barrier.count = count;
     barrier.value = false;
     barrier.place = place;
@@ -267,6 +271,19 @@ bool wait_at_barrier(int id, int count, bool value, Place place) {
   } else if (count == 0 && (barrier.place.line != place.line || std::strcmp(barrier.place.file, place.file))) {
     fail("divergent barrier: " + name_of(place) + ", where others wait at " + name_of(barrier.place));
   }
+  return barrier;
+}
+}  // namespace
+
+void arrive_at_barrier(int id, int count, Place place) {
+  Barrier& barrier = come_to_barrier(id, count, place);
+  ++barrier.arrived;
+  races::arrive(barrier.ordered, current->warp);
+  release_if_all(barrier);
+}
+
+bool wait_at_barrier(int id, int count, bool value, Place place) {
+  Barrier& barrier = come_to_barrier(id, count, place);
   Thread* const self = current;
   barrier.value = barrier.value || value;
   barrier.waiting.push_back(static_cast<int>(self - threads));

@@ -38,6 +38,7 @@ void run_grid(Index grid, Index block, size_t shared_bytes, void (*kernel)(const
 
 // Waits for `count` of the block's threads, all that have not ended if 0, at barrier `id`; whether one brought `value`.
 bool wait_at_barrier(int id, int count, bool value, Place place);
+void arrive_at_barrier(int id, int count, Place place);  // without waiting
 
 // Every lane of `mask` brings a `mine`; the last to come runs body(lanes), which may read and write all of them.
 void meet(unsigned mask, const char* name, void* mine, const void* body, void (*run)(const void*, void* const*));

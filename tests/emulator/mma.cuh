@@ -117,6 +117,29 @@ inline uint32_t transpose(uint32_t x) {
   return mine.taken;
 }
 
+inline void store_shared_word(uint32_t address, uint32_t x) {
+  *reinterpret_cast<uint32_t*>(emulator::shared_at(address, 4)) = x;
+}
+inline void store_matrices_transposed(uint32_t address, const uint32_t (&x)[4]) {
+  struct Lane {
+    uint32_t address;
+    const uint32_t* x;
+  } mine{address, x};
+  emulator::together(kAllLanes, "stmatrix", mine, [](Lane* const* lanes) {
+    for (int m = 0; m < 4; ++m) {
+      for (int row = 0; row < 8; ++row) {
+        auto* const to = reinterpret_cast<uint16_t*>(emulator::shared_at(lanes[8 * m + row]->address, 16));
+        for (int column = 0; column < 8; ++column) {
+          to[column] = static_cast<uint16_t>(lanes[4 * column + row / 2]->x[m] >> row % 2 * 16);
+        }
+      }
+    }
+  });
+}
+
+#define barrier_sync(id, threads) static_cast<void>(::emulator::wait_at_barrier(id, threads, false, {__FILE__, __LINE__}))
+#define barrier_arrive(id, threads) ::emulator::arrive_at_barrier(id, threads, {__FILE__, __LINE__})
+
 inline void copy_async_or_zero(uint32_t to, const void* from, bool valid) {
   emulator::copy_async(emulator::shared_at(to, 16), valid ? from : nullptr, 16);
 }

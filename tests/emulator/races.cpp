@@ -140,8 +140,15 @@ void begin_block() {
   }
 }
 void sync_warp(int warp) { now[warp] = ++counter; }
-void sync_warps(uint32_t warps, bool all) {
+void arrive(Arrived& arrived, int warp) {
+  for (int v = 0; v < kWarps; ++v) arrived.before[v] = std::max(arrived.before[v], known[warp][v]);
+  arrived.before[warp] = now[warp] + 1;
+  now[warp] = ++counter;
+}
+
+void sync_warps(uint32_t warps, bool all, const Arrived& arrived) {
   uint64_t joined[kWarps] = {};
+  std::copy_n(arrived.before, kWarps, joined);
   for (int w = 0; w < kWarps; ++w) {
     if (!(warps >> w & 1)) continue;
     for (int v = 0; v < kWarps; ++v) joined[v] = std::max(joined[v], known[w][v]);

@@ -18,7 +18,12 @@ void forget(const void* memory);
 void begin_launch();
 void begin_block();
 void sync_warp(int warp);
-void sync_warps(uint32_t warps, bool all);  // at a barrier; all: of the block
+// What is ordered before a barrier by those that arrive at it without waiting, by warp.
+struct Arrived {
+  uint64_t before[32] = {};
+};
+void arrive(Arrived& arrived, int warp);
+void sync_warps(uint32_t warps, bool all, const Arrived& arrived);  // at a barrier; all: of the block
 void access(const void* memory, size_t bytes, bool writes, const void* place = nullptr);
 
 }  // namespace emulator::races

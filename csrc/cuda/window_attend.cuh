@@ -1,0 +1,231 @@
+// How a warp's 16 tokens attend to what the slots hold: the products with cells, from there to the products with what
+// the slots hold at each token, and back. Shared by the walk forward and the walk backward over time.
+#pragma once
+
+#include "window.cuh"
+
+namespace blurry_attn::cuda {
+
+// config: storage, kDim, kFlux, kColumns, kSliding.
+template <typename config>
+struct Attend {
+  using storage = typename config::storage;
+  using Row = Rows<config::kDim>;
+  using Weights = PatchWeights<storage, config::kFlux>;
+  static constexpr int kDim = config::kDim, kFlux = config::kFlux, kColumns = config::kColumns;
+  static constexpr int kSteps = kDim / 16, kWords = kDim / 8, kColumnTiles = kColumns / 8;
+  static constexpr bool kSliding = config::kSliding;
+  using Scores = float[kColumnTiles][4];  // of columns, which are slots
+  using Raw = float[2][4];                // of the patch's own tokens
+  using Sums = float[kDim / 8][4];
+
+  int lane, g, q, slots, ring_rows;
+  // Shared memory of the keys and of the values: cells, number c in row c mod ring_rows; the cells that go on in this
+  // patch, as they were when it began (not permuted); the patch's own tokens.
+  uint32_t ring[2], started[2], tokens[2];
+  int row;       // of the trailing cell's slot before the patch
+  int going_on;  // cells that go on in this patch
+  int ended;     // the slots of cells that ended before the walk hold them, not what was before them
+  int masked;    // columns that are shut
+  bool irregular;
+  uint32_t rows[kSteps][4];  // of one query head: query, or the gradient of the output
+  Weights weights;
+
+  __device__ __forceinline__ Attend(int slots_, int ring_rows_)
+      : lane(threadIdx.x % kWarp), g(lane / 4), q(lane % 4), slots(slots_), ring_rows(ring_rows_) {}
+
+  // Rows from .. to - 1 of the patch, which begins at `first` of the view's tokens; others are zero.
+  __device__ __forceinline__ void load_rows(const View& view, int64_t batch, int64_t head, int64_t first, int from,
+                                            int to, int dim, uint32_t sign) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = g + 8 * half;
+      const storage* const at = row_of<const storage>(view, batch, head, first + token) + 16 * q;
+#pragma unroll
+      for (int w = 0; w < kWords / 4; ++w) {
+        const int chunk = Row::chunk_of(q, w);
+        uint4 words = make_uint4(0, 0, 0, 0);
+        if (token >= from && token < to && chunk * 8 < dim) words = load_global(at + (chunk - 2 * q) * 8);
+        rows[2 * w][half] = words.x ^ sign;
+        rows[2 * w][half + 2] = words.y ^ sign;
+        rows[2 * w + 1][half] = words.z ^ sign;
+        rows[2 * w + 1][half + 2] = words.w ^ sign;
+      }
+    }
+  }
+  // Writes rows from .. to - 1, times a number each, through 16 rows of shared memory.
+  __device__ __forceinline__ void store_rows(const Sums& sums, const float (&times)[2], const View& view, int64_t batch,
+                                             int64_t head, int64_t first, int from, int to, int dim, uint32_t staged) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int tile = 0; tile < kDim / 8; ++tile) {
+        store_shared_word(staged + Row::element(g + 8 * half, 8 * tile + 2 * q),
+                          pack<storage>(sums[tile][2 * half] * times[half], sums[tile][2 * half + 1] * times[half]));
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kPatch * Row::kChunks / kWarp; ++n) {
+      const int at = lane + n * kWarp, token = at / Row::kChunks, chunk = at % Row::kChunks;
+      if (token >= from && token < to && chunk * 8 < dim) {
+        *reinterpret_cast<uint4*>(row_of<storage>(view, batch, head, first + token) + chunk * 8) =
+            load_shared(staged + Row::element(token, chunk * 8));
+      }
+    }
+    __syncwarp();
+  }
+
+  // The products of `rows` with eight rows; this thread's is number `number` of its eight.
+  __device__ __forceinline__ void product(float (&sum)[4], uint32_t address, int number) const {
+    const uint32_t even = address + (((2 * q) ^ (number & 7)) << 4), odd = even ^ 16;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWords / 4; ++w) {
+      const uint4 words = load_shared((w % 2 ? odd : even) + 128 * (w / 2));
+      mma<storage>(sum, rows[2 * w], words.x, words.y);
+      mma<storage>(sum, rows[2 * w + 1], words.z, words.w);
+    }
+  }
+  __device__ __forceinline__ void token_products(Raw& sums, int side) const {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) product(sums[tile], tokens[side] + (8 * tile + g) * Row::kBytes, g);
+  }
+  // The ring's row of what the slot of a column held when the patch began, if it lies there.
+  __device__ __forceinline__ int ring_row(int column) const {
+    const int before = wrap(row + column, ring_rows);
+    return column < ended ? wrap(before + slots, ring_rows) : before;
+  }
+  // Where it lies, its chunks not yet permuted; returns by which row they are.
+  __device__ __forceinline__ int column_row(uint32_t& address, int side, int column) const {
+    const int at = ring_row(column);
+    address = column < going_on ? started[side] + column * Row::kBytes : ring[side] + at * Row::kBytes;
+    return column < going_on ? 0 : at;
+  }
+  __device__ __forceinline__ void column_products(Scores& sums, int side, int first) const {
+#pragma unroll
+    for (int tile = 0; tile < kColumnTiles; ++tile) {
+      uint32_t address;
+      const int number = column_row(address, side, first + 8 * tile + g);
+      product(sums[tile], address, number);
+    }
+  }
+  // With r = 1: whether the row's token, or one of the patch before it, has replaced the column's cell.
+  __device__ __forceinline__ bool fresh(int tile, int e) const {
+    const int column = 8 * tile + 2 * q + e % 2;
+    return kSliding && tile < 2 && column <= g + 8 * (e / 2) && column >= ended;
+  }
+  // From products with what the slots held to products with what they hold at the row's token.
+  __device__ __forceinline__ void advance(Scores& sums, const Raw& raw) const {
+    if constexpr (kSliding) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[tile][e] = fresh(tile, e) ? raw[tile][e] : sums[tile][e];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kFlux; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float sum = 0.f;
+#pragma unroll
+          for (int tile = 0; tile < 2; ++tile) {
+            const float2 weight = __half22float2(weights.weight[j][tile][half]);
+            sum += weight.x * raw[tile][2 * half];
+            sum += weight.y * raw[tile][2 * half + 1];
+          }
+          sum += __shfl_xor_sync(kAllLanes, sum, 1);
+          sum += __shfl_xor_sync(kAllLanes, sum, 2);
+          if (j % 8 / 2 == q) {
+            float& s = sums[j / 8][2 * half + j % 2];
+            s = s * weights.decay[j / 8][2 * half + j % 2] + sum;
+          }
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void mask(Scores& score, int first) const {
+    if (masked > 0 || first + kColumns > slots) {
+#pragma unroll
+      for (int tile = 0; tile < kColumnTiles; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int column = first + 8 * tile + 2 * q + e % 2;
+          const bool old = kSliding ? column >= ended && !(first == 0 && fresh(tile, e)) : column >= kFlux;
+          if (column >= slots || (old && column < masked)) score[tile][e] = -INFINITY;
+        }
+      }
+    }
+    if (!kSliding && irregular && first == 0) {
+#pragma unroll
+      for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (weights.decay[tile][e] < 0.f) score[tile][e] = -INFINITY;
+        }
+      }
+    }
+  }
+  // The adjoint of advance(): splits weights of what the slots hold at the row's token into those of the patch's
+  // tokens, which are added to, and of what the slots held.
+  __device__ __forceinline__ void split(Scores& sums, Raw& shares) const {
+    if constexpr (kSliding) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          shares[tile][e] += fresh(tile, e) ? sums[tile][e] : 0.f;
+          sums[tile][e] = fresh(tile, e) ? 0.f : sums[tile][e];
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kFlux; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float share = __shfl_sync(kAllLanes, sums[j / 8][2 * half + j % 2], (lane & ~3) | (j % 8 / 2));
+#pragma unroll
+          for (int tile = 0; tile < 2; ++tile) {
+            const float2 weight = __half22float2(weights.weight[j][tile][half]);
+            shares[tile][2 * half] += share * weight.x;
+            shares[tile][2 * half + 1] += share * weight.y;
+          }
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[tile][e] *= fmaxf(weights.decay[tile][e], 0.f);
+      }
+    }
+  }
+  // Two tiles of weights as the left side of a product.
+  __device__ __forceinline__ static void pack_pair(uint32_t (&a)[4], const float (&even)[4], const float (&odd)[4]) {
+    a[0] = pack<storage>(even[0], even[1]);
+    a[1] = pack<storage>(even[2], even[3]);
+    a[2] = pack<storage>(odd[0], odd[1]);
+    a[3] = pack<storage>(odd[2], odd[3]);
+  }
+  // out += what 16 columns, or the patch's tokens, hold, by weight.
+  __device__ __forceinline__ void gather(Sums& out, const uint32_t (&a)[4], uint32_t address) const {
+#pragma unroll
+    for (int d = 0; d < kDim / 16; ++d) {
+      uint32_t b[4];
+      load_matrices_transposed(b, (address ^ ((d % 4) << 5)) + 128 * (d / 4));
+      mma<storage>(out[2 * d], a, b[0], b[1]);
+      mma<storage>(out[2 * d + 1], a, b[2], b[3]);
+    }
+  }
+  __device__ __forceinline__ void gather_columns(Sums& out, const uint32_t (&a)[4], int side, int first) const {
+    uint32_t address;
+    const int number = column_row(address, side, first + lane % 16);
+    gather(out, a, address + (((lane / 16) ^ (number & 7)) << 4));
+  }
+  __device__ __forceinline__ void gather_tokens(Sums& out, const uint32_t (&a)[4], int side) const {
+    gather(out, a, tokens[side] + lane % 16 * Row::kBytes + (((lane / 16) ^ (lane & 7)) << 4));
+  }
+};
+
+}  // namespace blurry_attn::cuda
