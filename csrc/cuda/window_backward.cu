@@ -18,7 +18,17 @@ struct BackConfig {
   static constexpr int kSlices = 2 * dim / kSlice;  // a warp each
   static constexpr int kAttending = kPatches * kWarp, kThreads = kAttending + kSlices * kWarp;
   static constexpr int kBlocks = dim <= 64 && flux <= 3 ? 2 : 1;
+  // Registers of those that attend and of the others, where four warps each share them; else 0.
+  static constexpr int kAttendRegisters = kPatches != 4 ? 0 : dim > 64 ? 240 : kBlocks == 2 ? 168 : 0;
+  static constexpr int kSumRegisters = dim > 64 ? 128 : 88;
   static constexpr int kRow = Rows<dim>::kBytes;
+};
+
+// Where a patch lies among the rows of gradients: of the trailing cell's slot before the patch, of that cell.
+struct alignas(16) PatchPlace {
+  int before, own;
+  int ended;     // cells that ended before the walk
+  int going_on;  // cells that go on in the patch
 };
 
 // Shared memory of a walk backward, by offsets in bytes.
@@ -28,7 +38,7 @@ struct BackLayout {
   // Rows of a patch's weights, 16 tokens each: of the cells in grad_rows, of the cells that go on, of the patch's tokens
   // and of no use.
   int piece_started, piece_tokens, piece_spare, piece_rows;
-  uint32_t ring, started, tokens, grads, grads_started, ends, sums, pieces, gates, weights, decays, bytes;
+  uint32_t ring, started, tokens, grads, grads_started, ends, sums, pieces, gates, weights, decays, patches, bytes;
 
   template <typename config>
   __host__ __device__ static BackLayout make(int slots, int resolution, int group) {
@@ -66,6 +76,8 @@ struct BackLayout {
     at += config::kPatches * in_flux * kPatch * 4;
     l.decays = at;  // float: [patch][cell]
     at += config::kPatches * in_flux * 4;
+    l.patches = at = rounded(at, 16);  // [patch]
+    at += config::kPatches * sizeof(PatchPlace);
     l.bytes = (at + 15) / 16 * 16;
     return l;
   }
@@ -76,6 +88,76 @@ __device__ __forceinline__ uint32_t piece_at(int row, int half) { return row * 3
 
 enum Barrier { kFull = 1, kEmpty = 2 };
 
+// One block's walk backward. Tiles and tokens are counted from the sequence's first of this call, cells from one that
+// lies before all that the walk meets, as plain ints.
+struct WalkBack {
+  Cells cells;
+  int64_t sequence, batch, row, position;
+  int64_t base;                   // the cell that is number 0
+  int64_t cell_row, started_row;  // of Contents, of cell 0 and of tile 0
+  int head, group, slots, resolution;
+  int lead;    // token of tile 0, zero or below
+  int length;  // tokens of the sequence
+  int first_tile, last_tile, tile;
+  int own_begin, own_end, walk_end;  // tokens: the stretch's, and where the walk begins
+  int first_offset;                  // of the first tile from the centre of the cell that trails there
+  int given;                         // the trailing cell where the given state ends
+  int first;                         // the first cell of all
+  int ended;                         // the first cell that does not end in this call
+  bool from_begin, to_end;           // of the sequence
+
+  WalkBack() = default;
+  __device__ WalkBack(const Problem& p, const Contents& contents, const WalkPlan& plan, const HeadList& heads,
+                      int tile_tokens)
+      : tile(tile_tokens) {
+    const int head_index = blockIdx.x % heads.count;
+    const int64_t x = blockIdx.x / heads.count;
+    const Sequence s(p, plan.find(p, x));
+    const int64_t number = x - plan.first(p, s.index);
+    head = heads.head[head_index];
+    cells = p.laws[head].cells;
+    group = static_cast<int>(p.query_heads / p.kv_heads);
+    slots = static_cast<int>(cells.slots);
+    resolution = static_cast<int>(cells.resolution);
+    sequence = s.index;
+    batch = s.batch;
+    row = s.row;
+    position = s.position;
+    length = static_cast<int>(s.length);
+    from_begin = number == 0;
+    const int64_t grid = grid_begin(cells, position), begin = from_begin ? position : grid + number * plan.length;
+    const bool last = (number + 1) * plan.length >= s.length;
+    const int64_t own_to = last ? s.end() : grid + (number + 1) * plan.length;
+    const int64_t later = own_to + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
+    to_end = last || later >= s.end();
+    const int64_t to = to_end ? s.end() : later;
+    lead = static_cast<int>(grid - position);
+    first_tile = static_cast<int>((begin - grid) / tile);
+    last_tile = number * plan.length < s.length ? static_cast<int>((to - 1 - grid) / tile) : first_tile - 1;
+    own_begin = static_cast<int>(begin - position);
+    own_end = static_cast<int>(own_to - position);
+    walk_end = static_cast<int>(to - position);
+    const int64_t token = grid + static_cast<int64_t>(first_tile) * tile;
+    base = cells.trailing(token) - slots;
+    first_offset = static_cast<int>(token - cells.centre(base + slots));
+    const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
+    given = bounded(cells.trailing(position) - base);
+    first = bounded(cells.first() - base);
+    ended = bounded(cells.trailing(s.end()) - base);
+    cell_row = heads.cell_rows[head_index] + contents.cell_row(p, s.index, batch, row, resolution) -
+               (cells.trailing(position) - base);
+    started_row = contents.started_row(p, s.index, batch, row, 0, head);
+  }
+  __device__ int64_t end() const { return position + length; }
+  __device__ int tile_token(int i) const { return lead + i * tile; }
+  // The cell that trails where a patch begins, and how far from its centre.
+  __device__ int trailing(int i, int patch, int* offset) const {
+    const unsigned since = first_offset + (i - first_tile) * tile + patch * kPatch, cell = since / resolution;
+    if (offset) *offset = since - cell * resolution;
+    return slots + cell;
+  }
+};
+
 // Some warps attend, one per patch of a tile, and leave weights: of what the slots held when the patch began, and of its
 // tokens. The others sum them up, a slice of elements of key or value each, one tile behind. A block has one stretch of
 // one sequence and kv head; it begins plan.warm_up tokens later, for what cells of the stretch give to later tokens.
@@ -85,108 +167,78 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   using Weights = PatchWeights<storage, config::kFlux>;
-  constexpr int kFlux = config::kFlux, kPatches = config::kPatches, kTile = config::kTile;
+  constexpr int kFlux = config::kFlux, kPatches = config::kPatches;
   constexpr int kRow = config::kRow, kThreads = config::kThreads, kColumns = config::kColumns;
   constexpr bool kSliding = config::kSliding;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-  const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
-  const int64_t x = blockIdx.x / heads.count;
-  const Cells cells = p.laws[head].cells;
-  const int slots = static_cast<int>(cells.slots), resolution = static_cast<int>(cells.resolution);
-  const int group = static_cast<int>(p.query_heads / p.kv_heads);
-  const BackLayout layout = BackLayout::make<config>(slots, resolution, group);
-  const int ring_rows = layout.ring_rows, grad_rows = layout.grad_rows;
+  __shared__ WalkBack walk;
+  __shared__ BackLayout layout;
+  if (threadIdx.x == 0) {
+    walk = WalkBack(p, contents, plan, heads, config::kTile);
+    layout = BackLayout::make<config>(walk.slots, walk.resolution, walk.group);
+  }
+  __syncthreads();
   const uint32_t shared = shared_address(shared_memory);
-  const float* const table = static_cast<const float*>(p.gates) + p.laws[head].gates;
-
   const bool attends = warp < kPatches;
   const int slice = warp - kPatches;
   const int side = slice >= config::kSlices / 2;
   const int first_element = kSlice * (slice - side * (config::kSlices / 2));
   const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
-
-  const Sequence s(p, plan.find(p, x));
-  const int64_t number = x - plan.first(p, s.index);
   const void* const grad_state = side ? gradients.grad_state_value : gradients.grad_state_key;
   void* const grad_given = side ? gradients.state_value : gradients.state_key;
   const auto state_at = [&](int slot) {
-    return ((s.index * p.kv_heads + head) * slots + slot) * dim + first_element + lane;
+    return ((walk.sequence * p.kv_heads + walk.head) * walk.slots + slot) * dim + first_element + lane;
   };
   const bool has_element = first_element + lane < dim;
-  if (s.length == 0 && number == 0 && !attends && grad_given && has_element) {
-    for (int slot = 0; slot < slots; ++slot) {
-      const bool passes = grad_state && s.position > cells.slot_opening(slot);
+  if (walk.length == 0 && walk.from_begin && !attends && grad_given && has_element) {
+    for (int slot = 0; slot < walk.slots; ++slot) {
+      const bool passes = grad_state && walk.position > walk.cells.slot_opening(slot);
       static_cast<float*>(grad_given)[state_at(slot)] =
           passes ? static_cast<const float*>(grad_state)[state_at(slot)] : 0.f;
     }
   }
-  if (number * plan.length >= s.length) return;
-  const int64_t grid = grid_begin(cells, s.position);
-  const int64_t own = number == 0 ? s.position : grid + number * plan.length;
-  const bool last = (number + 1) * plan.length >= s.length;
-  const int64_t own_to = last ? s.end() : grid + (number + 1) * plan.length;
-  const int64_t later = own_to + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
-  const bool to_end = last || later >= s.end();
-  const int64_t to = to_end ? s.end() : later;
-  // From here on tiles, tokens and cells are plain ints: tokens are counted from the first of this call, cells from one
-  // that lies before all that this walk meets.
-  const int lead = static_cast<int>(grid - s.position), length = static_cast<int>(s.length);
-  const int first_tile = static_cast<int>((own - grid) / kTile), last_tile = static_cast<int>((to - 1 - grid) / kTile);
-  const int own_begin = static_cast<int>(own - s.position), own_end = static_cast<int>(own_to - s.position);
-  const int walk_end = static_cast<int>(to - s.position);
-  const int64_t first_token = grid + static_cast<int64_t>(first_tile) * kTile;
-  const int64_t base = cells.trailing(first_token) - slots;
-  const int first_offset = static_cast<int>(first_token - cells.centre(base + slots));
-  const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
-  const int given = bounded(cells.trailing(s.position) - base);  // the trailing cell where the given state ends
-  const int first = bounded(cells.first() - base);               // the first cell of all
-  const int ended = bounded(cells.trailing(s.end()) - base);     // the first cell that does not end in this call
-  const auto tile_token = [&](int tile) { return lead + tile * kTile; };
-  const auto trailing = [&](int tile, int patch, int* offset) {
-    const int since = first_offset + ((tile - first_tile) * kPatches + patch) * kPatch;
-    if (offset) *offset = since % resolution;
-    return slots + since / resolution;
-  };
+  if (walk.first_tile > walk.last_tile) return;
+  const int slots = walk.slots, ring_rows = layout.ring_rows, grad_rows = layout.grad_rows;
+  const int first_tile = walk.first_tile, last_tile = walk.last_tile, group = walk.group;
   const auto goes_on = [](int offset) { return kSliding ? 0 : offset >= 2 ? 2 : 1; };
 
   // Reads what cells from .. to - 1 hold; `thread` of `threads`. Those that there are not hold zeros.
-  const int64_t cell_row = heads.cell_rows[head_index] +
-                           contents.cell_row(p, s.index, s.batch, s.row, resolution) - given;
   const auto load_cells = [&](int from, int until, int thread, int threads) {
+#pragma unroll 1
     for (int i = thread; i < (until - from) * 2 * Row::kChunks; i += threads) {
       const int chunk = i % Row::kChunks, at = i / Row::kChunks % 2, cell = from + i / Row::kChunks / 2;
       const uint32_t to_row = Row::at(shared + layout.ring + at * ring_rows * kRow, cell % ring_rows, chunk);
       const View& view = at ? p.value : p.key;
-      if (kSliding && cell >= given) {
-        const int t = cell - given;  // every token is a cell
-        const bool exists = t < length && chunk * 8 < (at ? p.value_dim : p.key_dim);
+      if (kSliding && cell >= walk.given) {
+        const int t = cell - walk.given;  // every token is a cell
+        const bool exists = t < walk.length && chunk * 8 < (at ? p.value_dim : p.key_dim);
         copy_async_or_zero(
-            to_row, exists ? row_of<const storage>(view, s.batch, head, s.row + t) + chunk * 8 : view.data, exists);
+            to_row, exists ? row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8 : view.data, exists);
       } else {
-        const bool exists = cell >= given - contents.of_states && cell < ended;
-        const int64_t row = exists ? 2 * (cell_row + cell) + at : 0;
+        const bool exists = cell >= walk.given - contents.of_states && cell < walk.ended;
+        const int64_t row = exists ? 2 * (walk.cell_row + cell) + at : 0;
         copy_async_or_zero(to_row, static_cast<const uint4*>(contents.cells) + row * Row::kChunks + chunk, exists);
       }
     }
   };
   // Reads what goes on in the patches of a tile.
-  const int64_t started_row = contents.started_row(p, s.index, s.batch, s.row, 0, head);
   const auto load_started = [&](int tile, int thread, int threads) {
     if (kSliding) return;
+#pragma unroll 1
     for (int i = thread; i < kPatches * 4 * Row::kChunks; i += threads) {
       const int chunk = i % Row::kChunks, row = i / Row::kChunks, patch = row / 4;
-      const int t = tile_token(tile) + patch * kPatch;
+      const int t = walk.tile_token(tile) + patch * kPatch;
       int offset;
-      trailing(tile, patch, &offset);
-      const bool exists = t + kPatch > 0 && t < length && row % 2 < goes_on(offset);
-      const int64_t from = started_row + static_cast<int64_t>(tile * kPatches + patch) * 2 * p.kv_heads;
+      walk.trailing(tile, patch, &offset);
+      const bool exists = t + kPatch > 0 && t < walk.length && row % 2 < goes_on(offset);
+      const int64_t from = walk.started_row + static_cast<int64_t>(tile * kPatches + patch) * 2 * p.kv_heads;
       copy_async_or_zero(
           shared + layout.started + ((tile & 1) * kPatches * 4 + row) * kRow + chunk * 16,
           static_cast<const uint4*>(contents.started) + (exists ? (2 * from + row % 4) * Row::kChunks + chunk : 0),
           exists);
     }
   };
-  const auto oldest = [&](int tile) { return trailing(tile, 0, nullptr) - slots; };
+  const auto oldest = [&](int tile) { return walk.trailing(tile, 0, nullptr) - slots; };
 
   // Before the first tile: what it and the next one need; no weights. Columns past the last slot meet rows of zeros.
   for (int i = threadIdx.x; i < 2 * ring_rows * Row::kChunks; i += kThreads) {
@@ -196,7 +248,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     store_shared(shared + layout.pieces + 16 * i, make_uint4(0, 0, 0, 0));
   }
   __syncthreads();
-  load_cells(oldest(last_tile), max(trailing(last_tile, kPatches - 1, nullptr), given), threadIdx.x, kThreads);
+  load_cells(oldest(last_tile), max(walk.trailing(last_tile, kPatches - 1, nullptr), walk.given), threadIdx.x, kThreads);
   load_started(last_tile, threadIdx.x, kThreads);
   if (last_tile > first_tile) {
     load_cells(oldest(last_tile - 1), oldest(last_tile), threadIdx.x, kThreads);
@@ -207,6 +259,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __syncthreads();
 
   if (attends) {
+    if constexpr (config::kAttendRegisters > 0) take_registers<config::kAttendRegisters>();
     Attend<config> attend(slots, ring_rows);
     for (int i = 0; i < 2; ++i) {
       attend.ring[i] = shared + layout.ring + i * ring_rows * kRow;
@@ -214,22 +267,23 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     }
     float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + warp * kFlux * kPatch;
     float* const end_weights = reinterpret_cast<float*>(shared_memory + layout.weights) + warp * kFlux * kPatch;
+    PatchPlace& place = reinterpret_cast<PatchPlace*>(shared_memory + layout.patches)[warp];
     float* const end_decays = reinterpret_cast<float*>(shared_memory + layout.decays) + warp * kFlux;
     const uint32_t pieces[2] = {shared + layout.pieces + warp * layout.piece_rows * 32,
                                 shared + layout.pieces + (kPatches + warp) * layout.piece_rows * 32};
-    const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to base 2
+    const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to walk.base 2
     const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;
     const auto load_tokens = [&](int tile) {
-      const int t = tile_token(tile) + warp * kPatch;
+      const int t = walk.tile_token(tile) + warp * kPatch;
 #pragma unroll
       for (int n = 0; n < 2 * kPatch * Row::kChunks / kWarp; ++n) {
         const int i = lane + n * kWarp, chunk = i % Row::kChunks, token = i / Row::kChunks % kPatch;
         const int at = i / Row::kChunks / kPatch;
         const View& view = at ? p.value : p.key;
         const bool exists =
-            t + token >= 0 && t + token < length && chunk * 8 < (at ? p.value_dim : p.key_dim);
+            t + token >= 0 && t + token < walk.length && chunk * 8 < (at ? p.value_dim : p.key_dim);
         copy_async_or_zero(Row::at(attend.tokens[at], token, chunk),
-                           exists ? row_of<const storage>(view, s.batch, head, s.row + t + token) + chunk * 8
+                           exists ? row_of<const storage>(view, walk.batch, walk.head, walk.row + t + token) + chunk * 8
                                   : static_cast<const storage*>(view.data),
                            exists);
       }
@@ -238,39 +292,39 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     load_tokens(last_tile);
     int made_for = -1;  // the regular patch that weights are of: its offset from the trailing cell's centre
     for (int tile = last_tile; tile >= first_tile; --tile) {
-      const int t = tile_token(tile) + warp * kPatch;
+      const int t = walk.tile_token(tile) + warp * kPatch;
       int offset;
-      const int cell = trailing(tile, warp, &offset);
-      const bool irregular = cell - slots < first || t < 0 || t + kPatch > length;
+      const int cell = walk.trailing(tile, warp, &offset);
+      const bool irregular = cell - slots < walk.first || t < 0 || t + kPatch > walk.length;
       const bool make = !kSliding && (irregular || made_for != offset);
       if (make) {
-        Weights::make_gates(cells, s.position, s.end(), base + cell, s.position + t, table, gates);
-        attend.weights.make(cells, base + cell, s.position + t, gates);
+        Weights::make_gates(walk.cells, walk.position, walk.end(), walk.base + cell, walk.position + t, static_cast<const float*>(p.gates) + p.laws[walk.head].gates, gates);
+        attend.weights.make(walk.cells, walk.base + cell, walk.position + t, gates);
         made_for = irregular ? -1 : offset;
       }
       attend.row = (cell - slots) % ring_rows;
       attend.irregular = irregular;
-      attend.masked = irregular ? min(first - (cell - slots), slots) : 0;
-      attend.ended = irregular ? given - cell : 0;
+      attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
+      attend.ended = irregular ? walk.given - cell : 0;
       attend.going_on = goes_on(offset);
       for (int i = 0; i < 2; ++i) {
         attend.started[i] = shared + layout.started + ((tile & 1) * kPatches * 4 + warp * 4 + i * 2) * kRow;
       }
-      const int from = own_begin - t, until = walk_end - t;  // of the patch's tokens
+      const int from = walk.own_begin - t, until = walk.walk_end - t;  // of the patch's tokens
       for (int i = 0; i < group; ++i) {
-        const int64_t query_head = static_cast<int64_t>(head) * group + i, row = s.row + t;
+        const int64_t query_head = static_cast<int64_t>(walk.head) * group + i, row = walk.row + t;
         uint32_t key_weights[kColumns / 16 + 1][4], value_weights[kColumns / 16 + 1][4];
         {
           typename Attend<config>::Scores score, grad;
           typename Attend<config>::Raw raw, shares = {}, grad_shares = {};
-          attend.load_rows(p.query, s.batch, query_head, row, from, until, static_cast<int>(p.key_dim), query_sign);
+          attend.load_rows(p.query, walk.batch, query_head, row, from, until, static_cast<int>(p.key_dim), query_sign);
           wait_copies<0>();
           __syncwarp();
           attend.token_products(raw, 0);
           attend.column_products(score, 0, 0);
           attend.advance(score, raw);
           attend.mask(score, 0);
-          attend.load_rows(gradients.grad_out, s.batch, query_head, row, from, until, static_cast<int>(p.value_dim), 0);
+          attend.load_rows(gradients.grad_out, walk.batch, query_head, row, from, until, static_cast<int>(p.value_dim), 0);
           attend.token_products(raw, 1);
           attend.column_products(grad, 1, 0);
           attend.advance(grad, raw);
@@ -278,7 +332,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half;
             const bool valid = token >= from && token < until;
-            const int64_t scalar = (s.batch * p.query_heads + query_head) * p.tokens + row + token;
+            const int64_t scalar = (walk.batch * p.query_heads + query_head) * p.tokens + row + token;
             const float lse = valid ? static_cast<const float*>(gradients.lse)[scalar] * 1.44269504f : 0.f;
             float delta = 0.f;
 #pragma unroll
@@ -316,7 +370,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           for (int m = 0; m < kColumns / 16; ++m) attend.gather_columns(out, key_weights[m], 0, 16 * m);
           attend.gather_tokens(out, key_weights[kColumns / 16], 0);
           __syncwarp();  // the values have been read
-          attend.store_rows(out, {1.f, 1.f}, gradients.query, s.batch, query_head, row, from, min(until, own_end - t),
+          attend.store_rows(out, {1.f, 1.f}, gradients.query, walk.batch, query_head, row, from, min(until, walk.own_end - t),
                             static_cast<int>(p.key_dim), attend.tokens[1]);
           if (i + 1 < group) {
             load_tokens(tile);
@@ -326,18 +380,19 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
         if (i > 0 || tile < last_tile) barrier_sync(kEmpty, kThreads);
         if (make && i == 0) Weights::make_end(gates, end_decays, end_weights);
+        const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
+        if (lane == 0) place = {before_row, own_row, walk.given - cell, attend.going_on};
         // The gradients' rows of cells that no column has are cleared.
         const int clear = irregular ? grad_rows : grad_rows - slots + attend.going_on;
-        const int cell_row = cell % grad_rows;
+#pragma unroll 1
         for (int n = lane; n < 4 * clear; n += kWarp) {
-          store_shared(pieces[n & 1] + piece_at(wrap(cell_row + n / 4, grad_rows), n / 2 % 2), make_uint4(0, 0, 0, 0));
+          store_shared(pieces[n & 1] + piece_at(wrap(own_row + n / 4, grad_rows), n / 2 % 2), make_uint4(0, 0, 0, 0));
         }
         if (attend.going_on == 1 && lane < 4) {
           store_shared(pieces[lane & 1] + piece_at(layout.piece_started + 2 * warp + 1, lane / 2),
                        make_uint4(0, 0, 0, 0));
         }
         __syncwarp();
-        const int before_row = (cell - slots) % grad_rows;
 #pragma unroll
         for (int m = 0; m <= kColumns / 16; ++m) {
           const int column = 16 * m + 8 * (lane / 16) + lane % 8;
@@ -356,6 +411,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     return;
   }
 
+  if constexpr (config::kAttendRegisters > 0) give_registers<config::kSumRegisters>();
   float* const grads = reinterpret_cast<float*>(shared_memory + layout.grads) + slice * grad_rows * kSlice;
   float* const grads_started = reinterpret_cast<float*>(shared_memory + layout.grads_started) + slice * 8 * kSlice;
   float* const ends = reinterpret_cast<float*>(shared_memory + layout.ends) + slice * kFlux * kSlice;
@@ -363,14 +419,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       reinterpret_cast<float*>(shared_memory + layout.sums) + slice * kPatches * 16 * kWarp + lane;
   const auto at = [](int row, int element) { return row * kSlice + (element ^ ((row & 3) << 3)); };
   for (int row = 0; row < grad_rows; ++row) grads[at(row, lane)] = 0.f;
-  if (to_end && grad_state && has_element) {
+  if (walk.to_end && grad_state && has_element) {
     // The newest cells of the slots; one of r = 1 begins with its centre, all others before it.
-    const int64_t newest = cells.trailing(s.end() - 1) + (kSliding ? 0 : 1);
+    const int64_t newest = walk.cells.trailing(walk.end() - 1) + (kSliding ? 0 : 1);
     for (int i = 0; i < slots; ++i) {
       const int64_t cell = newest - i;
-      const int slot = static_cast<int>(cells.slot(cell));
-      if (s.end() <= cells.slot_opening(slot)) continue;
-      grads[at(static_cast<int>(cell - base) % grad_rows, lane)] =
+      const int slot = static_cast<int>(walk.cells.slot(cell));
+      if (walk.end() <= walk.cells.slot_opening(slot)) continue;
+      grads[at(static_cast<int>(cell - walk.base) % grad_rows, lane)] =
           static_cast<const float*>(grad_state)[state_at(slot)];
     }
   }
@@ -379,13 +435,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const View& rows_view = side ? gradients.grad_out : p.query;
   const View& to_view = side ? gradients.value : gradients.key;
   const storage* const first_row =
-      row_of<const storage>(rows_view, s.batch, static_cast<int64_t>(head) * group, s.row) + first_element + 2 * q;
+      row_of<const storage>(rows_view, walk.batch, static_cast<int64_t>(walk.head) * group, walk.row) + first_element + 2 * q;
   const uint32_t pieces = shared + layout.pieces + side * kPatches * layout.piece_rows * 32;
   const uint32_t patch_pieces = layout.piece_rows * 32;
+  const int begin = walk.own_begin, end = walk.walk_end, width = dim - first_element;
   // Of the left side of a product: this lane's row of 16, its half.
   const uint32_t left = piece_at(lane % 16, lane / 16);
   for (int tile = last_tile; tile >= first_tile; --tile) {
-    const int t = tile_token(tile);
+    const int t = walk.tile_token(tile);
     for (int i = 0; i < group; ++i) {
       uint32_t b[kPatches][kSlice / 8][2];
 #pragma unroll
@@ -394,10 +451,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         for (int half = 0; half < 2; ++half) {
           const int token = t + w * kPatch + g + 8 * half;
           const storage* const from = first_row + i * rows_view.head + token * rows_view.token;
+          const int elements = token >= begin && token < end ? width : 0;
 #pragma unroll
           for (int n = 0; n < kSlice / 8; ++n) {
-            const bool exists = token >= own_begin && token < walk_end && first_element + 8 * n + 2 * q < dim;
-            b[w][n][half] = exists ? *reinterpret_cast<const uint32_t*>(from + 8 * n) : 0u;
+            b[w][n][half] = 8 * n < elements ? *reinterpret_cast<const uint32_t*>(from + 8 * n) : 0u;
           }
         }
       }
@@ -423,7 +480,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int n = 0; n < kSlice / 8; ++n) mma<storage>(sums[n], a, b[w][n][0], b[w][n][1]);
       };
-      // What the slots held when the patches began, of cells,
+      // What the slots held when the patches began, of walk.cells,
       for (int row = 0; row < grad_rows; row += 16) {
         float sums[kSlice / 8][4] = {};
 #pragma unroll
@@ -469,19 +526,16 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
         }
         if (!is_last) continue;
-        int offset;
-        const int cell = trailing(tile, w, &offset), token0 = t + w * kPatch;
-        const int ended_before = given - cell, going_on = goes_on(offset);
-        const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
+        const PatchPlace place = reinterpret_cast<const PatchPlace*>(shared_memory + layout.patches)[w];
         if constexpr (kSliding) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half;
-            if (token < ended_before) continue;
+            if (token < place.ended) continue;
 #pragma unroll
             for (int n = 0; n < kSlice / 8; ++n) {
               float2* const held =
-                  reinterpret_cast<float2*>(grads + at(wrap(own_row + token, grad_rows), 8 * n + 2 * q));
+                  reinterpret_cast<float2*>(grads + at(wrap(place.own + token, grad_rows), 8 * n + 2 * q));
               sums[n][2 * half] += held->x;
               sums[n][2 * half + 1] += held->y;
               *held = make_float2(0.f, 0.f);
@@ -494,13 +548,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               reinterpret_cast<const float*>(shared_memory + layout.weights) + w * kFlux * kPatch;
 #pragma unroll
           for (int j = 0; j < kFlux; ++j) {
-            const int before = wrap(before_row + j, grad_rows), own = wrap(own_row + j, grad_rows);
+            const int before = wrap(place.before + j, grad_rows), own = wrap(place.own + j, grad_rows);
             const float end = grads[at(own, lane)];
             float begin = decays[j] * end;
             ends[j * kSlice + lane] = end;
-            if (j < going_on) {
+            if (j < place.going_on) {
               grads[at(own, lane)] = begin + grads_started[(2 * w + j) * kSlice + lane];
-            } else if (j >= ended_before) {
+            } else if (j >= place.ended) {
               grads[at(own, lane)] = 0.f;
               grads[at(before, lane)] += begin;
             } else {
@@ -524,12 +578,12 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int token = token0 + g + 8 * half;
-          if (token < own_begin || token >= own_end) continue;
-          storage* const to = row_of<storage>(to_view, s.batch, head, s.row + token) + first_element + 2 * q;
+          const int token = t + w * kPatch + g + 8 * half;
+          if (token < begin || token >= walk.own_end) continue;
+          storage* const to = row_of<storage>(to_view, walk.batch, walk.head, walk.row + token) + first_element + 2 * q;
 #pragma unroll
           for (int n = 0; n < kSlice / 8; ++n) {
-            if (first_element + 8 * n + 2 * q < dim) {
+            if (8 * n < width) {
               *reinterpret_cast<uint32_t*>(to + 8 * n) =
                   pack<storage>(sums[n][2 * half], sums[n][2 * half + 1]);
             }
@@ -541,18 +595,18 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     }
   }
 
-  if (number > 0 || !grad_given || !has_element) return;
+  if (!walk.from_begin || !grad_given || !has_element) return;
   if constexpr (!kSliding) {
     int offset;
-    const int cell = trailing(first_tile, 0, &offset);
+    const int cell = walk.trailing(first_tile, 0, &offset);
     for (int j = 0; j < goes_on(offset); ++j) {
-      if (cell + j < given) continue;
+      if (cell + j < walk.given) continue;
       grads[at((cell + j - slots) % grad_rows, lane)] += grads[at((cell + j) % grad_rows, lane)];
     }
   }
   for (int i = 0; i < slots; ++i) {
-    const int cell = given - 1 - i, slot = static_cast<int>(cells.slot(base + cell));
-    const bool open = s.position > cells.slot_opening(slot);
+    const int cell = walk.given - 1 - i, slot = static_cast<int>(walk.cells.slot(walk.base + cell));
+    const bool open = walk.position > walk.cells.slot_opening(slot);
     static_cast<float*>(grad_given)[state_at(slot)] = open ? grads[at(cell % grad_rows, lane)] : 0.f;
   }
 }

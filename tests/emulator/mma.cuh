@@ -137,6 +137,11 @@ inline void store_matrices_transposed(uint32_t address, const uint32_t (&x)[4]) 
   });
 }
 
+template <int>
+inline void give_registers() {}
+template <int>
+inline void take_registers() {}
+
 #define barrier_sync(id, threads) static_cast<void>(::emulator::wait_at_barrier(id, threads, false, {__FILE__, __LINE__}))
 #define barrier_arrive(id, threads) ::emulator::arrive_at_barrier(id, threads, {__FILE__, __LINE__})
 
