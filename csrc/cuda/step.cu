@@ -6,8 +6,13 @@ namespace {
 
 extern __shared__ __align__(32) unsigned char shared_memory[];
 
-template <typename storage, bool whole, typename compute, int kChunks, int kDim>
-__global__ void __launch_bounds__(kDim ? 2 * kDim : kStepThreads, sizeof(compute) == 8 || kChunks == 4 || !whole ? 1 : kDim == 64 ? 4 : 2)
+// Of a multiprocessor, as many as have registers for what they hold of the slots.
+template <bool whole, typename compute, int kChunks>
+constexpr int kResidentThreads = whole && sizeof(compute) == 4 && kChunks < 4 ? 512 : 256;
+
+template <typename storage, bool whole, typename compute, int kChunks, int kDim,
+          int kThreads = StepShape<compute, kChunks, kDim>::kThreads>
+__global__ void __launch_bounds__(kThreads, kResidentThreads<whole, compute, kChunks> / kThreads)
     step_slots(Problem p, StepShape<compute, kChunks, kDim> shape, View out, compute* state_key, compute* state_value,
                const int64_t* position) {
   start_next_grid();
@@ -29,7 +34,9 @@ __global__ void __launch_bounds__(kStepThreads) step_positions(int64_t sequences
 
 template <typename storage, typename compute>
 bool has_whole_rows(const Problem& p, const void* state_key, const void* state_value) {
-  const auto aligned = [](const void* slots) { return reinterpret_cast<uintptr_t>(slots) % sizeof(Quad<compute>) == 0; };
+  const auto aligned = [](const void* slots) {
+    return reinterpret_cast<uintptr_t>(slots) % sizeof(Quad<compute>) == 0;
+  };
   return p.key_dim % 4 == 0 && p.value_dim % 4 == 0 && aligned(state_key) && aligned(state_value) &&
          has_whole_quads(p.query, sizeof(storage)) && has_whole_quads(p.key, sizeof(storage)) &&
          has_whole_quads(p.value, sizeof(storage));
@@ -39,7 +46,9 @@ bool has_whole_rows(const Problem& p, const void* state_key, const void* state_v
 template <typename storage, typename compute, typename body_type>
 void with_shape(const Problem& p, bool whole, const body_type& body) {
   const int64_t dim = std::max(p.key_dim, p.value_dim);
-  const auto either = [&](const auto& shape) { return whole ? body(std::true_type(), shape) : body(std::false_type(), shape); };
+  const auto either = [&](const auto& shape) {
+    return whole ? body(std::true_type(), shape) : body(std::false_type(), shape);
+  };
   if (whole && p.key_dim == p.value_dim && p.slots % StepShape<compute, 1>::kSlots == 0) {
     if (dim == 64) return body(std::true_type(), StepShape<compute, 1, 64>(p));
     if (dim == 128) return body(std::true_type(), StepShape<compute, 1, 128>(p));
@@ -50,8 +59,11 @@ void with_shape(const Problem& p, bool whole, const body_type& body) {
 }
 
 template <typename storage, bool whole, typename compute, int kChunks, int kDim>
-void launch_step(const Problem& p, const StepShape<compute, kChunks, kDim>& shape, const View& out, void* state_key, void* state_value, const int64_t* position) {
-  launch("step_slots", step_slots<storage, whole, compute, kChunks, kDim>, p.sequences * p.kv_heads, shape.threads(), shape.shared_bytes(), p.stream, p, shape, out, static_cast<compute*>(state_key), static_cast<compute*>(state_value), position);
+void launch_step(const Problem& p, const StepShape<compute, kChunks, kDim>& shape, const View& out, void* state_key,
+                 void* state_value, const int64_t* position) {
+  launch("step_slots", step_slots<storage, whole, compute, kChunks, kDim>, p.sequences * p.kv_heads, shape.threads(),
+         shape.shared_bytes(), p.stream, p, shape, out, static_cast<compute*>(state_key),
+         static_cast<compute*>(state_value), position);
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ template <typename compute, int kChunks, int kDim = 0>
 struct StepShape {
   static constexpr int kRows = static_cast<int>(32 / sizeof(compute)) / kChunks;  // slots that a team holds at once
   static constexpr int kSlots = kStepTeams * kRows;                               // and a block
+  static constexpr int kThreads = kDim ? kStepTeams * kDim / 4 : kStepThreads;    // of a block, at most
   int slots, dims[2], lane_bits;
   int group, together;  // query heads per kv head, and how many of them go over the slots together
   compute scale;        // to logits to base 2
@@ -48,7 +49,9 @@ struct StepShape {
   BLURRY_HOST_DEVICE bool has(int slot) const { return kDim || slot < slots; }
   // Shared memory: the gates; for each query head each thread's part of the output, its top and its total.
   BLURRY_HOST_DEVICE int gate_bytes() const { return slots * static_cast<int>(sizeof(compute)); }
-  BLURRY_HOST_DEVICE int query_bytes() const { return threads() * (4 * kChunks + 2) * static_cast<int>(sizeof(compute)); }
+  BLURRY_HOST_DEVICE int query_bytes() const {
+    return threads() * (4 * kChunks + 2) * static_cast<int>(sizeof(compute));
+  }
   int shared_bytes() const { return together * query_bytes() + gate_bytes(); }
 };
 
@@ -70,12 +73,14 @@ struct Words {
 };
 
 // Aligned; a Quad's assignment is taken apart where its elements were computed.
-__device__ __forceinline__ void write_quad(float* to, const Quad<float>& quad) {
-  *reinterpret_cast<float4*>(to) = make_float4(quad.x[0], quad.x[1], quad.x[2], quad.x[3]);
-}
-__device__ __forceinline__ void write_quad(double* to, const Quad<double>& quad) {
-  reinterpret_cast<double2*>(to)[0] = make_double2(quad.x[0], quad.x[1]);
-  reinterpret_cast<double2*>(to)[1] = make_double2(quad.x[2], quad.x[3]);
+template <typename number>
+__device__ __forceinline__ void write_quad(number* to, const Quad<number>& quad) {
+  if constexpr (sizeof(number) == 4) {
+    __stwb(reinterpret_cast<float4*>(to), make_float4(quad.x[0], quad.x[1], quad.x[2], quad.x[3]));
+  } else {
+    __stwb(reinterpret_cast<double2*>(to), make_double2(quad.x[0], quad.x[1]));
+    __stwb(reinterpret_cast<double2*>(to) + 1, make_double2(quad.x[2], quad.x[3]));
+  }
 }
 
 // A thread's elements of one row: at .. at + 3, and again every kStepChunk; zeros past the row's `dim`. `whole`: four
