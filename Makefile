@@ -32,7 +32,7 @@ build/cuda-objects/%.sm_$(1).o: csrc/cuda/%.cu $(CUDA_HEADERS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize mutants cuda-objects lint format build tools system clean
+.PHONY: help demo test sanitize mutants emulate cuda-objects lint format build tools system clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,10 @@ sanitize: $(VENV)/.installed  ## run the C++ tests under AddressSanitizer and Un
 
 mutants: $(VENV)/.built  ## put single faults into the CPU sources, one by one: the tests must catch each
 	$(BIN)/python tests/mutants.py
+
+emulate:  ## run the CUDA kernels on the CPU, in an emulator, against the law in float64: SEEDS=0:200; needs g++ alone
+	@$(MAKE) --no-print-directory -C tests/emulator -j$(JOBS)
+	build/emulator/emulate --seeds $(or $(SEEDS),0:200)
 
 cuda-objects:  ## compile the CUDA kernels, warnings being errors, for two generations of cards; needs nvcc alone
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory -j2 $(CUDA_OBJECTS); \
