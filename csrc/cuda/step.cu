@@ -1,4 +1,6 @@
 // One token per sequence, in place: a block per (sequence, kv head).
+#include <algorithm>
+
 #include "step.cuh"
 
 namespace blurry_attn::cuda {
@@ -6,15 +8,13 @@ namespace {
 
 extern __shared__ __align__(32) unsigned char shared_memory[];
 
-// Of a multiprocessor, as many as have registers for what they hold of the slots.
-template <bool whole, typename compute, int kChunks>
-constexpr int kResidentThreads = whole && sizeof(compute) == 4 && kChunks < 4 ? 512 : 256;
+// As many threads of a multiprocessor as have registers for what they hold of the slots.
+template <bool whole, typename Shape>
+constexpr int kResident = whole && Shape::kSmall ? 512 : 256;
 
-template <typename storage, bool whole, typename compute, int kChunks, int kDim,
-          int kThreads = StepShape<compute, kChunks, kDim>::kThreads>
-__global__ void __launch_bounds__(kThreads, kResidentThreads<whole, compute, kChunks> / kThreads)
-    step_slots(Problem p, StepShape<compute, kChunks, kDim> shape, View out, compute* state_key, compute* state_value,
-               const int64_t* position) {
+template <typename storage, bool whole, typename Shape, typename compute = typename Shape::Number>
+__global__ void __launch_bounds__(Shape::kThreads, kResident<whole, Shape> / Shape::kThreads)
+    step_slots(Problem p, Shape shape, View out, compute* state_key, compute* state_value, const int64_t* position) {
   start_next_grid();
   const unsigned kv_heads = static_cast<unsigned>(p.kv_heads);
   const int64_t sequence = blockIdx.x / kv_heads, head = blockIdx.x % kv_heads;
@@ -42,8 +42,8 @@ bool has_whole_rows(const Problem& p, const void* state_key, const void* state_v
          has_whole_quads(p.value, sizeof(storage));
 }
 
-// Calls body(std::bool_constant<whole>{}, shape) with the shape that fits.
-template <typename storage, typename compute, typename body_type>
+// Calls body(std::bool_constant<whole>(), shape) with the shape for the problem.
+template <typename compute, typename body_type>
 void with_shape(const Problem& p, bool whole, const body_type& body) {
   const int64_t dim = std::max(p.key_dim, p.value_dim);
   const auto either = [&](const auto& shape) {
@@ -58,14 +58,6 @@ void with_shape(const Problem& p, bool whole, const body_type& body) {
   return either(StepShape<compute, 4>(p));
 }
 
-template <typename storage, bool whole, typename compute, int kChunks, int kDim>
-void launch_step(const Problem& p, const StepShape<compute, kChunks, kDim>& shape, const View& out, void* state_key,
-                 void* state_value, const int64_t* position) {
-  launch("step_slots", step_slots<storage, whole, compute, kChunks, kDim>, p.sequences * p.kv_heads, shape.threads(),
-         shape.shared_bytes(), p.stream, p, shape, out, static_cast<compute*>(state_key),
-         static_cast<compute*>(state_value), position);
-}
-
 }  // namespace
 
 void step(const Problem& problem, const View& out, void* state_key, void* state_value, int64_t* position) {
@@ -73,8 +65,10 @@ void step(const Problem& problem, const View& out, void* state_key, void* state_
     using storage = decltype(storage_tag);
     using compute = decltype(compute_tag);
     const bool whole = has_whole_rows<storage, compute>(problem, state_key, state_value);
-    with_shape<storage, compute>(problem, whole, [&](auto is_whole, const auto& shape) {
-      launch_step<storage, decltype(is_whole)::value>(problem, shape, out, state_key, state_value, position);
+    with_shape<compute>(problem, whole, [&](auto is_whole, auto shape) {
+      launch("step_slots", step_slots<storage, decltype(is_whole)::value, decltype(shape)>,
+             problem.sequences * problem.kv_heads, shape.threads(), shape.shared_bytes(), problem.stream, problem,
+             shape, out, static_cast<compute*>(state_key), static_cast<compute*>(state_value), position);
     });
   });
   launch_early("step_positions", step_positions, (problem.sequences + kStepThreads - 1) / kStepThreads, kStepThreads, 0,

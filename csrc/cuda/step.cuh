@@ -18,16 +18,17 @@ constexpr int kStepThreads = kStepTeams * kWarp;  // of a block, at most
 constexpr int kStepSharedBytes = 48 << 10;        // of a block, at most
 constexpr int kStepChunk = 4 * kWarp;             // elements of a row that the largest team holds, times kChunks
 constexpr int kShut = 2;                          // in place of a shut slot's gate; gates lie in -1 .. 1
-
 constexpr double kLog2E = 1.4426950408889634;
 
 // How slots and elements are dealt to the threads of a block: by sizes alone, so that a layout never changes a bit.
 // kDim: the head size of key and value where it is known and the block holds slots without a remainder; else 0.
 template <typename compute, int kChunks, int kDim = 0>
 struct StepShape {
+  using Number = compute;
   static constexpr int kRows = static_cast<int>(32 / sizeof(compute)) / kChunks;  // slots that a team holds at once
   static constexpr int kSlots = kStepTeams * kRows;                               // and a block
   static constexpr int kThreads = kDim ? kStepTeams * kDim / 4 : kStepThreads;    // of a block, at most
+  static constexpr bool kSmall = sizeof(compute) == 4 && kChunks < 4;             // what a thread holds
   int slots, dims[2], lane_bits;
   int group, together;  // query heads per kv head, and how many of them go over the slots together
   compute scale;        // to logits to base 2
@@ -172,7 +173,7 @@ __device__ __forceinline__ void step_token(const Problem& p, const StepShape<com
   hold(team);
   const Row key = input(p.key, head, key_dim), value = input(p.value, head, value_dim);
   Row query = input(p.query, head * shape.group, key_dim);
-  if (threadIdx.x < shape.slots) {
+  if (static_cast<int>(threadIdx.x) < shape.slots) {
     const Law<compute> law(p, head);
     const int64_t token = when();
     TokenGates<compute> shares;
@@ -232,17 +233,16 @@ __device__ __forceinline__ void step_token(const Problem& p, const StepShape<com
         }
         const compute base = top == kNone ? compute(0) : top;
         Slot sum = {};
-        if (first > team) {
-          const compute kept = exp2(before - base);
-          total = totals[mine] * kept;
-          sum = sums[mine];
-          sum.with(sum, [kept](compute& x, compute) { x *= kept; });
-        }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const compute weight = exp2(logits[r] - base);
-          total = fma(weight, compute(1), total);
+          total += weight;
           sum.with(values[r], [weight](compute& x, compute v) { x = fma(weight, v, x); });
+        }
+        if (first > team) {
+          const compute kept = exp2(before - base);
+          total = fma(kept, totals[mine], total);
+          sum.with(sums[mine], [kept](compute& x, compute earlier) { x = fma(kept, earlier, x); });
         }
         tops[mine] = top;
         totals[mine] = total;
