@@ -184,15 +184,17 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/step.cu",
-        ("CUDA step: position not advanced", "position[i] += 1;", "position[i] += 0;", STEP),
+        ("CUDA step: position not advanced", "position[i] = before + 1;", "position[i] = before;", STEP),
     ),
     *faults(
         "csrc/cuda/step.cuh",
-        ("CUDA step: shut slots read", "written(before ? *content : compute(0), token, gate);",
-         "written(*content, token, gate);", CUDA_STATES),
-        ("CUDA step: scale dropped", "static_cast<compute>(p.scale) * sum", "sum", STEP),
-        ("CUDA step: a share of the slots left out", "for (int other = 1; other < shares;",
-         "for (int other = 2; other < shares;", STEP),
+        ("CUDA step: shut slots read", "gate == compute(kShut) ? compute(0) : written(", "written(", CUDA_STATES),
+        ("CUDA step: shut slots attended", "open >> r & 1 ? shape.scale * logits[r] : kNone;",
+         "shape.scale * logits[r];", CUDA_STATES),
+        ("CUDA step: scale dropped", "scale(static_cast<compute>(p.scale * kLog2E))",
+         "scale(static_cast<compute>(kLog2E))", STEP),
+        ("CUDA step: a team's slots left out", "for (int t = 0; t < kStepTeams; ++t) {\n        const compute share",
+         "for (int t = 1; t < kStepTeams; ++t) {\n        const compute share", STEP),
     ),
     *faults(
         "csrc/cuda/scan.cu",

@@ -6,6 +6,7 @@
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -100,7 +101,7 @@ __device__ __forceinline__ void copy_quad(Quad<storage>* to, const storage* row,
   for (int e = 0; e < 4; ++e) to->x[e] = d + e < dim ? row[(d + e) * element] : storage{};
 }
 
-inline bool has_whole_quads(const View& view, int64_t element_size) {
+BLURRY_HOST_DEVICE inline bool has_whole_quads(const View& view, int64_t element_size) {
   const int64_t quad = 4 * element_size;
   return view.element == 1 && reinterpret_cast<uintptr_t>(view.data) % quad == 0 && view.batch % 4 == 0 &&
          view.head % 4 == 0 && view.token % 4 == 0;
@@ -262,16 +263,39 @@ struct Sequence {
   __device__ int64_t end() const { return position + length; }
 };
 
-// Launches and names what cannot be launched. All blocks lie in grid.x, which holds 2^31 - 1.
+// Lets the next grid of the stream start while this one runs, if launch_early() launched it.
+__device__ __forceinline__ void start_next_grid() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+// Waits until the grid before has ended and all that it wrote can be read.
+__device__ __forceinline__ void wait_for_grid_before() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// What `ask` says (0 or more) of the current device: asked once per device and place of the call.
+template <typename ask_type>
+int once_per_device(const ask_type& ask) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // the answer + 1
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device >= kDevices) return ask();
+  if (known[device] == 0) known[device] = ask() + 1;
+  return known[device] - 1;
+}
+
 template <typename... parameters, typename... arguments>
-void launch(const char* name, void (*kernel)(parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-            cudaStream_t stream, const arguments&... args) {
+void launch_with(cudaLaunchConfig_t config, const char* name, void (*kernel)(parameters...), int64_t blocks,
+                 int threads, int64_t shared_bytes, cudaStream_t stream, const arguments&... args) {
   if (blocks == 0) return;
   const auto fail = [name](const std::string& why) {
     throw std::runtime_error("blurry_attn: CUDA kernel " + std::string(name) + ": " + why);
   };
   if (blocks > INT32_MAX) fail("the problem needs " + std::to_string(blocks) + " blocks, more than a grid holds");
-  cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
@@ -281,6 +305,31 @@ void launch(const char* name, void (*kernel)(parameters...), int64_t blocks, int
     cudaGetLastError();  // what is reported here shall not surface again elsewhere
     fail(cudaGetErrorString(error));
   }
+}
+
+// Launches and names what cannot be launched. All blocks lie in grid.x, which holds 2^31 - 1.
+template <typename... parameters, typename... arguments>
+void launch(const char* name, void (*kernel)(parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+            cudaStream_t stream, const arguments&... args) {
+  launch_with({}, name, kernel, blocks, threads, shared_bytes, stream, args...);
+}
+
+// The same for a kernel that calls wait_for_grid_before(): where cards and code can (from 9.0 on), it starts once every
+// block of the grid before has called start_next_grid() or ended.
+template <typename... parameters, typename... arguments>
+void launch_early(const char* name, void (*kernel)(parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+                  cudaStream_t stream, const arguments&... args) {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  // Code made for an earlier card does not wait, on whatever card it runs.
+  config.numAttrs = once_per_device([&] {
+    cudaFuncAttributes made{};
+    return cudaFuncGetAttributes(&made, kernel) == cudaSuccess && made.ptxVersion >= 90 ? 1 : 0;
+  });
+  launch_with(config, name, kernel, blocks, threads, shared_bytes, stream, args...);
 }
 
 // Calls body(storage{}, compute{}) for the dtype.

@@ -20,20 +20,21 @@ __global__ void __launch_bounds__(kStepThreads)
     sound = sound && !unsound[(x + i) * p.kv_heads + head];
   }
   if (sound) return;
-  const Law<float> law(p, head);
   const int64_t lane = sequence.index * p.kv_heads + head;
   float* const keys = contents + lane * p.slots * (p.key_dim + p.value_dim);
   float* const values = keys + p.slots * p.key_dim;
-  if (p.state_key) {
-    const float* const from_key = static_cast<const float*>(p.state_key) + lane * p.slots * p.key_dim;
-    const float* const from_value = static_cast<const float*>(p.state_value) + lane * p.slots * p.value_dim;
-    for (int64_t i = threadIdx.x; i < p.slots * p.key_dim; i += kStepThreads) keys[i] = from_key[i];
-    for (int64_t i = threadIdx.x; i < p.slots * p.value_dim; i += kStepThreads) values[i] = from_value[i];
-    __syncthreads();
+  const auto given = [](const void* state, int64_t i) { return state ? static_cast<const float*>(state)[i] : 0.f; };
+  const int64_t key_size = p.slots * p.key_dim, value_size = p.slots * p.value_dim;
+  for (int64_t i = threadIdx.x; i < key_size; i += blockDim.x) keys[i] = given(p.state_key, lane * key_size + i);
+  for (int64_t i = threadIdx.x; i < value_size; i += blockDim.x) {
+    values[i] = given(p.state_value, lane * value_size + i);
   }
+  __syncthreads();
+  const StepShape<float, 1> shape(p);
   for (int64_t t = 0; t < sequence.length; ++t) {
-    step_token<storage>(p, law, sequence.batch, head, sequence.row + t, sequence.position + t, keys, values,
-                        outputs.out, static_cast<float*>(outputs.lse), shared_memory);
+    const auto when = [&] { return sequence.position + t; };
+    step_token<storage, true>(p, shape, when, sequence.batch, head, sequence.row + t, keys, values, outputs.out,
+                              static_cast<float*>(outputs.lse), shared_memory);
   }
 }
 
@@ -124,8 +125,9 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   for_half(p.dtype, [&](auto storage_tag) {
     using storage = decltype(storage_tag);
     if (p.tokens > 0) {
-      launch("window_repair", window_repair<storage>, p.sequences * p.kv_heads, kStepThreads,
-             step_shared_bytes<float>(p.slots), p.stream, p, outputs, plan, unsound, contents);
+      const StepShape<float, 1> shape(p);
+      launch("window_repair", window_repair<storage>, p.sequences * p.kv_heads, shape.threads(), shape.shared_bytes(),
+             p.stream, p, outputs, plan, unsound, contents);
     }
     if (!outputs.state_key) return;
     const auto state = [&](const View& tokens, int64_t dim, const void* given, void* end) {

@@ -221,10 +221,11 @@ Case draw(const Options& o, uint64_t seed) {
   p.kernel = !window && random.chance(40) ? Kernel::dirichlet : Kernel::fejer;
   if (!o.kernel.empty()) p.kernel = o.kernel == "dirichlet" ? Kernel::dirichlet : Kernel::fejer;
   p.kv_heads = random.one_of({1, 1, 2, 3});
-  p.query_heads = p.kv_heads * random.one_of({1, 1, 2, 3});
+  p.query_heads = p.kv_heads * (step ? random.one_of({1, 1, 2, 3, 8, 33}) : random.one_of({1, 1, 2, 3}));
   p.slots = window
                 ? random.one_of<int64_t>({16, 17, 24, 31, 32, 32, 33, 48, 63, 64, 64, 65, 80, random.between(16, 80)})
                 : random.one_of<int64_t>({2, 3, 5, 16, 33, random.between(2, 40)});
+  if (step && random.chance(50)) p.slots = random.one_of<int64_t>({32, 64, 64, 128, random.between(41, 300)});
   if (o.slots) p.slots = o.slots;
   const bool mixed = random.chance(60);
   const bool staggered = random.chance(50);
@@ -241,7 +242,7 @@ Case draw(const Options& o, uint64_t seed) {
   const auto dim = [&] {
     if (o.dim) return o.dim;
     if (window) return random.one_of<int64_t>({8, 16, 64, 64, 72, 128, 8 * random.between(1, 16)});
-    if (step && random.chance(10)) return random.between(257, cuda::kMaxHeadDim);
+    if (step && random.chance(50)) return random.one_of<int64_t>({64, 64, 128, 4 * random.between(1, 128), 511, 512});
     return random.one_of<int64_t>({1, 8, 16, 20, 33, 64, random.between(1, 100)});
   };
   p.key_dim = dim();

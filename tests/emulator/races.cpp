@@ -225,4 +225,8 @@ extern "C" void __tsan_read_range(const void* at, size_t bytes) {
 extern "C" void __tsan_write_range(const void* at, size_t bytes) {
   emulator::races::access(at, bytes, true, __builtin_return_address(0));
 }
+// Host code's own.
+extern "C" char __tsan_atomic8_load(const volatile char* at, int order) { return __atomic_load_n(at, order); }
+extern "C" int __tsan_atomic32_load(const volatile int* at, int order) { return __atomic_load_n(at, order); }
+extern "C" void __tsan_atomic32_store(volatile int* at, int x, int order) { __atomic_store_n(at, x, order); }
 extern "C" void __tsan_init() { emulator::races::enable(); }

@@ -70,6 +70,10 @@ type __ldg(const type* from) {
   return *from;
 }
 template <typename type>
+void __stwb(type* to, type x) {
+  *to = x;
+}
+template <typename type>
 type min(type a, type b) {
   return b < a ? b : a;
 }
@@ -151,10 +155,22 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;  // grids run one after another, whatever they allow
+  unsigned numAttrs;
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
 };
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -181,6 +197,11 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(parameters...), cudaFuncAttribut
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || static_cast<size_t>(value) > emulator::kMaxSharedBytes) return cudaErrorInvalidValue;
   emulator::shared_limit(reinterpret_cast<const void*>(kernel)) = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+template <typename... parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(parameters...)) {
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 template <typename... parameters, typename... argument_types>
