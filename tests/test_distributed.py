@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from helpers import assert_accurate, make_inputs, make_state, randn, run
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from world import World
 
 pytest.importorskip("matplotlib")
@@ -19,7 +22,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch.distributed has no gloo here", allow_module_level=True)
 
 
-from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention
+from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
 from blurry_attn.distributed import context_parallel_attention, piece_start
 
 CPU = torch.device("cpu")
@@ -134,3 +137,141 @@ def test_what_is_sent_does_not_depend_on_the_length(world: World):
     for tokens in (40, 400):
         whole = make_inputs(2, 4, None, tokens, 4, 6, dtype=torch.float32)
         assert world(sent, whole, STAGGERED) == [[numbers * (4 + 6 + 1) * 4, numbers * (4 + 6) * 4]] * world.size
+
+
+@lru_cache
+def mesh(*shape: int) -> DeviceMesh:
+    return init_device_mesh("cpu", shape)
+
+
+def placed(x: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    """A whole tensor that every rank holds, as a DTensor; differentiable."""
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim).redistribute(placements=placements)
+
+
+def on_mesh(state: BlurryState, mesh: DeviceMesh, placements: list[Placement]) -> BlurryState:
+    """The state as the call's placements want it: its position has no heads."""
+    positions = [Replicate() if at == Shard(1) else at for at in placements]
+    key, value = (placed(x, mesh, placements) for x in (state.key, state.value))
+    return BlurryState(key, value, placed(state.position, mesh, positions), state.window)
+
+
+def gathered(state: BlurryState) -> BlurryState:
+    return BlurryState(*(x.full_tensor() for x in (state.key, state.value, state.position)), state.window)
+
+
+def divided(shape: tuple[int, ...], placements: list[list[Placement]], *arguments: Any, **options: Any) -> dict:
+    """What `helpers.run` gives of a call on DTensors, all of it gathered."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, window: BlurryWindow, *, state: Any, **options: Any) -> tuple:
+        inputs = (placed(x, mesh(*shape), at) for x, at in zip((query, key, value), placements, strict=True))
+        if state is not None:
+            state = on_mesh(state, mesh(*shape), placements[1])
+        out, lse, *end = blurry_window_attention(*inputs, window, state=state, **options)
+        return out.full_tensor(), lse.full_tensor(), *map(gathered, end)
+
+    return run(attend, *arguments, **options)
+
+
+# Placements of query, key and value along each dimension of the mesh.
+B, H, R = Shard(0), Shard(1), Replicate()
+DIVISIONS = {
+    "replicated": ([R], [R], [R]),
+    "sequences": ([B], [B], [B]),
+    "heads": ([H], [H], [H]),
+    "query by heads": ([H], [R], [R]),
+    "value by sequences": ([R], [R], [B]),
+    "sequences and heads": ([B, H], [B, H], [B, H]),
+    "heads twice": ([H, H], [R, H], [H, R]),
+    "half of it": ([R, H], [R, R], [R, R]),
+}
+
+
+def mesh_shape(world: World, placements: list[Placement]) -> tuple[int, ...]:
+    return (world.size,) if len(placements) == 1 else (2, world.size // 2)
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_a_call_on_dtensors_is_the_call(name: str, world: World):
+    placements = DIVISIONS[name]
+    window = BlurryWindow.pyramid(4, (1, 3, 3, 8))
+    whole = make_inputs(4, 8, 4, 30, 4, 6)
+    state = make_state(window, [0, 3, 50, 777], 4, 4, 6)
+    expected = run(blurry_window_attention, *whole, window, state=state)
+    for actual in world(divided, mesh_shape(world, placements[0]), placements, *whole, window, state=state):
+        assert_accurate(actual, expected, torch.float64, window)
+
+
+def packed(placements: list[list[Placement]], *whole: Tensor) -> tuple[Tensor, ...]:
+    """Output and gradients of packed sequences, gathered."""
+    leaves = [x.clone().requires_grad_() for x in whole]
+    size = dist.get_world_size()
+    inputs = (placed(x, mesh(size), at) for x, at in zip(leaves, placements, strict=True))
+    out = blurry_window_attention(*inputs, STAGGERED, enable_gqa=True, cu_seqlens=torch.tensor([0, 7, 7, 30]))
+    return out.full_tensor().detach(), *torch.autograd.grad(out.full_tensor().square().sum(), leaves)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_ranks_that_share_a_kv_head_sum_its_gradient(kv_heads: int, world: World):
+    whole = make_inputs(1, 8, kv_heads, 30)
+    leaves = [x.clone().requires_grad_() for x in whole]
+    out = blurry_window_attention(*leaves, STAGGERED, enable_gqa=True, cu_seqlens=torch.tensor([0, 7, 7, 30]))
+    expected = out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+    for actual in world(packed, [[H], [R], [R]], *whole):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def stepped(placements: list[Placement], whole: tuple[Tensor, ...], state: BlurryState) -> tuple[Tensor, ...]:
+    state = on_mesh(state.clone(), mesh(dist.get_world_size()), placements)  # memory that is sent is shared
+    inputs = [placed(x, state.key.device_mesh, placements) for x in whole]
+    steps = [
+        blurry_window_step(*(x[:, :, t : t + 1] for x in inputs), state, enable_gqa=True).full_tensor()
+        for t in range(whole[0].shape[2])
+    ]
+    state = gathered(state)
+    return torch.cat(steps, 2), state.key, state.value, state.position
+
+
+@pytest.mark.parametrize("placements", [[B], [H], [R]], ids=repr)
+def test_steps_on_dtensors_are_the_steps(placements: list[Placement], world: World):
+    whole, state = make_inputs(4, 8, 4, 5, 4, 6), make_state(STAGGERED, [0, 3, 50, 777], 4, 4, 6)
+    actual = world(stepped, placements, whole, state)
+    steps = [blurry_window_step(*(x[:, :, t : t + 1] for x in whole), state, enable_gqa=True) for t in range(5)]
+    expected = torch.cat(steps, 2), state.key, state.value, state.position
+    assert all(torch.equal(x, y) for of_rank in actual for x, y in zip(of_rank, expected, strict=True))
+
+
+T, D = Shard(2), Shard(3)
+# Sequences, query heads, kv heads; where query, key, value and the slots of a state lie (None: plain); the error.
+REFUSALS = {
+    "plain": (4, 4, 4, (H, None, H, H), TypeError, "key must be a DTensor like the other arguments, got Tensor"),
+    "plain state": (4, 4, 4, (H, H, H, None), TypeError, "state.key must be a DTensor like the other"),
+    "tokens": (4, 4, 4, (T, T, T, R), NotImplementedError, "sharded along tokens: .*context_parallel_attention"),
+    "head_dim": (4, 4, 4, (R, R, D, R), NotImplementedError, "sharded along head_dim: shard heads, dimension 1"),
+    "unlike": (4, 4, 4, (B, H, R, H), ValueError, r"must be sharded alike, got Shard.*0.*, Shard.*1.*, Replicate"),
+    "sequences": (3, 4, 4, (B, B, B, B), ValueError, "query must divide evenly over . ranks in dimension 0"),
+    "heads": (4, 3, 3, (H, H, H, R), ValueError, r"query must .* in dimension 1, got shape \(4, 3, 1, 8\)"),
+    "kv heads": (4, 12, 3, (H, R, R, R), ValueError, "key must divide evenly over . ranks in dimension 1"),
+    "shared": (4, 4, 1, (H, R, R, R), NotImplementedError, "a state cannot be divided over . ranks by its 1 kv heads"),
+    "state": (4, 4, 4, (H, H, H, B), ValueError, "state.key must have placements .* to be updated in place, got"),
+}
+
+
+def is_refused(
+    batch: int, heads: int, kv_heads: int, placements: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    def lying(x: Tensor, at: Placement | None) -> Tensor:
+        return x if at is None else placed(x, mesh(dist.get_world_size()), [at])
+
+    state = make_state(STAGGERED, [0] * batch, kv_heads)
+    tensors = (*make_inputs(batch, heads, kv_heads, 1), state.key, state.value)
+    query, key, value, *slots = (lying(x, at) for x, at in zip(tensors, (*placements, placements[-1]), strict=True))
+    position = lying(state.position, R if placements[-1] == H else placements[-1])
+    with pytest.raises(error, match=message):
+        blurry_window_step(query, key, value, BlurryState(*slots, position, STAGGERED), enable_gqa=True)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_dtensors_that_cannot_be_attended_are_refused(name: str, world: World):
+    world(is_refused, *REFUSALS[name])
