@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_accurate, make_inputs, make_state, randn, run
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
 from world import World
 
 pytest.importorskip("matplotlib")
@@ -22,8 +23,8 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch.distributed has no gloo here", allow_module_level=True)
 
 
-from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
-from blurry_attn.distributed import context_parallel_attention, piece_start
+from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
+from blurry_attn.distributed import HeadParallel, context_parallel_attention, piece_start
 
 CPU = torch.device("cpu")
 STAGGERED = BlurryWindow(4, 32)
@@ -275,3 +276,41 @@ def is_refused(
 @pytest.mark.parametrize("name", REFUSALS)
 def test_dtensors_that_cannot_be_attended_are_refused(name: str, world: World):
     world(is_refused, *REFUSALS[name])
+
+
+def layer() -> BlurrySelfAttention:
+    torch.manual_seed(0)
+    window = BlurryWindow(4, 16)  # the phases of all heads differ
+    return BlurrySelfAttention(32, 8, window, 4, bias=True, rope_base=100.0, dtype=torch.float64)
+
+
+def attended(attention: BlurrySelfAttention, x: Tensor, padding: Tensor | None) -> dict[str, Tensor]:
+    """Outputs of reading, reading on and a step, gradients of input and weights, and the state's shape."""
+    x = x.clone().requires_grad_()
+    first, state = attention(x, key_padding_mask=padding, return_state=True)
+    second, state = attention(x, state=state, return_state=True)
+    grads = torch.autograd.grad((first * second).sum(), (x, *attention.parameters()))
+    with torch.no_grad():
+        third = attention.step(x[:, :1], state.detach())
+    names = ("x", *(name for name, _ in attention.named_parameters()))
+    grads = (grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads)
+    return {"out": torch.cat((first, second, third), 1).detach(), **dict(zip(names, grads, strict=True))}
+
+
+def by_heads(x: Tensor, padding: Tensor | None) -> dict[str, Tensor]:
+    module = nn.Sequential(layer())
+    size = dist.get_world_size()
+    parallelize_module(module, mesh(size), {"*": HeadParallel()})
+    assert module[0](x, return_state=True)[1].kv_heads == 4 // size
+    return attended(module[0], x, padding)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_a_layer_by_heads_is_the_layer(padded: bool, world: World):
+    x, padding = randn(2, 20, 32), None
+    if padded:
+        padding = torch.zeros(2, 20, dtype=torch.bool)
+        padding[0, :5] = padding[1, 7:9] = True
+    expected = attended(layer(), x, padding)
+    for actual in world(by_heads, x, padding):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
