@@ -172,11 +172,14 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
 class HeadParallel(ParallelStyle):
     """Tensor parallel for :class:`blurry_attn.BlurrySelfAttention`, in a plan of ``parallelize_module``.
 
-    Query, key and value are projected to the heads of this rank, which the module attends over through their own windows;
-    one all-reduce sums the output. Inputs and outputs are plain tensors, the same on every rank; a state holds the heads
-    of this rank.
+    A rank projects to some of the heads and attends over them, each through its own window; one all-reduce sums the
+    output. Inputs and outputs are plain tensors, the same on every rank; a state holds the heads of its rank.
 
-    >>> parallelize_module(model, mesh, {"layers.*.attention": HeadParallel(), ...})
+    >>> parallelize_module(model, mesh, {"layers.*.attention": HeadParallel()})
+
+    Raises:
+        TypeError: another module.
+        ValueError: kv heads that do not divide evenly over the ranks.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

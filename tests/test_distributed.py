@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
+import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
-from world import World
+from world import TIMEOUT, World
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -23,8 +32,15 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch.distributed has no gloo here", allow_module_level=True)
 
 
+from benchmarks.context.__main__ import DIM, HEADS, SLOTS, counted
 from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
-from blurry_attn.distributed import HeadParallel, context_parallel_attention, piece_start
+from blurry_attn.distributed import HeadParallel, context_parallel_attention
+from blurry_attn.lm import checkpoint
+from blurry_attn.lm import train as training
+from blurry_attn.lm.checkpoint import TrainConfig
+from blurry_attn.lm.data import InputError
+from blurry_attn.lm.model import ModelConfig
+from blurry_attn.lm.parallel import STRATEGIES, rank, size
 
 CPU = torch.device("cpu")
 STAGGERED = BlurryWindow(4, 32)
@@ -115,29 +131,11 @@ def test_a_token_that_is_not_a_number_stays_where_it_is_in_one_process(world: Wo
         assert not actual[:, :, -20:].isnan().any()
 
 
-def sent(whole: tuple[Tensor, ...], window: BlurryWindow) -> list[int]:
-    """Bytes of each collective of a forward and a backward pass that this rank sends to every other one."""
-    sizes, gather = [], dist.all_gather
-
-    def counting(gathered: list[Tensor], x: Tensor, group: Any = None) -> Any:
-        sizes.append(x.nbytes)
-        return gather(gathered, x, group)
-
-    pieces = [x.chunk(dist.get_world_size(), 2)[dist.get_rank()].clone().requires_grad_() for x in whole]
-    start = piece_start(pieces[0].shape[2])
-    dist.all_gather = counting
-    try:
-        context_parallel_attention(*pieces, window, start=start).sum().backward()
-    finally:
-        dist.all_gather = gather
-    return sizes
-
-
 def test_what_is_sent_does_not_depend_on_the_length(world: World):
-    numbers = 2 * 4 * STAGGERED.slots  # sequences, kv heads, slots
-    for tokens in (40, 400):
-        whole = make_inputs(2, 4, None, tokens, 4, 6, dtype=torch.float32)
-        assert world(sent, whole, STAGGERED) == [[numbers * (4 + 6 + 1) * 4, numbers * (4 + 6) * 4]] * world.size
+    others, numbers = world.size - 1, HEADS * SLOTS
+    forward, backward = (numbers * (2 * DIM + extra) * 4 * others for extra in (1, 0))
+    for tokens in (80, 800):
+        assert world(counted, tokens) == [(forward, forward + backward)] * world.size
 
 
 @lru_cache
@@ -243,6 +241,21 @@ def test_steps_on_dtensors_are_the_steps(placements: list[Placement], world: Wor
     assert all(torch.equal(x, y) for of_rank in actual for x, y in zip(of_rank, expected, strict=True))
 
 
+def compiled(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a compiled call on DTensors gives the output and gradients of the call."""
+    inputs = [placed(x, mesh(dist.get_world_size()), [H]).detach().requires_grad_() for x in tensors]
+    whole = torch.compile(blurry_window_attention, fullgraph=True, backend="aot_eager")
+    found = []
+    for attend in (blurry_window_attention, whole):
+        out = attend(*inputs, STAGGERED)
+        found.append([x.to_local() for x in (out, *torch.autograd.grad(out.sum(), inputs))])
+    return all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_a_call_on_dtensors_compiles_whole(world: World):
+    assert all(world(compiled, make_inputs(2, 4, None, 30)))
+
+
 T, D = Shard(2), Shard(3)
 # Sequences, query heads, kv heads; where query, key, value and the slots of a state lie (None: plain); the error.
 REFUSALS = {
@@ -314,3 +327,104 @@ def test_a_layer_by_heads_is_the_layer(padded: bool, world: World):
     expected = attended(layer(), x, padding)
     for actual in world(by_heads, x, padding):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+SMALL = ModelConfig(dim=32, layers=2, slots=8, resolutions=(1, 1, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def schedule(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Batches of 3 sequences, which divide over neither 2 nor 4 processes."""
+    text = tmp_path_factory.mktemp("text") / "text.py"
+    text.write_bytes(Path(heapq.__file__).read_bytes())
+    return TrainConfig(text=str(text), context=32, batch=3, steps=8, learning_rate=1e-2)
+
+
+def trained(
+    mixer: str, schedule: TrainConfig, folder: Path, strategy: str = "ddp", stop: int | None = None
+) -> float | None:
+    """Held-out bits per byte; None where the last process was interrupted at step ``stop``."""
+
+    step = training._step
+
+    def interrupted(*arguments: Any) -> dict[str, float]:
+        if arguments[4] + 1 == stop and rank() == size() - 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    with mock.patch.object(training, "_step", interrupted):
+        try:
+            return training.train(replace(SMALL, mixer=mixer), schedule, folder, CPU, strategy).bits
+        except training.Interrupted:
+            return None
+
+
+@cache
+def alone(mixer: str, schedule: TrainConfig) -> tuple[list[dict], dict[str, Tensor]]:
+    with TemporaryDirectory() as folder:
+        trained(mixer, schedule, Path(folder))
+        return outcome(Path(folder))
+
+
+def outcome(folder: Path) -> tuple[list[dict], dict[str, Tensor]]:
+    """Its numbers at every step, without durations, and its checkpoint."""
+    lines = [json.loads(line) for line in (folder / training.METRICS).read_text().splitlines()]
+    assert all(line.pop("seconds") > 0 for line in lines)
+    return lines, checkpoint.load(folder).tensors
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mixer"), [(strategy, "blurry") for strategy in STRATEGIES] + [("tensor", "full")]
+)
+def test_processes_train_as_one_does(strategy: str, mixer: str, schedule: TrainConfig, world: World, tmp_path: Path):
+    """Every loss and every validation, to 1e-5; one process goes on from the checkpoint of many, and many from its."""
+    assert world(trained, mixer, schedule, tmp_path, strategy, stop=3) == [None] * world.size
+    assert trained(mixer, schedule, tmp_path, stop=5) is None
+    bits = world(trained, mixer, schedule, tmp_path, strategy)
+    (lines, tensors), (expected, one) = outcome(tmp_path), alone(mixer, schedule)
+    assert lines == [pytest.approx(line, rel=1e-5) for line in expected]
+    assert bits == [lines[-1]["validation_bits"]] * world.size
+    assert {name: x.shape for name, x in tensors.items()} == {name: x.shape for name, x in one.items()}
+
+
+def is_told(schedule: TrainConfig, folder: Path) -> None:
+    with pytest.raises(InputError, match=r"--parallel tensor: 1 heads do not divide evenly over . processes"):
+        training.train(replace(SMALL, resolutions=(4,)), schedule, folder, CPU, "tensor")
+    assert not folder.exists()
+
+
+def test_heads_that_do_not_divide_are_told(schedule: TrainConfig, world: World, tmp_path: Path):
+    world(is_told, schedule, tmp_path / "run")
+
+
+CRASH = """
+import os, sys
+from blurry_attn.lm import __main__, train
+step = train._step
+def crash(*arguments):
+    if os.environ["RANK"] == "1" and arguments[4] == 4:
+        os._exit(7)
+    return step(*arguments)
+train._step = crash
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize("crashes", [False, True], ids=["whole", "crash"])
+def test_torchrun_trains_and_ends(crashes: bool, schedule: TrainConfig, tmp_path: Path):
+    """The first process alone prints and writes; when one crashes, all end, and what was saved can be read."""
+    (tmp_path / "crash.py").write_text(CRASH)
+    program = ["--", str(tmp_path / "crash.py")] if crashes else ["-m", "--", "blurry_attn.lm"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    shape = ["--dim", "16", "--layers", "1", "--context", "32", "--steps", "8", "--device", "cpu"]
+    files = ["--text", str(schedule.text), "--run", str(tmp_path / "run")]
+    done = subprocess.run([*launch, "train", *shape, *files], capture_output=True, text=True, timeout=TIMEOUT)
+    if crashes:
+        assert done.returncode != 0 and "exitcode  : 7" in done.stderr, done.stderr
+        assert checkpoint.load(tmp_path / "run").step == 4
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr, done.stderr
+        assert done.stdout.count("step 8: held-out bits per byte") == done.stdout.count("to sample:") == 1
+        files = {file.name for file in (tmp_path / "run").iterdir()}
+        assert files == {checkpoint.FILE, training.METRICS, training.PLOT}
