@@ -1,4 +1,4 @@
-"""Many devices: a sequence cut over ranks (context parallel)."""
+"""Many devices: a sequence cut over ranks (context parallel), the heads of a layer over ranks (tensor parallel)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from . import _C
+from .modules import BlurrySelfAttention
 from .ops import blurry_window_attention
 from .state import BlurryState
 from .window import BlurryWindow
@@ -164,3 +167,32 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
     gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, x.contiguous(), group)
     return gathered
+
+
+class HeadParallel(ParallelStyle):
+    """Tensor parallel for :class:`blurry_attn.BlurrySelfAttention`, in a plan of ``parallelize_module``.
+
+    A rank projects to some of the heads and attends over them, each through its own window; one all-reduce sums the
+    output. Inputs and outputs are plain tensors, the same on every rank; a state holds the heads of its rank.
+
+    >>> parallelize_module(model, mesh, {"layers.*.attention": HeadParallel()})
+
+    Raises:
+        TypeError: another module.
+        ValueError: kv heads that do not divide evenly over the ranks.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, BlurrySelfAttention):
+            raise TypeError(f"HeadParallel is for BlurrySelfAttention, got {type(module).__name__}")
+        ranks, rank = device_mesh.size(), device_mesh.get_local_rank()
+        if module.num_kv_heads % ranks:
+            raise ValueError(f"num_kv_heads must be a multiple of the {ranks} ranks, got {module.num_kv_heads}")
+        projections = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
+        parallelize_module(
+            module, device_mesh, {**projections, "out_proj": RowwiseParallel()}, src_data_rank=self.src_data_rank
+        )
+        kv_heads = module.num_kv_heads // ranks
+        module.window = module.window.of_heads(module.num_kv_heads, slice(rank * kv_heads, (rank + 1) * kv_heads))
+        module.num_heads, module.num_kv_heads = module.num_heads // ranks, kv_heads
+        return module

@@ -296,8 +296,12 @@ class BlurrySelfAttention(nn.Module):
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value (B, H, T, D) of x (B, T, E), as views of the projections."""
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+            for projection, heads in (
+                (self.q_proj, self.num_heads),
+                (self.k_proj, self.num_kv_heads),
+                (self.v_proj, self.num_kv_heads),
+            )
         )
         if self.rope_base is not None:
             query, key = rotary(query, positions, self.rope_base), rotary(key, positions, self.rope_base)

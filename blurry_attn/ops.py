@@ -58,6 +58,11 @@ def _law(window: BlurryWindow, kv_heads: int) -> tuple[int, list[int], list[int]
     )
 
 
+def _is_distributed(*tensors: Tensor) -> bool:
+    """Whether there is a DTensor among them, told without loading ``torch.distributed.tensor``."""
+    return any(hasattr(tensor, "device_mesh") for tensor in tensors)
+
+
 def _scale(scale: float | None, head_dim: int) -> float:
     return 1 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
 
@@ -80,6 +85,8 @@ def blurry_window_attention(
     With K_t[m], V_t[m] the contents of slot m after token t,
     :math:`o_t = \sum_m \mathrm{softmax}_m(\mathrm{scale}\; q_t \cdot K_t[m])\, V_t[m]` over open slots. Cost and state
     per token do not depend on the length of the history. The same inputs give the same bits in every run.
+
+    DTensors are attended where they lie, sharded by sequences or by heads, and give DTensors (docs/usage.md).
 
     Args:
         query: (B, Hq, T, Dk), float64, float32, bfloat16 or float16, any strides.
@@ -109,6 +116,22 @@ def blurry_window_attention(
         _check_state(state, window, query)
     if isinstance(cu_seqlens, Tensor):
         _check_device("cu_seqlens", cu_seqlens, query)
+    if _is_distributed(query, key, value):
+        from . import sharding
+
+        return sharding.attend(
+            blurry_window_attention,
+            query,
+            key,
+            value,
+            window,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            return_lse=return_lse,
+            return_state=return_state,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
     out, lse, state_key, state_value, position = torch.ops.blurry_attn.forward(
         query,
         key,
@@ -174,6 +197,10 @@ def blurry_window_step(
         raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
     _check_arguments(query, key, value, state.window, enable_gqa)
     _check_device("state.key", state.key, query)
+    if _is_distributed(query, key, value):
+        from . import sharding
+
+        return sharding.step(blurry_window_step, query, key, value, state, scale=scale, enable_gqa=enable_gqa)
     return torch.ops.blurry_attn.step(
         query,
         key,

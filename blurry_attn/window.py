@@ -136,6 +136,12 @@ class BlurryWindow:
             for head, resolution in enumerate(resolutions)
         )
 
+    def of_heads(self, kv_heads: int, heads: slice) -> BlurryWindow:
+        """The window of some of ``kv_heads`` heads: each keeps its length and its phase."""
+        return BlurryWindow(
+            self.slots, self.windows(kv_heads)[heads], self.kernel, self.sharpness, self.phases(kv_heads)[heads]
+        )
+
     def state_elements(self, kv_heads: int, head_dim: int, value_dim: int | None = None) -> int:
         """Numbers in the state of one sequence, over all kv heads: kv_heads * slots * (head_dim + value_dim)."""
         return kv_heads * self.slots * (head_dim + (head_dim if value_dim is None else value_dim))

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import heapq
+import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_accurate, make_inputs, make_state, randn, run
-from torch import Tensor
-from world import World
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+from world import TIMEOUT, World
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -19,8 +32,15 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch.distributed has no gloo here", allow_module_level=True)
 
 
-from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention
-from blurry_attn.distributed import context_parallel_attention, piece_start
+from benchmarks.context.__main__ import DIM, HEADS, SLOTS, counted
+from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
+from blurry_attn.distributed import HeadParallel, context_parallel_attention
+from blurry_attn.lm import checkpoint
+from blurry_attn.lm import train as training
+from blurry_attn.lm.checkpoint import TrainConfig
+from blurry_attn.lm.data import InputError
+from blurry_attn.lm.model import ModelConfig
+from blurry_attn.lm.parallel import STRATEGIES, rank, size
 
 CPU = torch.device("cpu")
 STAGGERED = BlurryWindow(4, 32)
@@ -111,26 +131,300 @@ def test_a_token_that_is_not_a_number_stays_where_it_is_in_one_process(world: Wo
         assert not actual[:, :, -20:].isnan().any()
 
 
-def sent(whole: tuple[Tensor, ...], window: BlurryWindow) -> list[int]:
-    """Bytes of each collective of a forward and a backward pass that this rank sends to every other one."""
-    sizes, gather = [], dist.all_gather
-
-    def counting(gathered: list[Tensor], x: Tensor, group: Any = None) -> Any:
-        sizes.append(x.nbytes)
-        return gather(gathered, x, group)
-
-    pieces = [x.chunk(dist.get_world_size(), 2)[dist.get_rank()].clone().requires_grad_() for x in whole]
-    start = piece_start(pieces[0].shape[2])
-    dist.all_gather = counting
-    try:
-        context_parallel_attention(*pieces, window, start=start).sum().backward()
-    finally:
-        dist.all_gather = gather
-    return sizes
-
-
 def test_what_is_sent_does_not_depend_on_the_length(world: World):
-    numbers = 2 * 4 * STAGGERED.slots  # sequences, kv heads, slots
-    for tokens in (40, 400):
-        whole = make_inputs(2, 4, None, tokens, 4, 6, dtype=torch.float32)
-        assert world(sent, whole, STAGGERED) == [[numbers * (4 + 6 + 1) * 4, numbers * (4 + 6) * 4]] * world.size
+    others, numbers = world.size - 1, HEADS * SLOTS
+    forward, backward = (numbers * (2 * DIM + extra) * 4 * others for extra in (1, 0))
+    for tokens in (80, 800):
+        assert world(counted, tokens) == [(forward, forward + backward)] * world.size
+
+
+@lru_cache
+def mesh(*shape: int) -> DeviceMesh:
+    return init_device_mesh("cpu", shape)
+
+
+def placed(x: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    """A whole tensor that every rank holds, as a DTensor; differentiable."""
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim).redistribute(placements=placements)
+
+
+def on_mesh(state: BlurryState, mesh: DeviceMesh, placements: list[Placement]) -> BlurryState:
+    """The state as the call's placements want it: its position has no heads."""
+    positions = [Replicate() if at == Shard(1) else at for at in placements]
+    key, value = (placed(x, mesh, placements) for x in (state.key, state.value))
+    return BlurryState(key, value, placed(state.position, mesh, positions), state.window)
+
+
+def gathered(state: BlurryState) -> BlurryState:
+    return BlurryState(*(x.full_tensor() for x in (state.key, state.value, state.position)), state.window)
+
+
+def divided(shape: tuple[int, ...], placements: list[list[Placement]], *arguments: Any, **options: Any) -> dict:
+    """What `helpers.run` gives of a call on DTensors, all of it gathered."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, window: BlurryWindow, *, state: Any, **options: Any) -> tuple:
+        inputs = (placed(x, mesh(*shape), at) for x, at in zip((query, key, value), placements, strict=True))
+        if state is not None:
+            state = on_mesh(state, mesh(*shape), placements[1])
+        out, lse, *end = blurry_window_attention(*inputs, window, state=state, **options)
+        return out.full_tensor(), lse.full_tensor(), *map(gathered, end)
+
+    return run(attend, *arguments, **options)
+
+
+# Placements of query, key and value along each dimension of the mesh.
+B, H, R = Shard(0), Shard(1), Replicate()
+DIVISIONS = {
+    "replicated": ([R], [R], [R]),
+    "sequences": ([B], [B], [B]),
+    "heads": ([H], [H], [H]),
+    "query by heads": ([H], [R], [R]),
+    "value by sequences": ([R], [R], [B]),
+    "sequences and heads": ([B, H], [B, H], [B, H]),
+    "heads twice": ([H, H], [R, H], [H, R]),
+    "half of it": ([R, H], [R, R], [R, R]),
+}
+
+
+def mesh_shape(world: World, placements: list[Placement]) -> tuple[int, ...]:
+    return (world.size,) if len(placements) == 1 else (2, world.size // 2)
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_a_call_on_dtensors_is_the_call(name: str, world: World):
+    placements = DIVISIONS[name]
+    window = BlurryWindow.pyramid(4, (1, 3, 3, 8))
+    whole = make_inputs(4, 8, 4, 30, 4, 6)
+    state = make_state(window, [0, 3, 50, 777], 4, 4, 6)
+    expected = run(blurry_window_attention, *whole, window, state=state)
+    for actual in world(divided, mesh_shape(world, placements[0]), placements, *whole, window, state=state):
+        assert_accurate(actual, expected, torch.float64, window)
+
+
+def packed(placements: list[list[Placement]], *whole: Tensor) -> tuple[Tensor, ...]:
+    """Output and gradients of packed sequences, gathered."""
+    leaves = [x.clone().requires_grad_() for x in whole]
+    size = dist.get_world_size()
+    inputs = (placed(x, mesh(size), at) for x, at in zip(leaves, placements, strict=True))
+    out = blurry_window_attention(*inputs, STAGGERED, enable_gqa=True, cu_seqlens=torch.tensor([0, 7, 7, 30]))
+    return out.full_tensor().detach(), *torch.autograd.grad(out.full_tensor().square().sum(), leaves)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_ranks_that_share_a_kv_head_sum_its_gradient(kv_heads: int, world: World):
+    whole = make_inputs(1, 8, kv_heads, 30)
+    leaves = [x.clone().requires_grad_() for x in whole]
+    out = blurry_window_attention(*leaves, STAGGERED, enable_gqa=True, cu_seqlens=torch.tensor([0, 7, 7, 30]))
+    expected = out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+    for actual in world(packed, [[H], [R], [R]], *whole):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def stepped(placements: list[Placement], whole: tuple[Tensor, ...], state: BlurryState) -> tuple[Tensor, ...]:
+    state = on_mesh(state.clone(), mesh(dist.get_world_size()), placements)  # memory that is sent is shared
+    inputs = [placed(x, state.key.device_mesh, placements) for x in whole]
+    steps = [
+        blurry_window_step(*(x[:, :, t : t + 1] for x in inputs), state, enable_gqa=True).full_tensor()
+        for t in range(whole[0].shape[2])
+    ]
+    state = gathered(state)
+    return torch.cat(steps, 2), state.key, state.value, state.position
+
+
+@pytest.mark.parametrize("placements", [[B], [H], [R]], ids=repr)
+def test_steps_on_dtensors_are_the_steps(placements: list[Placement], world: World):
+    whole, state = make_inputs(4, 8, 4, 5, 4, 6), make_state(STAGGERED, [0, 3, 50, 777], 4, 4, 6)
+    actual = world(stepped, placements, whole, state)
+    steps = [blurry_window_step(*(x[:, :, t : t + 1] for x in whole), state, enable_gqa=True) for t in range(5)]
+    expected = torch.cat(steps, 2), state.key, state.value, state.position
+    assert all(torch.equal(x, y) for of_rank in actual for x, y in zip(of_rank, expected, strict=True))
+
+
+def compiled(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a compiled call on DTensors gives the output and gradients of the call."""
+    inputs = [placed(x, mesh(dist.get_world_size()), [H]).detach().requires_grad_() for x in tensors]
+    whole = torch.compile(blurry_window_attention, fullgraph=True, backend="aot_eager")
+    found = []
+    for attend in (blurry_window_attention, whole):
+        out = attend(*inputs, STAGGERED)
+        found.append([x.to_local() for x in (out, *torch.autograd.grad(out.sum(), inputs))])
+    return all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_a_call_on_dtensors_compiles_whole(world: World):
+    assert all(world(compiled, make_inputs(2, 4, None, 30)))
+
+
+T, D = Shard(2), Shard(3)
+# Sequences, query heads, kv heads; where query, key, value and the slots of a state lie (None: plain); the error.
+REFUSALS = {
+    "plain": (4, 4, 4, (H, None, H, H), TypeError, "key must be a DTensor like the other arguments, got Tensor"),
+    "plain state": (4, 4, 4, (H, H, H, None), TypeError, "state.key must be a DTensor like the other"),
+    "tokens": (4, 4, 4, (T, T, T, R), NotImplementedError, "sharded along tokens: .*context_parallel_attention"),
+    "head_dim": (4, 4, 4, (R, R, D, R), NotImplementedError, "sharded along head_dim: shard heads, dimension 1"),
+    "unlike": (4, 4, 4, (B, H, R, H), ValueError, r"must be sharded alike, got Shard.*0.*, Shard.*1.*, Replicate"),
+    "sequences": (3, 4, 4, (B, B, B, B), ValueError, "query must divide evenly over . ranks in dimension 0"),
+    "heads": (4, 3, 3, (H, H, H, R), ValueError, r"query must .* in dimension 1, got shape \(4, 3, 1, 8\)"),
+    "kv heads": (4, 12, 3, (H, R, R, R), ValueError, "key must divide evenly over . ranks in dimension 1"),
+    "shared": (4, 4, 1, (H, R, R, R), NotImplementedError, "a state cannot be divided over . ranks by its 1 kv heads"),
+    "state": (4, 4, 4, (H, H, H, B), ValueError, "state.key must have placements .* to be updated in place, got"),
+}
+
+
+def is_refused(
+    batch: int, heads: int, kv_heads: int, placements: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    def lying(x: Tensor, at: Placement | None) -> Tensor:
+        return x if at is None else placed(x, mesh(dist.get_world_size()), [at])
+
+    state = make_state(STAGGERED, [0] * batch, kv_heads)
+    tensors = (*make_inputs(batch, heads, kv_heads, 1), state.key, state.value)
+    query, key, value, *slots = (lying(x, at) for x, at in zip(tensors, (*placements, placements[-1]), strict=True))
+    position = lying(state.position, R if placements[-1] == H else placements[-1])
+    with pytest.raises(error, match=message):
+        blurry_window_step(query, key, value, BlurryState(*slots, position, STAGGERED), enable_gqa=True)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_dtensors_that_cannot_be_attended_are_refused(name: str, world: World):
+    world(is_refused, *REFUSALS[name])
+
+
+def layer() -> BlurrySelfAttention:
+    torch.manual_seed(0)
+    window = BlurryWindow(4, 16)  # the phases of all heads differ
+    return BlurrySelfAttention(32, 8, window, 4, bias=True, rope_base=100.0, dtype=torch.float64)
+
+
+def attended(attention: BlurrySelfAttention, x: Tensor, padding: Tensor | None) -> dict[str, Tensor]:
+    """Outputs of reading, reading on and a step, gradients of input and weights, and the state's shape."""
+    x = x.clone().requires_grad_()
+    first, state = attention(x, key_padding_mask=padding, return_state=True)
+    second, state = attention(x, state=state, return_state=True)
+    grads = torch.autograd.grad((first * second).sum(), (x, *attention.parameters()))
+    with torch.no_grad():
+        third = attention.step(x[:, :1], state.detach())
+    names = ("x", *(name for name, _ in attention.named_parameters()))
+    grads = (grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads)
+    return {"out": torch.cat((first, second, third), 1).detach(), **dict(zip(names, grads, strict=True))}
+
+
+def by_heads(x: Tensor, padding: Tensor | None) -> dict[str, Tensor]:
+    module = nn.Sequential(layer())
+    size = dist.get_world_size()
+    parallelize_module(module, mesh(size), {"*": HeadParallel()})
+    assert module[0](x, return_state=True)[1].kv_heads == 4 // size
+    return attended(module[0], x, padding)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_a_layer_by_heads_is_the_layer(padded: bool, world: World):
+    x, padding = randn(2, 20, 32), None
+    if padded:
+        padding = torch.zeros(2, 20, dtype=torch.bool)
+        padding[0, :5] = padding[1, 7:9] = True
+    expected = attended(layer(), x, padding)
+    for actual in world(by_heads, x, padding):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+SMALL = ModelConfig(dim=32, layers=2, slots=8, resolutions=(1, 1, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def schedule(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Batches of 3 sequences, which divide over neither 2 nor 4 processes."""
+    text = tmp_path_factory.mktemp("text") / "text.py"
+    text.write_bytes(Path(heapq.__file__).read_bytes())
+    return TrainConfig(text=str(text), context=32, batch=3, steps=8, learning_rate=1e-2)
+
+
+def trained(
+    mixer: str, schedule: TrainConfig, folder: Path, strategy: str = "ddp", stop: int | None = None
+) -> float | None:
+    """Held-out bits per byte; None where the last process was interrupted at step ``stop``."""
+
+    step = training._step
+
+    def interrupted(*arguments: Any) -> dict[str, float]:
+        if arguments[4] + 1 == stop and rank() == size() - 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    with mock.patch.object(training, "_step", interrupted):
+        try:
+            return training.train(replace(SMALL, mixer=mixer), schedule, folder, CPU, strategy).bits
+        except training.Interrupted:
+            return None
+
+
+@cache
+def alone(mixer: str, schedule: TrainConfig) -> tuple[list[dict], dict[str, Tensor]]:
+    with TemporaryDirectory() as folder:
+        trained(mixer, schedule, Path(folder))
+        return outcome(Path(folder))
+
+
+def outcome(folder: Path) -> tuple[list[dict], dict[str, Tensor]]:
+    """Its numbers at every step, without durations, and its checkpoint."""
+    lines = [json.loads(line) for line in (folder / training.METRICS).read_text().splitlines()]
+    assert all(line.pop("seconds") > 0 for line in lines)
+    return lines, checkpoint.load(folder).tensors
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mixer"), [(strategy, "blurry") for strategy in STRATEGIES] + [("tensor", "full")]
+)
+def test_processes_train_as_one_does(strategy: str, mixer: str, schedule: TrainConfig, world: World, tmp_path: Path):
+    """Every loss and every validation, to 1e-5; one process goes on from the checkpoint of many, and many from its."""
+    assert world(trained, mixer, schedule, tmp_path, strategy, stop=3) == [None] * world.size
+    assert trained(mixer, schedule, tmp_path, stop=5) is None
+    bits = world(trained, mixer, schedule, tmp_path, strategy)
+    (lines, tensors), (expected, one) = outcome(tmp_path), alone(mixer, schedule)
+    assert lines == [pytest.approx(line, rel=1e-5) for line in expected]
+    assert bits == [lines[-1]["validation_bits"]] * world.size
+    assert {name: x.shape for name, x in tensors.items()} == {name: x.shape for name, x in one.items()}
+
+
+def is_told(schedule: TrainConfig, folder: Path) -> None:
+    with pytest.raises(InputError, match=r"--parallel tensor: 1 heads do not divide evenly over . processes"):
+        training.train(replace(SMALL, resolutions=(4,)), schedule, folder, CPU, "tensor")
+    assert not folder.exists()
+
+
+def test_heads_that_do_not_divide_are_told(schedule: TrainConfig, world: World, tmp_path: Path):
+    world(is_told, schedule, tmp_path / "run")
+
+
+CRASH = """
+import os, sys
+from blurry_attn.lm import __main__, train
+step = train._step
+def crash(*arguments):
+    if os.environ["RANK"] == "1" and arguments[4] == 4:
+        os._exit(7)
+    return step(*arguments)
+train._step = crash
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize("crashes", [False, True], ids=["whole", "crash"])
+def test_torchrun_trains_and_ends(crashes: bool, schedule: TrainConfig, tmp_path: Path):
+    """The first process alone prints and writes; when one crashes, all end, and what was saved can be read."""
+    (tmp_path / "crash.py").write_text(CRASH)
+    program = ["--", str(tmp_path / "crash.py")] if crashes else ["-m", "--", "blurry_attn.lm"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    shape = ["--dim", "16", "--layers", "1", "--context", "32", "--steps", "8", "--device", "cpu"]
+    files = ["--text", str(schedule.text), "--run", str(tmp_path / "run")]
+    done = subprocess.run([*launch, "train", *shape, *files], capture_output=True, text=True, timeout=TIMEOUT)
+    if crashes:
+        assert done.returncode != 0 and "exitcode  : 7" in done.stderr, done.stderr
+        assert checkpoint.load(tmp_path / "run").step == 4
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr, done.stderr
+        assert done.stdout.count("step 8: held-out bits per byte") == done.stdout.count("to sample:") == 1
+        files = {file.name for file in (tmp_path / "run").iterdir()}
+        assert files == {checkpoint.FILE, training.METRICS, training.PLOT}

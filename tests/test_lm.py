@@ -89,10 +89,10 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 ):
     step = training._step
 
-    def interrupted(model, optimizer, text, config, index, device):
+    def interrupted(model, optimizer, text, config, index, *others):
         if index == stop - 1:
             signal.raise_signal(signal.SIGINT)
-        return step(model, optimizer, text, config, index, device)
+        return step(model, optimizer, text, config, index, *others)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"step {stop} of {config.steps}"):
         patch.setattr(training, "_step", interrupted)

@@ -32,9 +32,9 @@ class World:
         for process in self.processes:
             process.start()
 
-    def __call__(self, function: Callable, *arguments: Any) -> list[Any]:
+    def __call__(self, function: Callable, *arguments: Any, **options: Any) -> list[Any]:
         for end in self.ends:
-            end.send((function, arguments))
+            end.send((function, arguments, options))
         results: dict[int, Any] = {}
         while len(results) < self.size:
             ready = wait([end for rank, end in enumerate(self.ends) if rank not in results], TIMEOUT)
@@ -60,9 +60,9 @@ def _serve(rank: int, size: int, store: str, end: Connection) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
     )
     while True:
-        function, arguments = end.recv()
+        function, arguments, options = end.recv()
         try:
-            answer = None, function(*arguments)
+            answer = None, function(*arguments, **options)
         except Exception:
             answer = traceback.format_exc(), None
         end.send(answer)

@@ -23,6 +23,7 @@ try:
     from .data import InputError
     from .generate import Sampling, generate, newest_run
     from .model import MIXERS, ModelConfig
+    from .parallel import STRATEGIES, agreed, joined, rank
     from .train import PLOT, Interrupted, train
 except ModuleNotFoundError as error:
     if error.name not in EXTRA:
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     args = _parser().parse_args(arguments)
     try:
-        return args.command(args)
+        with joined():
+            return args.command(args)
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails too
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"{PROGRAM}: {stop}", file=sys.stderr)
+        if rank() == 0:
+            print(f"{PROGRAM}: {stop}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print(f"{PROGRAM}: stopped", file=sys.stderr)
@@ -67,11 +70,11 @@ def _train(args: argparse.Namespace) -> int:
     else:
         model_config, train_config = _configs(args)
         names = (f"{model_config.mixer}-{n}" if n > 1 else model_config.mixer for n in count(1))
-        folder = args.run or next(RUNS / name for name in names if not (RUNS / name).exists())
+        folder = agreed(args.run or next(RUNS / name for name in names if not (RUNS / name).exists()))
         if (folder / checkpoint.FILE).exists():
             raise InputError(f"{folder}: holds a run already; --resume continues it, another --run starts anew")
     try:
-        result = train(model_config, train_config, folder, _device(args))
+        result = train(model_config, train_config, folder, _device(args), args.parallel)
     except Interrupted as stop:
         raise Interrupted(f"{stop}; to continue: python -m blurry_attn.lm train --resume --run {folder}") from None
     print(
@@ -153,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         "--run", type=Path, metavar="FOLDER", help=f"what is written goes here (default: a new one in {RUNS}/)"
     )
     sub.add_argument("--resume", action="store_true", help="continue the run in --run (default: the newest)")
+    sub.add_argument(
+        "--parallel",
+        choices=STRATEGIES,
+        default=STRATEGIES[0],
+        help="what the processes of torchrun divide: batches, batches and parameters, or heads (%(default)s)",
+    )
     sub.set_defaults(command=_train)
 
     sub = commands.add_parser("generate", parents=[common], help="continue a prompt")

@@ -7,18 +7,26 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from .data import InputError
 from .model import LanguageModel, ModelConfig
+from .parallel import rank
 
 FILE = "checkpoint.safetensors"
-FORMAT = "blurry_attn.lm 1"
+FORMAT = "blurry_attn.lm 2"
 
 
 @dataclass(frozen=True)
@@ -56,22 +64,30 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Puts the tensors into a model and an optimizer of the same configuration."""
-        model.load_state_dict(self._part("model."))
+    def restore(self, model: LanguageModel, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Puts the tensors into a model and an optimizer of the same configuration, however they are divided."""
+        options = StateDictOptions(full_state_dict=True)
+        weights: dict[str, Any] = self._part("model.")
+        set_model_state_dict(model, weights, options=options)
         if optimizer is not None:
-            state: dict[int, dict[str, Tensor]] = {}
+            state: dict[str, Any] = {}
             for name, tensor in self._part("optimizer.").items():
-                index, field = name.split(".")
-                state.setdefault(int(index), {})[field] = tensor
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+                parameter, _, field = name.rpartition(".")
+                state.setdefault(parameter, {})[field] = tensor
+            groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+            set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets ``write`` fill a temporary file beside ``path`` and moves it there when it is whole."""
+    """Lets ``write`` fill a temporary file beside ``path`` and moves it there when it is whole.
+
+    Of many processes, the first does.
+    """
+    if rank() > 0:
+        return
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         write(temporary)
@@ -88,10 +104,12 @@ def save(
     digest: str,
     step: int,
 ) -> None:
-    """Writes the run's checkpoint into its folder, whole or not at all."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, fields in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{field}": tensor for field, tensor in fields.items()}
+    """Writes the run's checkpoint into its folder, whole or not at all; a collective call."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(model, optimizer, options=options))
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+    for name, fields in moments.get("state", {}).items():  # empty but on the first process
+        tensors |= {f"optimizer.{name}.{field}": tensor for field, tensor in fields.items()}
     header = {
         "format": FORMAT,
         "model": json.dumps(asdict(model.config)),

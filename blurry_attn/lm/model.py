@@ -67,7 +67,7 @@ class TokenSelfAttention(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, span: int | None, rope_base: float) -> None:
         super().__init__()
-        self.num_heads, self.span, self.rope_base = num_heads, span, rope_base
+        self.head_dim, self.span, self.rope_base = embed_dim // num_heads, span, rope_base
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=False)
         self.k_proj = nn.Linear(embed_dim, embed_dim, bias=False)
         self.v_proj = nn.Linear(embed_dim, embed_dim, bias=False)
@@ -78,7 +78,7 @@ class TokenSelfAttention(nn.Module):
         start = 0 if state is None else state.position
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         query, key, value = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = (rotary(y, positions, self.rope_base) for y in (query, key))
@@ -111,12 +111,12 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = 16 * math.ceil(8 * dim / 3 / 16)
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):

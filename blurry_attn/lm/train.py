@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -18,13 +19,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from . import checkpoint
 from .checkpoint import TrainConfig, write_whole
 from .data import InputError, Text, load_text, ngram_bits
 from .model import LanguageModel, ModelConfig
+from .parallel import Parallel, anywhere, mean, rank
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
@@ -49,24 +53,29 @@ class Result:
     folder: Path
 
 
-def train(model_config: ModelConfig, train_config: TrainConfig, folder: Path, device: torch.device) -> Result:
+def train(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    folder: Path,
+    device: torch.device,
+    strategy: str = "ddp",
+) -> Result:
     """Trains in ``folder``, going on from the checkpoint there if there is one, to the very same losses.
+
+    A collective call of all processes of the default group, if there is one, which divide the work by ``strategy``
+    (:class:`blurry_attn.lm.parallel.Parallel`): each reads ``folder``, the first writes.
 
     Raises:
         InputError: text that cannot be used, or a checkpoint of another configuration, text or program.
         Interrupted: after Ctrl-C, once the run is saved.
     """
+    parallel = Parallel(strategy)
     text = load_text(None if train_config.text is None else Path(train_config.text), train_config.context)
     torch.manual_seed(train_config.seed)
     model = LanguageModel(model_config).to(device)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
-        lr=train_config.learning_rate,
-        betas=BETAS,
-        fused=True,
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    divided = parallel.divide(model)
+    optimizer = torch.optim.AdamW(_groups(model), lr=train_config.learning_rate, betas=BETAS, fused=True)
     start = 0
     if (folder / checkpoint.FILE).exists():
         saved = checkpoint.load(folder)
@@ -79,7 +88,6 @@ def train(model_config: ModelConfig, train_config: TrainConfig, folder: Path, de
 
     inputs, targets = text.validation(train_config.context)
     unigram, bigram = ngram_bits(text.train, inputs, targets)
-    parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{model_config.mixer}: {parameters:,} parameters; {len(text.train):,} bytes to train on, "
         f"{targets.numel():,} of {len(text.held_out):,} held-out bytes to validate on; {device}\n"
@@ -94,28 +102,32 @@ def train(model_config: ModelConfig, train_config: TrainConfig, folder: Path, de
     done = start
     with (
         _interrupts() as interrupted,
-        (folder / METRICS).open("a") as metrics,
-        tqdm(total=total, initial=start * tokens, unit="tok", unit_scale=True, smoothing=0.05) as bar,
+        (Path(os.devnull) if rank() else folder / METRICS).open("a") as metrics,
+        tqdm(
+            total=total, initial=start * tokens, unit="tok", unit_scale=True, smoothing=0.05, disable=rank() > 0
+        ) as bar,
     ):
         for step in range(start, train_config.steps):
             begin = time.perf_counter()
-            line: dict[str, Any] = {"step": step + 1, **_step(model, optimizer, text, train_config, step, device)}
+            numbers = _step(divided, optimizer, text, train_config, step, device, parallel)
+            line: dict[str, Any] = {"step": step + 1, **numbers}
             line["seconds"] = time.perf_counter() - begin
             done = step + 1
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['bits']:.3f} bits/byte", refresh=False)
             bar.update(tokens)
             last = done == train_config.steps
             if last or done * VALIDATIONS // train_config.steps > step * VALIDATIONS // train_config.steps:
-                line["validation_bits"] = bits = validate(model, inputs, targets)
+                line["validation_bits"] = bits = validate(divided, inputs, targets, device, parallel)
                 bar.write(
                     f"step {done}: held-out bits per byte {bits:.3f} (unigram {unigram:.3f}, bigram {bigram:.3f})"
                 )
             log.append(line)
             metrics.write(json.dumps(line) + "\n")
-            if "validation_bits" in line or interrupted.is_set():
+            stop = anywhere(interrupted.is_set())
+            if "validation_bits" in line or stop:
                 metrics.flush()
                 checkpoint.save(folder, model, optimizer, train_config, text.digest, done)
-            if interrupted.is_set() and not last:
+            if stop and not last:
                 break
     write_whole(folder / PLOT, lambda path: _plot(path, log, unigram, bigram, model_config.mixer))
     if done < train_config.steps:
@@ -125,12 +137,11 @@ def train(model_config: ModelConfig, train_config: TrainConfig, folder: Path, de
 
 
 @torch.no_grad()
-def validate(model: LanguageModel, inputs: Tensor, targets: Tensor) -> float:
+def validate(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device, parallel: Parallel) -> float:
     """Bits per byte of ``targets``."""
-    device = model.embedding.weight.device
     total = 0.0
     for x, y in zip(inputs.split(VALIDATION_BATCH), targets.split(VALIDATION_BATCH), strict=True):
-        total += _loss(model, x.to(device), y.to(device)).item() * y.numel()
+        total += mean(_loss(model, x, y, device, parallel)).item() * y.numel()
     return total / targets.numel() / math.log(2)
 
 
@@ -143,32 +154,57 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (FINAL + (1 - FINAL) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def _loss(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.device.type == "cuda"):
-        logits = model(inputs)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters by decay, which is that of weights alone; and DTensors apart, as no fused call takes both kinds."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault((parameter.ndim == 2, isinstance(parameter, DTensor)), []).append(parameter)
+    return [
+        {"params": group, "weight_decay": WEIGHT_DECAY if is_weight else 0.0}
+        for (is_weight, _), group in groups.items()
+    ]
+
+
+def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device, parallel: Parallel) -> Tensor:
+    """The mean cross-entropy of a batch, as the mean over processes of what each makes of its part."""
+    x, y = parallel.part(inputs).to(device), parallel.part(targets).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = model(x)
+    total = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
+    return total * parallel.parts / targets.numel()
 
 
 def _step(
-    model: LanguageModel,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     text: Text,
     config: TrainConfig,
     step: int,
     device: torch.device,
+    parallel: Parallel,
 ) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     inputs, targets = text.batch(config.seed, step, config.batch, config.context)
-    loss = _loss(model, inputs.to(device), targets.to(device))
+    loss = _loss(model, inputs, targets, device, parallel)
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    value = loss.item()
+    _clip(optimizer)
+    value = mean(loss).item()
     if not math.isfinite(value):
         raise InputError(f"the loss became {value} at step {step + 1}; a lower --learning-rate may help")
     optimizer.step()
     return {"loss": value, "bits": value / math.log(2), "learning_rate": learning_rate(config, step)}
+
+
+def _clip(optimizer: torch.optim.Optimizer) -> None:
+    """Scales all gradients down where their norm is over the limit."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.stack(norms).norm()
+    for group in groups:
+        clip_grads_with_norm_(group, CLIP, total)
 
 
 def _kept_metrics(path: Path, step: int) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""What context parallel sends, against ring attention."""
