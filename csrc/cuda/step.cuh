@@ -100,7 +100,7 @@ struct Elements {
       } else {
         Quad<storage> numbers;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) numbers.x[e] = at + e < dim ? row[(at + e) * element] : storage(0);
+        for (int e = 0; e < 4; ++e) numbers.x[e] = at + e < dim ? row[(at + e) * element] : storage{};
         memcpy(&quad[c], &numbers, sizeof(numbers));
       }
     }
