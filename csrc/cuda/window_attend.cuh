@@ -37,10 +37,10 @@ struct Attend {
   // Rows from .. to - 1 of the patch, which begins at `first` of the view's tokens; others are zero.
   __device__ __forceinline__ void load_rows(const View& view, int64_t batch, int64_t head, int64_t first, int from,
                                             int to, int dim, uint32_t sign) {
+    const storage* at = row_of<const storage>(view, batch, head, first + g) + 16 * q;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half, at += 8 * view.token) {
       const int token = g + 8 * half;
-      const storage* const at = row_of<const storage>(view, batch, head, first + token) + 16 * q;
 #pragma unroll
       for (int w = 0; w < kWords / 4; ++w) {
         const int chunk = Row::chunk_of(q, w);
@@ -65,12 +65,14 @@ struct Attend {
       }
     }
     __syncwarp();
+    constexpr int kRowsAtOnce = kWarp / Row::kChunks;
+    const int first_token = lane / Row::kChunks, chunk = lane % Row::kChunks;
+    storage* at = row_of<storage>(view, batch, head, first + first_token) + chunk * 8;
 #pragma unroll
-    for (int n = 0; n < kPatch * Row::kChunks / kWarp; ++n) {
-      const int at = lane + n * kWarp, token = at / Row::kChunks, chunk = at % Row::kChunks;
+    for (int n = 0; n < kPatch / kRowsAtOnce; ++n, at += kRowsAtOnce * view.token) {
+      const int token = first_token + n * kRowsAtOnce;
       if (token >= from && token < to && chunk * 8 < dim) {
-        *reinterpret_cast<uint4*>(row_of<storage>(view, batch, head, first + token) + chunk * 8) =
-            load_shared(staged + Row::element(token, chunk * 8));
+        *reinterpret_cast<uint4*>(at) = load_shared(Row::at(staged, token, chunk));
       }
     }
     __syncwarp();

@@ -35,24 +35,25 @@ struct alignas(16) PatchPlace {
 struct BackLayout {
   int ring_rows;  // of what cells hold, and
   int grad_rows;  // of its gradients
-  // Rows of a patch's weights, 16 tokens each: of the cells in grad_rows, of the cells that go on, of the patch's tokens
-  // and of no use.
-  int piece_started, piece_tokens, piece_spare, piece_rows;
+  // Rows of a patch's weights, 16 tokens each: of the cells in grad_rows, of the cells that go on and of the patch's
+  // tokens.
+  int piece_started, piece_tokens, piece_rows;
   uint32_t ring, started, tokens, grads, grads_started, ends, sums, pieces, gates, weights, decays, patches, bytes;
 
   template <typename config>
   __host__ __device__ static BackLayout make(int slots, int resolution, int group) {
     constexpr int in_flux = config::kSliding ? 0 : config::kFlux;
     const auto rounded = [](int x, int to) { return (x + to - 1) / to * to; };
-    const int cells_of_tile = config::kTile / resolution + (config::kSliding ? 0 : 1);
+    const int spare = kPatch % resolution ? 1 : 0;
+    const int cells_of_tile = config::kTile / resolution + spare;
+    const int between_patches = (config::kTile - kPatch) / resolution + spare;
     BackLayout l;
-    l.ring_rows = rounded(slots + 2 * cells_of_tile + in_flux, 8);
+    l.ring_rows = slots + between_patches + cells_of_tile;  // the next tile is read while the last one is attended to
     if (l.ring_rows < config::kColumns) l.ring_rows = config::kColumns;
-    l.grad_rows = rounded(slots + cells_of_tile + in_flux, 16);
+    l.grad_rows = rounded(slots + between_patches + (config::kSliding ? kPatch : in_flux), 16);
     l.piece_started = l.grad_rows;
     l.piece_tokens = l.piece_started + 8;
-    l.piece_spare = l.piece_tokens + kPatch;
-    l.piece_rows = l.piece_spare + 8;
+    l.piece_rows = l.piece_tokens + kPatch;
     uint32_t at = 0;
     l.ring = at;  // [side][cell]
     at += 2 * l.ring_rows * config::kRow;
@@ -274,18 +275,20 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to walk.base 2
     const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;
     const auto load_tokens = [&](int tile) {
-      const int t = walk.tile_token(tile) + warp * kPatch;
+      constexpr int kRowsAtOnce = kWarp / Row::kChunks;
+      const int first_token = lane / Row::kChunks, chunk = lane % Row::kChunks;
+      const int t = walk.tile_token(tile) + warp * kPatch + first_token;
 #pragma unroll
-      for (int n = 0; n < 2 * kPatch * Row::kChunks / kWarp; ++n) {
-        const int i = lane + n * kWarp, chunk = i % Row::kChunks, token = i / Row::kChunks % kPatch;
-        const int at = i / Row::kChunks / kPatch;
-        const View& view = at ? p.value : p.key;
-        const bool exists =
-            t + token >= 0 && t + token < walk.length && chunk * 8 < (at ? p.value_dim : p.key_dim);
-        copy_async_or_zero(Row::at(attend.tokens[at], token, chunk),
-                           exists ? row_of<const storage>(view, walk.batch, walk.head, walk.row + t + token) + chunk * 8
-                                  : static_cast<const storage*>(view.data),
-                           exists);
+      for (int i = 0; i < 2; ++i) {
+        const View& view = i ? p.value : p.key;
+        const storage* from = row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8;
+        const bool exists = chunk * 8 < (i ? p.value_dim : p.key_dim);
+#pragma unroll
+        for (int n = 0; n < kPatch / kRowsAtOnce; ++n, from += kRowsAtOnce * view.token) {
+          const bool valid = exists && static_cast<unsigned>(t + n * kRowsAtOnce) < static_cast<unsigned>(walk.length);
+          copy_async_or_zero(Row::at(attend.tokens[i], first_token + n * kRowsAtOnce, chunk), valid ? from : view.data,
+                             valid);
+        }
       }
       commit_copies();
     };
@@ -399,7 +402,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           int to_row = wrap(before_row + column, grad_rows);
           if (column < attend.ended) to_row = wrap(to_row + slots, grad_rows);
           if (column < attend.going_on) to_row = layout.piece_started + 2 * warp + column;
-          if (column >= slots) to_row = layout.piece_spare + lane % 8;
+          if (column >= slots) to_row = layout.piece_tokens + lane % 8;  // written over in the end
           if (m == kColumns / 16) to_row = layout.piece_tokens + column - kColumns;
           const uint32_t at = piece_at(to_row, lane / 8 % 2);
           store_matrices_transposed(pieces[0] + at, key_weights[m]);
@@ -436,6 +439,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const View& to_view = side ? gradients.value : gradients.key;
   const storage* const first_row =
       row_of<const storage>(rows_view, walk.batch, static_cast<int64_t>(walk.head) * group, walk.row) + first_element + 2 * q;
+  storage* const first_to =
+      row_of<storage>(to_view, walk.batch, walk.head, walk.row) + first_element + 2 * q;
   const uint32_t pieces = shared + layout.pieces + side * kPatches * layout.piece_rows * 32;
   const uint32_t patch_pieces = layout.piece_rows * 32;
   const int begin = walk.own_begin, end = walk.walk_end, width = dim - first_element;
@@ -445,12 +450,12 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const int t = walk.tile_token(tile);
     for (int i = 0; i < group; ++i) {
       uint32_t b[kPatches][kSlice / 8][2];
+      const storage* from = first_row + i * rows_view.head + (t + g) * rows_view.token;
 #pragma unroll
       for (int w = 0; w < kPatches; ++w) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < 2; ++half, from += 8 * rows_view.token) {
           const int token = t + w * kPatch + g + 8 * half;
-          const storage* const from = first_row + i * rows_view.head + token * rows_view.token;
           const int elements = token >= begin && token < end ? width : 0;
 #pragma unroll
           for (int n = 0; n < kSlice / 8; ++n) {
@@ -576,11 +581,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
           __syncwarp();
         }
+        storage* to = first_to + (t + w * kPatch + g) * to_view.token;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < 2; ++half, to += 8 * to_view.token) {
           const int token = t + w * kPatch + g + 8 * half;
           if (token < begin || token >= walk.own_end) continue;
-          storage* const to = row_of<storage>(to_view, walk.batch, walk.head, walk.row + token) + first_element + 2 * q;
 #pragma unroll
           for (int n = 0; n < kSlice / 8; ++n) {
             if (8 * n < width) {
