@@ -329,7 +329,8 @@ def _flatten_with_keys(state: BlurryState) -> tuple[list[tuple[Any, Any]], Blurr
 
 
 def _unflatten(children: Any, window: Any) -> BlurryState:
-    return BlurryState._unchecked(*children, window)  # while a tree is taken apart its leaves need not be tensors
+    key, value, position = children  # while a tree is taken apart its leaves need not be tensors
+    return BlurryState._unchecked(key, value, position, window)
 
 
 # States go into and out of compiled and exported programs.
