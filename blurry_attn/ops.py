@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from . import _C  # noqa: F401  (loads the operators)
 from .state import BlurryState
 from .window import BlurryWindow
+
+_forward, _step = torch.ops.blurry_attn.forward.default, torch.ops.blurry_attn.step.default
 
 
 def _check_arguments(query: Tensor, key: Tensor, value: Tensor, window: BlurryWindow, enable_gqa: bool) -> None:
@@ -43,12 +46,14 @@ def _check_state(state: BlurryState, window: BlurryWindow, query: Tensor) -> Non
     if not isinstance(state, BlurryState):
         raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
     _check_device("state.key", state.key, query)
-    if state.window != window:
+    if state.window is not window and state.window != window:
         raise ValueError(f"state must have been made with the same window: {state.window}, got {window}")
 
 
-def _law(window: BlurryWindow, kv_heads: int) -> tuple[int, list[int], list[int], str, float]:
-    """The operators' arguments slots, window, phase, kernel, sharpness."""
+_Law = tuple[int, list[int], list[int], str, float]
+
+
+def _make_law(window: BlurryWindow, kv_heads: int) -> _Law:
     return (
         window.slots,
         list(window.windows(kv_heads)),
@@ -56,6 +61,15 @@ def _law(window: BlurryWindow, kv_heads: int) -> tuple[int, list[int], list[int]
         window.kernel,
         window.gate_sharpness,
     )
+
+
+_cached_law = lru_cache(_make_law)
+
+
+def _law(window: BlurryWindow, kv_heads: int) -> _Law:
+    """The operators' arguments slots, window, phase, kernel, sharpness."""
+    # A trace sees through the cache, with a warning.
+    return _make_law(window, kv_heads) if torch.compiler.is_compiling() else _cached_law(window, kv_heads)
 
 
 def _is_distributed(*tensors: Tensor) -> bool:
@@ -132,7 +146,7 @@ def blurry_window_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    out, lse, state_key, state_value, position = torch.ops.blurry_attn.forward(
+    out, lse, state_key, state_value, position = _forward(
         query,
         key,
         value,
@@ -148,7 +162,7 @@ def blurry_window_attention(
     if return_lse:
         results.append(lse)
     if return_state:
-        results.append(BlurryState(state_key, state_value, position, window))
+        results.append(BlurryState._unchecked(state_key, state_value, position, window))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -201,7 +215,7 @@ def blurry_window_step(
         from . import sharding
 
         return sharding.step(blurry_window_step, query, key, value, state, scale=scale, enable_gqa=enable_gqa)
-    return torch.ops.blurry_attn.step(
+    return _step(
         query,
         key,
         value,

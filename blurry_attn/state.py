@@ -85,6 +85,13 @@ class BlurryState:
         self.window.phases(self.kv_heads)
 
     @classmethod
+    def _unchecked(cls, key: Any, value: Any, position: Any, window: BlurryWindow) -> BlurryState:
+        """A state of parts that are known to fit together: made by an operator, or leaves of a tree."""
+        state = cls.__new__(cls)
+        state.key, state.value, state.position, state.window = key, value, position, window
+        return state
+
+    @classmethod
     def empty(
         cls,
         batch: int,
@@ -322,11 +329,8 @@ def _flatten_with_keys(state: BlurryState) -> tuple[list[tuple[Any, Any]], Blurr
 
 
 def _unflatten(children: Any, window: Any) -> BlurryState:
-    # Not checked: while a tree is taken apart its leaves need not be tensors.
-    state = BlurryState.__new__(BlurryState)
-    state.key, state.value, state.position = children
-    state.window = window
-    return state
+    key, value, position = children  # while a tree is taken apart its leaves need not be tensors
+    return BlurryState._unchecked(key, value, position, window)
 
 
 # States go into and out of compiled and exported programs.

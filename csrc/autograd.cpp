@@ -36,10 +36,21 @@ const auto& forward_operator() { return find<ForwardSignature>("blurry_attn::for
 const auto& backward_operator() { return find<BackwardSignature>("blurry_attn::backward"); }
 const auto& step_operator() { return find<StepSignature>("blurry_attn::step"); }
 
-bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->defined() && tensor->requires_grad(); }
+bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+bool requires_grad(const OptionalTensor& tensor) { return tensor && requires_grad(*tensor); }
 
-void refuse_forward_mode(const OptionalTensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor || !tensor->defined() || !tensor->_fw_grad(0).defined(),
+// Whether autograd records a call that is given these.
+template <typename... tensors>
+bool is_recorded(const tensors&... given) {
+  return at::GradMode::is_enabled() && (... || requires_grad(given));
+}
+
+bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
+bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
+
+template <typename... tensors>
+void refuse_forward_mode(const tensors&... given) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(... || has_tangent(given)),
                               "blurry_attn: forward-mode differentiation is not implemented; use reverse mode");
 }
 
@@ -105,9 +116,11 @@ ForwardResult forward_autograd(const at::Tensor& query, const at::Tensor& key, c
                                at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
                                double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
                                const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
-  for (const OptionalTensor& tensor :
-       {OptionalTensor(query), OptionalTensor(key), OptionalTensor(value), state_key, state_value}) {
-    refuse_forward_mode(tensor);
+  refuse_forward_mode(query, key, value, state_key, state_value);
+  if (!is_recorded(query, key, value, state_key, state_value)) {  // a function would cost a third of the call
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return forward_operator().call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens,
+                                   state_key, state_value, position, return_state);
   }
   const Settings settings{slots, window.vec(), phase.vec(), std::string(kernel), sharpness, scale};
   auto results = Attend::apply(query, key, value, state_key, state_value, cu_seqlens, position, settings, return_state);
@@ -121,13 +134,9 @@ BackwardResult backward_autograd(const at::Tensor& grad_out, const OptionalTenso
                                  at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
                                  const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
                                  const OptionalTensor& state_value, const OptionalTensor& position) {
-  bool wanted = false;
-  for (const OptionalTensor& tensor :
-       {OptionalTensor(grad_out), grad_lse, grad_state_key, grad_state_value, OptionalTensor(query),
-        OptionalTensor(key), OptionalTensor(value), state_key, state_value}) {
-    wanted = wanted || requires_grad(tensor);
-  }
-  TORCH_CHECK_NOT_IMPLEMENTED(!wanted || !at::GradMode::is_enabled(),
+  const bool wanted =
+      is_recorded(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, state_key, state_value);
+  TORCH_CHECK_NOT_IMPLEMENTED(!wanted,
                               "blurry_attn: double backward is not implemented; call backward without create_graph");
   at::AutoDispatchBelowADInplaceOrView guard;
   return backward_operator().call(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse,
@@ -138,12 +147,8 @@ BackwardResult backward_autograd(const at::Tensor& grad_out, const OptionalTenso
 at::Tensor step_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
                          at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
                          at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
-  bool wanted = false;
-  for (const at::Tensor& tensor : {query, key, value, state_key, state_value}) {
-    refuse_forward_mode(tensor);
-    wanted = wanted || tensor.requires_grad();
-  }
-  TORCH_CHECK_NOT_IMPLEMENTED(!wanted || !at::GradMode::is_enabled(),
+  refuse_forward_mode(query, key, value, state_key, state_value);
+  TORCH_CHECK_NOT_IMPLEMENTED(!is_recorded(query, key, value, state_key, state_value),
                               "blurry_attn: a step updates its state in place and has no gradient; call it under "
                               "torch.no_grad(), or use blurry_window_attention with state and return_state");
   at::AutoDispatchBelowADInplaceOrView guard;

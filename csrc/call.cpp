@@ -38,7 +38,11 @@ void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef sha
 std::vector<std::vector<double>> Call::gates() const {
   std::vector<std::vector<double>> tables;
   for (const Cells& head : cells) {
-    tables.push_back(kernel == Kernel::fejer ? flux_gates(head, sharpness) : period_gates(kernel, head, sharpness));
+    if (!tables.empty() && head.resolution == (&head)[-1].resolution) {
+      tables.push_back(tables.back());
+    } else {
+      tables.push_back(kernel == Kernel::fejer ? flux_gates(head, sharpness) : period_gates(kernel, head, sharpness));
+    }
   }
   return tables;
 }
@@ -52,6 +56,15 @@ at::Tensor Call::empty_state_key() const {
 }
 at::Tensor Call::empty_state_value() const {
   return at::empty({sequences(), kv_heads(), slots(), value_dim()}, compute_options());
+}
+
+at::Tensor Call::none(at::ScalarType type) const { return at::empty({0}, query.options().dtype(type)); }
+at::Tensor Call::positions_after() const {
+  if (cu_seqlens) {
+    const at::Tensor lengths = at::diff(cu_seqlens->to(at::kLong));
+    return position ? lengths.add(*position) : lengths;
+  }
+  return position ? position->add(tokens()) : at::full({sequences()}, tokens(), query.options().dtype(at::kLong));
 }
 
 Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
@@ -88,6 +101,7 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
   TORCH_CHECK_VALUE(static_cast<int64_t>(phase.size()) == heads, "phase must have one entry per kv head (", heads,
                     "), got ", phase.size());
   std::vector<Cells> cells;
+  cells.reserve(heads);
   for (int64_t h = 0; h < heads; ++h) {
     TORCH_CHECK_VALUE(window[h] >= slots && window[h] % slots == 0, "window must be a positive multiple of slots (",
                       slots, "), got ", window[h]);
@@ -109,8 +123,9 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
                       ", got ", cu_seqlens->device());
     TORCH_CHECK_VALUE(query.size(0) == 1, "query must have batch 1 with cu_seqlens, got ", query.size(0));
   }
-  Call call{query,      key, value, cells, fejer ? Kernel::fejer : Kernel::dirichlet, sharpness, scale,
-            cu_seqlens, {},  {},    {}};
+  Call call{
+      query, key, value, std::move(cells), fejer ? Kernel::fejer : Kernel::dirichlet, sharpness, scale, cu_seqlens,
+      {},    {},  {}};
   TORCH_CHECK_VALUE(state_key.has_value() == state_value.has_value() && state_key.has_value() == position.has_value(),
                     "state_key, state_value and position must be given together");
   if (state_key) {

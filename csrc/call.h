@@ -42,6 +42,9 @@ struct Call {
   at::Tensor empty_lse() const;
   at::Tensor empty_state_key() const;
   at::Tensor empty_state_value() const;
+  // In place of a result that is not wanted: [0].
+  at::Tensor none(at::ScalarType type) const;
+  at::Tensor positions_after() const;
 };
 
 // Checks everything that needs no look at a tensor's values; raises ValueError, TypeError or NotImplementedError with

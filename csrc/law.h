@@ -31,6 +31,9 @@ struct Cells {
   int64_t resolution;
   int64_t phase;
 
+  bool operator==(const Cells& other) const {
+    return slots == other.slots && resolution == other.resolution && phase == other.phase;
+  }
   BLURRY_HOST_DEVICE int64_t window() const { return slots * resolution; }
   BLURRY_HOST_DEVICE int64_t centre(int64_t cell) const { return cell * resolution + phase; }
   BLURRY_HOST_DEVICE int64_t slot(int64_t cell) const { return cell - floor_div(cell, slots) * slots; }

@@ -151,17 +151,6 @@ void run_forward(const Call& call, const at::Tensor& out, const at::Tensor& lse,
   });
 }
 
-at::Tensor positions_after(const Call& call) {
-  at::Tensor lengths;
-  if (call.cu_seqlens) {
-    const at::Tensor ends = call.cu_seqlens->to(at::kLong);
-    lengths = at::diff(ends);
-  } else {
-    lengths = at::full({call.sequences()}, call.tokens(), call.query.options().dtype(at::kLong));
-  }
-  return call.position ? lengths.add(*call.position) : lengths;
-}
-
 ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
                           at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
                           double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
@@ -171,12 +160,11 @@ ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const 
   const at::Tensor out = in_huge_pages(call.empty_out()), lse = call.empty_lse();
   if (!return_state) {
     run_forward(call, out, lse, {}, {});
-    const at::Tensor none = at::empty({0}, call.compute_options());
-    return {out, lse, none, at::empty_like(none), at::empty({0}, query.options().dtype(at::kLong))};
+    return {out, lse, call.none(call.compute_type()), call.none(call.compute_type()), call.none(at::kLong)};
   }
   const at::Tensor end_key = call.empty_state_key(), end_value = call.empty_state_value();
   run_forward(call, out, lse, end_key, end_value);
-  return {out, lse, end_key, end_value, positions_after(call)};
+  return {out, lse, end_key, end_value, call.positions_after()};
 }
 
 BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -192,9 +180,8 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
   const at::Tensor grad_query = in_huge_pages(at::empty(query.sizes(), query.options()));
   const at::Tensor grad_key = in_huge_pages(at::empty(key.sizes(), key.options()));
   const at::Tensor grad_value = in_huge_pages(at::empty(value.sizes(), value.options()));
-  const at::Tensor none = at::empty({0}, call.compute_options());
-  const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : none;
-  const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : at::empty_like(none);
+  const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : call.none(call.compute_type());
+  const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : call.none(call.compute_type());
   Scratch scratch{call.compute_options(), {}};
   const at::Tensor lse_dense = lse.contiguous();
   const auto dense = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };

@@ -147,6 +147,8 @@ CPU = [
         ("cu_seqlens that end early accepted", "ends.back() == tokens,", "ends.back() <= tokens,", ERRORS),
         ("negative position accepted", "data[i] >= 0,", "true,", ERRORS),
         ("step of two tokens accepted", "call.tokens() == 1,", "call.tokens() >= 1,", ERRORS),
+        ("returned position does not count the given one", "return position ? position->add(tokens()) : at::full(",
+         "return at::full(", VALUES),
     ),
     *faults(
         "csrc/ops.cpp",
@@ -154,8 +156,6 @@ CPU = [
          "tensor.stride(2), tensor.stride(1), tensor.stride(3)};", VALUES),
         ("given position ignored", "problem.sequences.push_back({s, 0, call.tokens(), position});",
          "problem.sequences.push_back({s, 0, call.tokens(), 0 * position});", VALUES),
-        ("returned position does not count the given one",
-         "return call.position ? lengths.add(*call.position) : lengths;", "return lengths;", VALUES),
         ("step: position not advanced", "position.add_(1);", "", STEP),
         ("step: values not written back", "state_value.copy_(end_value);", "", STEP),
     ),

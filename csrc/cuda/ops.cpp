@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <forward_list>
 #include <map>
 #include <mutex>
 
@@ -21,7 +22,17 @@ bool capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c
 
 // The laws of a call's heads on its device.
 struct Tables {
+  at::Device device;
+  at::ScalarType type;
+  Kernel kernel;
+  double sharpness;
+  std::vector<Cells> cells;
   at::Tensor laws, gates;
+
+  bool serve(const Call& call) const {
+    return device == call.query.device() && type == call.compute_type() && kernel == call.kernel &&
+           sharpness == call.sharpness && cells == call.cells;
+  }
 };
 
 Tables make_tables(const Call& call) {
@@ -38,26 +49,28 @@ Tables make_tables(const Call& call) {
   std::memcpy(law_bytes.mutable_data_ptr(), laws.data(), laws.size() * sizeof(cuda::HeadLaw));
   const at::Tensor gate_numbers = at::empty({static_cast<int64_t>(gates.size())}, at::kDouble);
   std::copy(gates.begin(), gates.end(), gate_numbers.mutable_data_ptr<double>());
-  return {law_bytes.to(call.query.device()), gate_numbers.to(call.compute_type()).to(call.query.device())};
+  const at::Device device = call.query.device();
+  return {device,
+          call.compute_type(),
+          call.kernel,
+          call.sharpness,
+          call.cells,
+          law_bytes.to(device),
+          gate_numbers.to(call.compute_type()).to(device)};
 }
 
 // Tables are made once and kept for good, since a captured graph may hold their addresses.
 const Tables& tables_of(const Call& call) {
-  std::vector<int64_t> key{call.query.get_device(), static_cast<int64_t>(call.compute_type()),
-                           static_cast<int64_t>(call.kernel), 0};
-  std::memcpy(&key.back(), &call.sharpness, sizeof(double));
-  for (const Cells& cells : call.cells) key.insert(key.end(), {cells.slots, cells.resolution, cells.phase});
   static std::mutex mutex;
-  static auto& cache = *new std::map<std::vector<int64_t>, Tables>;  // outlives the CUDA context: never freed
+  static auto& cache = *new std::forward_list<Tables>;  // outlives the CUDA context: never freed
   const std::lock_guard<std::mutex> lock(mutex);
-  auto found = cache.find(key);
-  if (found == cache.end()) {
-    TORCH_CHECK(!capturing(),
-                "blurry_attn: the first call with this window on this device copies its tables there, "
-                "which a CUDA graph cannot capture; make one call before the capture");
-    found = cache.emplace(std::move(key), make_tables(call)).first;
+  for (const Tables& tables : cache) {
+    if (tables.serve(call)) return tables;
   }
-  return found->second;
+  TORCH_CHECK(!capturing(),
+              "blurry_attn: the first call with this window on this device copies its tables there, "
+              "which a CUDA graph cannot capture; make one call before the capture");
+  return cache.emplace_front(make_tables(call));
 }
 
 cuda::View view(const at::Tensor& tensor) {
@@ -87,7 +100,7 @@ void check_limits(const Call& call) {
 
 // A look at values of device tensors waits for the device, so a captured call goes without; the kernels clamp them.
 void check_values(const Call& call) {
-  if (capturing()) return;
+  if ((!call.cu_seqlens && !call.position) || capturing()) return;
   if (call.cu_seqlens) checked_cu_seqlens(call.cu_seqlens->cpu(), call.tokens());
   if (call.position) check_positions(call.position->cpu());
 }
@@ -148,13 +161,6 @@ at::Tensor workspace(const Call& call, int64_t bytes) {
   return at::empty({bytes}, call.query.options().dtype(at::kByte));
 }
 
-at::Tensor positions_after(const Call& call) {
-  const at::Tensor lengths = call.cu_seqlens
-                                 ? at::diff(call.cu_seqlens->to(at::kLong))
-                                 : at::full({call.sequences()}, call.tokens(), call.query.options().dtype(at::kLong));
-  return call.position ? lengths.add(*call.position) : lengths;
-}
-
 ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
                            at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
                            double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
@@ -165,9 +171,8 @@ ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const
   const c10::DeviceGuard guard(query.device());
   check_values(call);
   const at::Tensor out = call.empty_out(), lse = call.empty_lse();
-  const at::Tensor none = at::empty({0}, call.compute_options());
-  const at::Tensor end_key = return_state ? call.empty_state_key() : none;
-  const at::Tensor end_value = return_state ? call.empty_state_value() : at::empty_like(none);
+  const at::Tensor end_key = return_state ? call.empty_state_key() : call.none(call.compute_type());
+  const at::Tensor end_value = return_state ? call.empty_state_value() : call.none(call.compute_type());
   const cuda::Problem problem = make_problem(call);
   cuda::Outputs outputs{view(out), lse.mutable_data_ptr()};
   if (return_state) {
@@ -181,8 +186,7 @@ ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const
     const at::Tensor memory = workspace(call, cuda::window_forward_workspace(problem));
     cuda::window_forward(problem, outputs, memory.mutable_data_ptr());
   }
-  return {out, lse, end_key, end_value,
-          return_state ? positions_after(call) : at::empty({0}, query.options().dtype(at::kLong))};
+  return {out, lse, end_key, end_value, return_state ? call.positions_after() : call.none(at::kLong)};
 }
 
 BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -200,9 +204,8 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
   const at::Tensor grad_query = at::empty(query.sizes(), query.options());
   const at::Tensor grad_key = at::empty(key.sizes(), key.options());
   const at::Tensor grad_value = at::empty(value.sizes(), value.options());
-  const at::Tensor none = at::empty({0}, call.compute_options());
-  const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : none;
-  const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : at::empty_like(none);
+  const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : call.none(call.compute_type());
+  const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : call.none(call.compute_type());
   const at::Tensor dense_lse = lse.contiguous();
   const OptionalTensor dense_grad_lse = dense(grad_lse);
   const OptionalTensor grad_key_end = dense(grad_state_key), grad_value_end = dense(grad_state_value);
