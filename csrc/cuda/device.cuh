@@ -169,7 +169,7 @@ struct TokenGates {
       slot[1] = slot[0] + 1 < cells.slots ? slot[0] + 1 : 0;
       for (int which = 0; which < 2; ++which) {
         const int64_t cell = trailing + which;
-        share[which] = cells.is_open(cell, t) ? cells.gate(law.gates, cell, t) : compute(0);
+        share[which] = cells.gate(law.gates, cell, t);  // 0 where the slot is shut: only the lobe's first, not in it
       }
     } else {
       const int64_t from_centre = t - cells.centre(0), window = cells.window();

@@ -170,11 +170,11 @@ struct Walk {
   int64_t position;
   int64_t first_patch;        // number of the patch at time 0, from the sequence's first
   int64_t trailing_at_begin;  // the cell that trails at the sequence's first token
-  int begin, end;          // the sequence's tokens of this call
-  int own_begin, own_end;  // the stretch's
-  int offset, resolution;  // of time 0 from the first cell's centre
-  int first;               // the first cell of all, or a bound below it
-  int given;               // the trailing cell when the contents that the walk begins with were left, in ring rows
+  int begin, end;             // the sequence's tokens of this call
+  int own_begin, own_end;     // the stretch's
+  int offset, resolution;     // of time 0 from the first cell's centre
+  int first;                  // the first cell of all, or a bound below it
+  int given;                  // the trailing cell when the contents that the walk begins with were left, in ring rows
   bool from_begin;
 
   Walk() = default;
@@ -226,14 +226,16 @@ struct Walk {
 };
 
 // What the walk backward needs of what the slots hold, in rows of both sides: [key, value][element].
-constexpr int64_t kSpareCells = 4, kSparePatches = 10;  // of a sequence: cells and tiles that begin before it or end later
+constexpr int64_t kSpareCells = 4,
+                  kSparePatches = 10;  // of a sequence: cells and tiles that begin before it or end later
 struct Contents {
   void* cells;        // of every head, what cells hold in the end; those of a given state first
   void* started;      // of every patch and head, what two cells hold that go on in it: [patch][head][side][2][element]
   int64_t of_states;  // rows of a sequence's given state
 
   // Row of the cell that trails at the sequence's first token, within a head.
-  __device__ int64_t cell_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row, int64_t resolution) const {
+  __device__ int64_t cell_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row,
+                              int64_t resolution) const {
     if (resolution == 1) return of_states * (sequence + 1);  // the tokens themselves are the cells
     const int64_t spare = kSpareCells + of_states;
     return of_states + (p.cu_seqlens ? row / resolution + sequence * spare : batch * (p.tokens / resolution + spare));

@@ -84,7 +84,8 @@ struct BackLayout {
   }
 };
 
-// Offset in bytes of half of a row of weights: chunks are permuted so that eight rows' same half lies in different banks.
+// Offset in bytes of half of a row of weights: chunks are permuted so that eight rows' same half lies in different
+// banks.
 __device__ __forceinline__ uint32_t piece_at(int row, int half) { return row * 32 + ((half ^ ((row >> 2) & 1)) << 4); }
 
 enum Barrier { kFull = 1, kEmpty = 2 };
@@ -159,9 +160,10 @@ struct WalkBack {
   }
 };
 
-// Some warps attend, one per patch of a tile, and leave weights: of what the slots held when the patch began, and of its
-// tokens. The others sum them up, a slice of elements of key or value each, one tile behind. A block has one stretch of
-// one sequence and kv head; it begins plan.warm_up tokens later, for what cells of the stretch give to later tokens.
+// Some warps attend, one per patch of a tile, and leave weights: of what the slots held when the patch began, and of
+// its tokens. The others sum them up, a slice of elements of key or value each, one tile behind. A block has one
+// stretch of one sequence and kv head; it begins plan.warm_up tokens later, for what cells of the stretch give to later
+// tokens.
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads) {
@@ -214,7 +216,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         const int t = cell - walk.given;  // every token is a cell
         const bool exists = t < walk.length && chunk * 8 < (at ? p.value_dim : p.key_dim);
         copy_async_or_zero(
-            to_row, exists ? row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8 : view.data, exists);
+            to_row, exists ? row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8 : view.data,
+            exists);
       } else {
         const bool exists = cell >= walk.given - contents.of_states && cell < walk.ended;
         const int64_t row = exists ? 2 * (walk.cell_row + cell) + at : 0;
@@ -249,7 +252,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     store_shared(shared + layout.pieces + 16 * i, make_uint4(0, 0, 0, 0));
   }
   __syncthreads();
-  load_cells(oldest(last_tile), max(walk.trailing(last_tile, kPatches - 1, nullptr), walk.given), threadIdx.x, kThreads);
+  load_cells(oldest(last_tile), max(walk.trailing(last_tile, kPatches - 1, nullptr), walk.given), threadIdx.x,
+             kThreads);
   load_started(last_tile, threadIdx.x, kThreads);
   if (last_tile > first_tile) {
     load_cells(oldest(last_tile - 1), oldest(last_tile), threadIdx.x, kThreads);
@@ -301,7 +305,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const bool irregular = cell - slots < walk.first || t < 0 || t + kPatch > walk.length;
       const bool make = !kSliding && (irregular || made_for != offset);
       if (make) {
-        Weights::make_gates(walk.cells, walk.position, walk.end(), walk.base + cell, walk.position + t, static_cast<const float*>(p.gates) + p.laws[walk.head].gates, gates);
+        Weights::make_gates(walk.cells, walk.position, walk.end(), walk.base + cell, walk.position + t,
+                            static_cast<const float*>(p.gates) + p.laws[walk.head].gates, gates);
         attend.weights.make(walk.cells, walk.base + cell, walk.position + t, gates);
         made_for = irregular ? -1 : offset;
       }
@@ -327,7 +332,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           attend.column_products(score, 0, 0);
           attend.advance(score, raw);
           attend.mask(score, 0);
-          attend.load_rows(gradients.grad_out, walk.batch, query_head, row, from, until, static_cast<int>(p.value_dim), 0);
+          attend.load_rows(gradients.grad_out, walk.batch, query_head, row, from, until, static_cast<int>(p.value_dim),
+                           0);
           attend.token_products(raw, 1);
           attend.column_products(grad, 1, 0);
           attend.advance(grad, raw);
@@ -373,8 +379,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           for (int m = 0; m < kColumns / 16; ++m) attend.gather_columns(out, key_weights[m], 0, 16 * m);
           attend.gather_tokens(out, key_weights[kColumns / 16], 0);
           __syncwarp();  // the values have been read
-          attend.store_rows(out, {1.f, 1.f}, gradients.query, walk.batch, query_head, row, from, min(until, walk.own_end - t),
-                            static_cast<int>(p.key_dim), attend.tokens[1]);
+          attend.store_rows(out, {1.f, 1.f}, gradients.query, walk.batch, query_head, row, from,
+                            min(until, walk.own_end - t), static_cast<int>(p.key_dim), attend.tokens[1]);
           if (i + 1 < group) {
             load_tokens(tile);
           } else if (tile > first_tile) {
@@ -438,9 +444,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const View& rows_view = side ? gradients.grad_out : p.query;
   const View& to_view = side ? gradients.value : gradients.key;
   const storage* const first_row =
-      row_of<const storage>(rows_view, walk.batch, static_cast<int64_t>(walk.head) * group, walk.row) + first_element + 2 * q;
-  storage* const first_to =
-      row_of<storage>(to_view, walk.batch, walk.head, walk.row) + first_element + 2 * q;
+      row_of<const storage>(rows_view, walk.batch, static_cast<int64_t>(walk.head) * group, walk.row) + first_element +
+      2 * q;
+  storage* const first_to = row_of<storage>(to_view, walk.batch, walk.head, walk.row) + first_element + 2 * q;
   const uint32_t pieces = shared + layout.pieces + side * kPatches * layout.piece_rows * 32;
   const uint32_t patch_pieces = layout.piece_rows * 32;
   const int begin = walk.own_begin, end = walk.walk_end, width = dim - first_element;
@@ -589,8 +595,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
           for (int n = 0; n < kSlice / 8; ++n) {
             if (8 * n < width) {
-              *reinterpret_cast<uint32_t*>(to + 8 * n) =
-                  pack<storage>(sums[n][2 * half], sums[n][2 * half + 1]);
+              *reinterpret_cast<uint32_t*>(to + 8 * n) = pack<storage>(sums[n][2 * half], sums[n][2 * half + 1]);
             }
           }
         }
@@ -622,8 +627,8 @@ __global__ void __launch_bounds__(256) window_given(Problem p, Contents contents
   const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
   const Cells cells = p.laws[head].cells;
   const Sequence s(p, blockIdx.x / heads.count);
-  const int64_t first_row = heads.cell_rows[head_index] +
-                            contents.cell_row(p, s.index, s.batch, s.row, cells.resolution) - p.slots;
+  const int64_t first_row =
+      heads.cell_rows[head_index] + contents.cell_row(p, s.index, s.batch, s.row, cells.resolution) - p.slots;
   const int64_t oldest = cells.trailing(s.position) - p.slots;
   for (int64_t i = threadIdx.x; i < p.slots * 2 * dim; i += 256) {
     const int64_t row = i / (2 * dim), side = i / dim % 2, d = i % dim;
@@ -687,9 +692,8 @@ const char* window_backward_refusal(const Problem& p, const Gradients& gradients
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     const int resolution = static_cast<int>(p.cells[h].resolution);
     bool fits = true;
-    with_back_config(p, cells_in_flux(resolution), [&](auto config) {
-      fits = back_bytes<decltype(config)>(p, resolution) <= shared_memory_limit();
-    });
+    with_back_config(p, cells_in_flux(resolution),
+                     [&](auto config) { fits = back_bytes<decltype(config)>(p, resolution) <= shared_memory_limit(); });
     if (!fits) return "backward: the slots do not fit into shared memory";
   }
   return nullptr;

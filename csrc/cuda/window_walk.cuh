@@ -151,14 +151,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
                      walk.own_begin - patch, walk.own_end - patch, static_cast<int>(p.key_dim), query_sign);
   };
   // Rows of both sides of what cells hold in the end, from the walk's first cell on, and of what goes on in patches.
-  const int64_t cell_row = config::kContents ? heads.cell_rows[head_index] +
-                                                   contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row,
-                                                                     resolution) -
-                                                   walk.trailing_at_begin
-                                             : 0;
-  const int64_t started_row = config::kContents ? contents.started_row(p, walk.sequence, walk.batch, walk.sequence_row,
-                                                                       walk.first_patch, head)
-                                                : 0;
+  const int64_t cell_row = config::kContents
+                               ? heads.cell_rows[head_index] +
+                                     contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, resolution) -
+                                     walk.trailing_at_begin
+                               : 0;
+  const int64_t started_row =
+      config::kContents ? contents.started_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.first_patch, head)
+                        : 0;
 
   Attend<config> attend(slots, ring_rows);
   for (int side = 0; side < 2; ++side) {

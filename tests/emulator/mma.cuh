@@ -142,7 +142,8 @@ inline void give_registers() {}
 template <int>
 inline void take_registers() {}
 
-#define barrier_sync(id, threads) static_cast<void>(::emulator::wait_at_barrier(id, threads, false, {__FILE__, __LINE__}))
+#define barrier_sync(id, threads) \
+  static_cast<void>(::emulator::wait_at_barrier(id, threads, false, {__FILE__, __LINE__}))
 #define barrier_arrive(id, threads) ::emulator::arrive_at_barrier(id, threads, {__FILE__, __LINE__})
 
 inline void copy_async_or_zero(uint32_t to, const void* from, bool valid) {

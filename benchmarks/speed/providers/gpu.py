@@ -91,6 +91,22 @@ for _window in (64, 512):
     )(partial(_flex, _window))
 
 
+TRIED = 4  # configurations of a Triton kernel of fla, which tries for many minutes if all are
+
+
+@cache
+def _fewer_configurations() -> None:
+    """Before fla is imported: its kernels tune themselves over a few configurations, spread over those that they name."""
+    import triton
+
+    tune = triton.autotune
+
+    def autotune(configs: list[Any], *args: Any, **options: Any) -> Any:
+        return tune(configs[:: -(-len(configs) // TRIED)], *args, **options)
+
+    triton.autotune = autotune
+
+
 def _gate_logits(case: Case, *last: int) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(1)
     return torch.randn(case.batch, case.length, case.heads, *last, generator=generator, device="cuda")
@@ -99,6 +115,7 @@ def _gate_logits(case: Case, *last: int) -> Tensor:
 # Gates are ready-made, and their gradients are computed too: the operators' backward passes leave none out.
 @provider("gsa", "gated slot attention, {slots} slots (fla)", tokens_first=True)
 def gsa(case: Case) -> Attend:
+    _fewer_configurations()
     from fla.ops.gsa import chunk_gsa
 
     forget = functional.logsigmoid(_gate_logits(case, case.slots)) / 8  # as fla's layer makes them
@@ -114,6 +131,7 @@ def gsa(case: Case) -> Attend:
 
 @provider("gated_delta", "gated delta rule (fla)", tokens_first=True)
 def gated_delta(case: Case) -> Attend:
+    _fewer_configurations()
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     decay = functional.logsigmoid(_gate_logits(case))
