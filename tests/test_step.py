@@ -86,11 +86,47 @@ def test_every_position_of_two_windows(kernel, device):
     assert_accurate(found, {name: whole[name] for name in found}, torch.float64, window)
 
 
+SHAPES = {  # slots, (query heads, kv heads), head_dim, value_dim: of the CUDA kernel, one of each kind
+    "few elements": (5, (2, 1), 3, 1),
+    "a block's slots": (64, (2, 2), 64, 64),
+    "twice a block's slots": (128, (4, 2), 128, 128),
+    "a remainder of slots": (70, (2, 2), 64, 64),
+    "unlike sizes": (33, (3, 3), 40, 96),
+    "many queries": (64, (33, 1), 64, 64),
+    "wide": (70, (2, 1), 200, 256),
+    "widest": (20, (9, 1), 512, 510),
+}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_layouts_give_the_same_bits(kernel, device):
-    window = BlurryWindow(5, 20, kernel)
-    inputs = [x[:, :, :1].contiguous() for x in make_inputs(2, 4, 2, dtype=torch.bfloat16, device=device)]
-    state = make_state(window, [33, 2], dtype=torch.bfloat16, device=device)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape, dtype, kernel, device):
+    slots, heads, dim, value_dim = SHAPES[shape]
+    window = BlurryWindow(slots, 6 * slots, kernel)
+    inputs = make_inputs(3, *heads, 4, dim, value_dim, dtype, device)
+    state = make_state(window, (0, 3 * slots, 10**10), heads[1], dim, value_dim, dtype, device)
+    exact = run(
+        blurry_window_attention,
+        *(x.cpu().double() for x in inputs),
+        window,
+        state=state.to("cpu", torch.float64),
+        gradients=False,
+    )
+    out = steps(inputs, state, enable_gqa=True)
+    assert state.position.tolist() == exact["position"].tolist()
+    bound = 1e-12 if dtype == torch.float64 else 1e-5
+    assert relative_error(out, exact["out"].to(dtype)) <= (2 * torch.finfo(dtype).eps if dtype in HALVES else bound)
+    assert relative_error(state.key, exact["end_key"]) <= bound
+    assert relative_error(state.value, exact["end_value"]) <= bound
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("slots, dim", [(5, 8), (64, 64), (128, 128), (70, 200)])
+def test_layouts_give_the_same_bits(slots, dim, kernel, device):
+    window = BlurryWindow(slots, 4 * slots, kernel)
+    inputs = [x[:, :, :1].contiguous() for x in make_inputs(2, 4, 2, 1, dim, dtype=torch.bfloat16, device=device)]
+    state = make_state(window, [7 * slots, 2], dim=dim, dtype=torch.bfloat16, device=device)
     strided = BlurryState(state.key.mT.contiguous().mT, state.value.mT.contiguous().mT, state.position.clone(), window)
     memory = strided.key.data_ptr(), strided.value.data_ptr(), strided.position.data_ptr()
     out = blurry_window_step(*inputs, state, enable_gqa=True)
