@@ -19,6 +19,6 @@ void begin_launch();
 void begin_block();
 void sync_warp(int warp);
 void sync_warps(uint32_t warps, bool all);  // at a barrier; all: of the block
-void access(const void* memory, size_t bytes, bool writes, const void* place = nullptr);
+void access(const void* memory, size_t bytes, bool writes, const void* place = nullptr, size_t alignment = 1);
 
 }  // namespace emulator::races
