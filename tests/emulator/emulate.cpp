@@ -224,7 +224,7 @@ Case draw(const Options& o, uint64_t seed) {
   p.query_heads = p.kv_heads * random.one_of({1, 1, 2, 3});
   p.slots = window
                 ? random.one_of<int64_t>({16, 17, 24, 31, 32, 32, 33, 48, 63, 64, 64, 65, 80, random.between(16, 80)})
-                : random.one_of<int64_t>({2, 3, 5, 16, 33, random.between(2, 40)});
+                : random.one_of<int64_t>({2, 3, 5, 16, 33, random.between(2, 40), random.between(41, 160)});
   if (o.slots) p.slots = o.slots;
   const bool mixed = random.chance(60);
   const bool staggered = random.chance(50);
