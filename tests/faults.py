@@ -257,8 +257,8 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/window_attend.cuh",
-        ("CUDA window: ended cells' slots not seen", "return column < ended ? wrap(before + slots, ring_rows) : before;",
-         "return before;", WALK_STATES),
+        ("CUDA window: ended cells' slots not seen",
+         "return column < ended ? wrap(before + slots, ring_rows) : before;", "return before;", WALK_STATES),
         ("CUDA window: what went before omitted in a gradient", "sums[tile][e] *= fmaxf(weights.decay[tile][e], 0.f);",
          "sums[tile][e] *= weights.decay[tile][e] > 0.f;", WALK),
     ),

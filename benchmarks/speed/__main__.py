@@ -28,9 +28,9 @@ ROOT = Path(__file__).parents[2]
 MAX_ROUNDS = 200
 SLOW = """\
 On a GPU the groups of cases can be run one by one, and their results add up. Slow are: gsa and gated_delta, which tune
-themselves (over at most 4 configurations a kernel) at the first call of each mode and head size; flex64 and flex512, which compile for half a minute
-at each new length. Without these, "main" takes seconds, and "sweep" about a minute. gsa and gated_delta need the
-packages flash-linear-attention, fla-core and einops."""
+themselves (over at most 4 configurations a kernel) at the first call of each mode and head size; flex64 and flex512,
+which compile for half a minute at each new length. Without these, "main" takes seconds, and "sweep" about a minute. gsa
+and gated_delta need the packages flash-linear-attention, fla-core and einops."""
 
 Row = dict[str, Any]
 

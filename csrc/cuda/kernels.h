@@ -32,7 +32,7 @@ struct Problem {
   Kernel kernel;
   int64_t batch, query_heads, kv_heads, tokens, key_dim, value_dim, slots, sequences;
   int64_t longest_window;  // over the kv heads
-  double scale;
+  double scale, sharpness;
   View query, key, value;
   const HeadLaw* laws;               // [kv_heads]
   const Cells* cells;                // [kv_heads], on the host

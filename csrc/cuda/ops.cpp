@@ -142,6 +142,7 @@ cuda::Problem make_problem(const Call& call) {
   problem.sequences = call.sequences();
   for (const Cells& cells : call.cells) problem.longest_window = std::max(problem.longest_window, cells.window());
   problem.scale = call.scale;
+  problem.sharpness = call.sharpness;
   problem.query = view(call.query);
   problem.key = view(call.key);
   problem.value = view(call.value);

@@ -16,6 +16,7 @@
 namespace blurry_attn::cuda {
 
 constexpr int kPatch = 16;
+constexpr double kLeastSharpness = 6;
 
 // Rows of 16-byte chunks in shared memory. Chunks are permuted within every eight rows, so that eight rows' same chunk
 // lies in different banks.

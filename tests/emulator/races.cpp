@@ -163,7 +163,7 @@ void sync_warps(uint32_t warps, bool all, const Arrived& arrived) {
   }
 }
 
-void access(const void* memory, size_t bytes, bool writes, const void* from) {
+void access(const void* memory, size_t bytes, bool writes, const void* from, size_t alignment) {
   const int number = thread_number();
   if (!enabled || reports || number < 0 || is_stack(memory)) return;
   const unsigned me = static_cast<unsigned>(number);
@@ -176,21 +176,27 @@ void access(const void* memory, size_t bytes, bool writes, const void* from) {
     reports = true;
     fail(std::to_string(bytes) + " bytes out of bounds are " + (writes ? "written" : "read") + " in " + line_of(place));
   }
+  if (reinterpret_cast<uintptr_t>(memory) % alignment) {
+    reports = true;
+    fail(std::to_string(bytes) + " bytes that are not aligned are accessed at once in " + line_of(place));
+  }
   Cell* const cells = region->cells + (begin - region->begin);
   for (size_t i = 0; i < bytes; ++i) {
     Cell& cell = cells[i];
     // A flag, one byte, may be set by several threads of a block.
     const bool flag = writes && bytes == 1 && cell.write.epoch >= block_begin;
-    if (!flag && !ordered(cell.write, me, region->shared))
+    if (!flag && !ordered(cell.write, me, region->shared)) {
       report(begin + i, cell.write, true, cell.write_place, writes, place);
+    }
     if (!writes) {
       set_read(cell.read, me, region->shared);
       cell.read_place = place;
       continue;
     }
     const bool read_by_others = cell.read.others && cell.read.epoch >= launch_begin;
-    if (read_by_others || !ordered(cell.read, me, region->shared))
+    if (read_by_others || !ordered(cell.read, me, region->shared)) {
       report(begin + i, cell.read, false, cell.read_place, true, place);
+    }
     cell.write = {now[me / kLanes], me, Access::lane, 0};
     cell.write_place = place;
   }
@@ -201,18 +207,18 @@ void enable() { enabled = true; }
 }  // namespace emulator::races
 
 // What code compiled with -fsanitize=thread calls.
-#define EMULATOR_ACCESS(bytes)                                              \
-  extern "C" void __tsan_read##bytes(const void* at) {                      \
-    emulator::races::access(at, bytes, false, __builtin_return_address(0)); \
-  }                                                                         \
-  extern "C" void __tsan_write##bytes(const void* at) {                     \
-    emulator::races::access(at, bytes, true, __builtin_return_address(0));  \
-  }                                                                         \
-  extern "C" void __tsan_unaligned_read##bytes(const void* at) {            \
-    emulator::races::access(at, bytes, false, __builtin_return_address(0)); \
-  }                                                                         \
-  extern "C" void __tsan_unaligned_write##bytes(const void* at) {           \
-    emulator::races::access(at, bytes, true, __builtin_return_address(0));  \
+#define EMULATOR_ACCESS(bytes)                                                     \
+  extern "C" void __tsan_read##bytes(const void* at) {                             \
+    emulator::races::access(at, bytes, false, __builtin_return_address(0), bytes); \
+  }                                                                                \
+  extern "C" void __tsan_write##bytes(const void* at) {                            \
+    emulator::races::access(at, bytes, true, __builtin_return_address(0), bytes);  \
+  }                                                                                \
+  extern "C" void __tsan_unaligned_read##bytes(const void* at) {                   \
+    emulator::races::access(at, bytes, false, __builtin_return_address(0), 1);     \
+  }                                                                                \
+  extern "C" void __tsan_unaligned_write##bytes(const void* at) {                  \
+    emulator::races::access(at, bytes, true, __builtin_return_address(0), 1);      \
   }
 EMULATOR_ACCESS(1)
 EMULATOR_ACCESS(2)

@@ -24,6 +24,6 @@ struct Arrived {
 };
 void arrive(Arrived& arrived, int warp);
 void sync_warps(uint32_t warps, bool all, const Arrived& arrived);  // at a barrier; all: of the block
-void access(const void* memory, size_t bytes, bool writes, const void* place = nullptr);
+void access(const void* memory, size_t bytes, bool writes, const void* place = nullptr, size_t alignment = 1);
 
 }  // namespace emulator::races

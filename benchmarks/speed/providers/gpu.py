@@ -96,7 +96,7 @@ TRIED = 4  # configurations of a Triton kernel of fla, which tries for many minu
 
 @cache
 def _fewer_configurations() -> None:
-    """Before fla is imported: its kernels tune themselves over a few configurations, spread over those that they name."""
+    """Before fla is imported: its kernels tune themselves over a few of the configurations that they name."""
     import triton
 
     tune = triton.autotune
