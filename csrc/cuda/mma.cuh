@@ -146,16 +146,17 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 }
 
 // Registers of a thread from here on, for all of a group of four warps: taken from what the block's others gave back.
+// 0: as they are.
 template <int count>
 __device__ __forceinline__ void give_registers() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+  if constexpr (count > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 #endif
 }
 template <int count>
 __device__ __forceinline__ void take_registers() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+  if constexpr (count > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 #endif
 }
 

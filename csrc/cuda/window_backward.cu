@@ -20,7 +20,7 @@ struct BackConfig {
   static constexpr int kBlocks = dim <= 64 && flux <= 3 ? 2 : 1;
   // Registers of those that attend and of the others, where four warps each share them; else 0.
   static constexpr int kAttendRegisters = kPatches != 4 ? 0 : dim > 64 ? 240 : kBlocks == 2 ? 168 : 0;
-  static constexpr int kSumRegisters = dim > 64 ? 128 : 88;
+  static constexpr int kSumRegisters = kAttendRegisters == 0 ? 0 : dim > 64 ? 128 : 88;
   static constexpr int kRow = Rows<dim>::kBytes;
 };
 
@@ -227,19 +227,20 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   };
   // Reads what goes on in the patches of a tile.
   const auto load_started = [&](int tile, int thread, int threads) {
-    if (kSliding) return;
+    if constexpr (!kSliding) {
 #pragma unroll 1
-    for (int i = thread; i < kPatches * 4 * Row::kChunks; i += threads) {
-      const int chunk = i % Row::kChunks, row = i / Row::kChunks, patch = row / 4;
-      const int t = walk.tile_token(tile) + patch * kPatch;
-      int offset;
-      walk.trailing(tile, patch, &offset);
-      const bool exists = t + kPatch > 0 && t < walk.length && row % 2 < goes_on(offset);
-      const int64_t from = walk.started_row + static_cast<int64_t>(tile * kPatches + patch) * 2 * p.kv_heads;
-      copy_async_or_zero(
-          shared + layout.started + ((tile & 1) * kPatches * 4 + row) * kRow + chunk * 16,
-          static_cast<const uint4*>(contents.started) + (exists ? (2 * from + row % 4) * Row::kChunks + chunk : 0),
-          exists);
+      for (int i = thread; i < kPatches * 4 * Row::kChunks; i += threads) {
+        const int chunk = i % Row::kChunks, row = i / Row::kChunks, patch = row / 4;
+        const int t = walk.tile_token(tile) + patch * kPatch;
+        int offset;
+        walk.trailing(tile, patch, &offset);
+        const bool exists = t + kPatch > 0 && t < walk.length && row % 2 < goes_on(offset);
+        const int64_t from = walk.started_row + static_cast<int64_t>(tile * kPatches + patch) * 2 * p.kv_heads;
+        copy_async_or_zero(
+            shared + layout.started + ((tile & 1) * kPatches * 4 + row) * kRow + chunk * 16,
+            static_cast<const uint4*>(contents.started) + (exists ? (2 * from + row % 4) * Row::kChunks + chunk : 0),
+            exists);
+      }
     }
   };
   const auto oldest = [&](int tile) { return walk.trailing(tile, 0, nullptr) - slots; };
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __syncthreads();
 
   if (attends) {
-    if constexpr (config::kAttendRegisters > 0) take_registers<config::kAttendRegisters>();
+    take_registers<config::kAttendRegisters>();
     Attend<config> attend(slots, ring_rows);
     for (int i = 0; i < 2; ++i) {
       attend.ring[i] = shared + layout.ring + i * ring_rows * kRow;
@@ -420,7 +421,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     return;
   }
 
-  if constexpr (config::kAttendRegisters > 0) give_registers<config::kSumRegisters>();
+  give_registers<config::kSumRegisters>();
   float* const grads = reinterpret_cast<float*>(shared_memory + layout.grads) + slice * grad_rows * kSlice;
   float* const grads_started = reinterpret_cast<float*>(shared_memory + layout.grads_started) + slice * 8 * kSlice;
   float* const ends = reinterpret_cast<float*>(shared_memory + layout.ends) + slice * kFlux * kSlice;
