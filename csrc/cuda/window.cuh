@@ -160,6 +160,23 @@ __device__ __forceinline__ int64_t grid_begin(const Cells& cells, int64_t positi
   return floor_div(position - cells.phase, kGrid) * kGrid + cells.phase;
 }
 
+// Stretch number x of a launch, by time: which sequence's, and the tokens begin .. end - 1 that it owns.
+struct Stretch {
+  Sequence sequence;
+  int64_t number;  // of the sequence's
+  int64_t grid, begin, end;
+  bool exists, last;
+
+  __device__ Stretch(const Problem& p, const WalkPlan& plan, const Cells& cells, int64_t x)
+      : sequence(p, plan.find(p, x)), number(x - plan.first(p, sequence.index)) {
+    grid = grid_begin(cells, sequence.position);
+    begin = number == 0 ? sequence.position : grid + number * plan.length;
+    exists = number * plan.length < sequence.length;
+    last = (number + 1) * plan.length >= sequence.length;
+    end = last ? sequence.end() : grid + (number + 1) * plan.length;
+  }
+};
+
 // One block's walk: a stretch of one sequence and head. Tokens ("times") are counted from the first tile's first, cells
 // from the one that trails there, both as plain ints.
 struct Walk {
@@ -181,17 +198,13 @@ struct Walk {
   Walk() = default;
   __device__ Walk(const Problem& p, const WalkPlan& plan, int64_t x, int head, int tile) : stretch(x) {
     const Cells cells = p.laws[head].cells;
-    const Sequence s(p, plan.find(p, x));
-    const int64_t number = x - plan.first(p, s.index);
-    const int64_t grid = grid_begin(cells, s.position);
-    const int64_t own = number == 0 ? s.position : grid + number * plan.length;
-    const bool last = (number + 1) * plan.length >= s.length;
-    const int64_t own_to = last ? s.end() : grid + (number + 1) * plan.length;
+    const Stretch own(p, plan, cells, x);
+    const Sequence& s = own.sequence;
     sequence = s.index;
     batch = s.batch;
     position = s.position;
-    from_begin = own - s.position <= plan.warm_up;
-    const int64_t from = from_begin ? s.position : own - plan.warm_up;
+    from_begin = own.begin - s.position <= plan.warm_up;
+    const int64_t from = from_begin ? s.position : own.begin - plan.warm_up;
     first_time = floor_div(from - cells.phase, tile) * tile + cells.phase;
     sequence_row = s.row;
     row = s.row + first_time - s.position;
@@ -202,9 +215,9 @@ struct Walk {
     };
     begin = since(s.position);
     end = since(s.end());
-    own_begin = since(own);
-    own_end = number * plan.length < s.length ? since(own_to) : own_begin;
-    first_patch = (first_time - grid) / kPatch;
+    own_begin = since(own.begin);
+    own_end = own.exists ? since(own.end) : own_begin;
+    first_patch = (first_time - own.grid) / kPatch;
     trailing_at_begin = cells.trailing(s.position) - cell;
     offset = static_cast<int>(first_time - cells.centre(cell));
     resolution = static_cast<int>(cells.resolution);
@@ -318,9 +331,23 @@ inline bool aligned(const View& view) {
 }
 
 inline int64_t shared_memory_limit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return once_per_device([] {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+  });
+}
+
+// Lets a launch over heads have as much shared memory as bytes_for(resolution) says that one needs; returns it.
+template <typename kernel_type, typename bytes_type>
+uint32_t allow_shared_memory(kernel_type* kernel, const Problem& p, const HeadList& heads,
+                             const bytes_type& bytes_for) {
+  uint32_t bytes = 0;
+  for (int i = 0; i < heads.count; ++i) {
+    bytes = std::max<uint32_t>(bytes, bytes_for(static_cast<int>(p.cells[heads.head[i]].resolution)));
+  }
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   return bytes;
 }
 

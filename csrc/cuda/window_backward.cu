@@ -113,11 +113,10 @@ struct WalkBack {
                       int tile_tokens)
       : tile(tile_tokens) {
     const int head_index = blockIdx.x % heads.count;
-    const int64_t x = blockIdx.x / heads.count;
-    const Sequence s(p, plan.find(p, x));
-    const int64_t number = x - plan.first(p, s.index);
     head = heads.head[head_index];
     cells = p.laws[head].cells;
+    const Stretch own(p, plan, cells, blockIdx.x / heads.count);
+    const Sequence& s = own.sequence;
     group = static_cast<int>(p.query_heads / p.kv_heads);
     slots = static_cast<int>(cells.slots);
     resolution = static_cast<int>(cells.resolution);
@@ -126,20 +125,17 @@ struct WalkBack {
     row = s.row;
     position = s.position;
     length = static_cast<int>(s.length);
-    from_begin = number == 0;
-    const int64_t grid = grid_begin(cells, position), begin = from_begin ? position : grid + number * plan.length;
-    const bool last = (number + 1) * plan.length >= s.length;
-    const int64_t own_to = last ? s.end() : grid + (number + 1) * plan.length;
-    const int64_t later = own_to + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
-    to_end = last || later >= s.end();
+    from_begin = own.number == 0;
+    const int64_t later = own.end + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
+    to_end = own.last || later >= s.end();
     const int64_t to = to_end ? s.end() : later;
-    lead = static_cast<int>(grid - position);
-    first_tile = static_cast<int>((begin - grid) / tile);
-    last_tile = number * plan.length < s.length ? static_cast<int>((to - 1 - grid) / tile) : first_tile - 1;
-    own_begin = static_cast<int>(begin - position);
-    own_end = static_cast<int>(own_to - position);
+    lead = static_cast<int>(own.grid - position);
+    first_tile = static_cast<int>((own.begin - own.grid) / tile);
+    last_tile = own.exists ? static_cast<int>((to - 1 - own.grid) / tile) : first_tile - 1;
+    own_begin = static_cast<int>(own.begin - position);
+    own_end = static_cast<int>(own.end - position);
     walk_end = static_cast<int>(to - position);
-    const int64_t token = grid + static_cast<int64_t>(first_tile) * tile;
+    const int64_t token = own.grid + static_cast<int64_t>(first_tile) * tile;
     base = cells.trailing(token) - slots;
     first_offset = static_cast<int>(token - cells.centre(base + slots));
     const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
@@ -492,7 +488,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int n = 0; n < kSlice / 8; ++n) mma<storage>(sums[n], a, b[w][n][0], b[w][n][1]);
       };
-      // What the slots held when the patches began, of walk.cells,
+      // What the slots held when the patches began, of cells,
       for (int row = 0; row < grad_rows; row += 16) {
         float sums[kSlice / 8][4] = {};
 #pragma unroll
@@ -561,16 +557,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
           for (int j = 0; j < kFlux; ++j) {
             const int before = wrap(place.before + j, grad_rows), own = wrap(place.own + j, grad_rows);
-            const float end = grads[at(own, lane)];
-            float begin = decays[j] * end;
-            ends[j * kSlice + lane] = end;
+            const float at_end = grads[at(own, lane)], at_begin = decays[j] * at_end;
+            ends[j * kSlice + lane] = at_end;
             if (j < place.going_on) {
-              grads[at(own, lane)] = begin + grads_started[(2 * w + j) * kSlice + lane];
+              grads[at(own, lane)] = at_begin + grads_started[(2 * w + j) * kSlice + lane];
             } else if (j >= place.ended) {
               grads[at(own, lane)] = 0.f;
-              grads[at(before, lane)] += begin;
+              grads[at(before, lane)] += at_begin;
             } else {
-              grads[at(own, lane)] = begin;
+              grads[at(own, lane)] = at_begin;
             }
           }
           __syncwarp();
@@ -669,7 +664,7 @@ void with_back_config(const Problem& p, int flux, const body_type& body) {
 }
 
 template <typename config>
-int64_t back_bytes(const Problem& p, int resolution) {
+uint32_t back_bytes(const Problem& p, int resolution) {
   const int group = static_cast<int>(p.query_heads / p.kv_heads);
   return BackLayout::make<config>(static_cast<int>(p.slots), resolution, group).bytes;
 }
@@ -722,11 +717,8 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
           launch_walk<walk>("window_walk of contents", p, Outputs{}, contents, plan, heads, nullptr);
         }
       }
-      int64_t bytes = 0;
-      for (int i = 0; i < heads.count; ++i) {
-        bytes = std::max(bytes, back_bytes<config>(p, static_cast<int>(p.cells[heads.head[i]].resolution)));
-      }
-      cudaFuncSetAttribute(window_back<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+      const uint32_t bytes = allow_shared_memory(window_back<config>, p, heads,
+                                                 [&](int resolution) { return back_bytes<config>(p, resolution); });
       launch("window_back", window_back<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
              gradients, contents, plan, heads);
     });

@@ -423,12 +423,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 template <typename config>
 void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Contents& contents,
                  const WalkPlan& plan, const HeadList& heads, uint8_t* unsound) {
-  uint32_t bytes = 0;
-  for (int i = 0; i < heads.count; ++i) {
-    const int resolution = static_cast<int>(p.cells[heads.head[i]].resolution);
-    bytes = std::max(bytes, Layout::make<config>(static_cast<int>(p.slots), resolution).bytes);
-  }
-  cudaFuncSetAttribute(window_walk<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const uint32_t bytes = allow_shared_memory(window_walk<config>, p, heads, [&](int resolution) {
+    return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes;
+  });
   launch(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p, outputs, contents,
          plan, heads, unsound);
 }
