@@ -88,7 +88,7 @@ class Shape:
 
 
 class Shifts(torch.autograd.Function):
-    """x (M, B, T, E) -> (M, B, T, taps, E): x of this token and the ``taps`` - 1 before it, zero where there is none."""
+    """x (M, B, T, E) -> (M, B, T, taps, E): x of this token and the ``taps`` - 1 before it, zero before the start."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: int) -> Tensor:

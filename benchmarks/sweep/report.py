@@ -147,7 +147,7 @@ def plot(rows: Sequence[Row], label: str = "accuracy") -> Figure:
     figure = Figure(figsize=(0.5 + 7.5 * len(tasks), 6.4), dpi=130, layout="constrained")
     for axes, (task, mine) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
         _panel(axes, mine)
-        axes.set(title=task, ylabel=label, xlabel="state per head: elements (slots)")
+        axes.set(title=task, ylabel=label, xlabel="state per head: elements (slots)", ylim=(-0.02, 1.03))
     hardware = ", ".join(dict.fromkeys(row["hardware"] for row in rows))
     versions = ", ".join(dict.fromkeys(row["versions"]["torch"] for row in rows))
     date = max(row["date"] for row in rows)
