@@ -89,12 +89,14 @@ def plot(result: dict[str, Any]) -> Figure:
             sizes = [(row["history"], row["state_bytes"] / batch) for row in rows]
             if batch == batches[0]:
                 memory.plot(*zip(*sizes, strict=True), "-", marker="o", color=COLOURS[mixer])
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    memory.set_yscale("log")
     memory.set_title("memory", loc="left")
     memory.set_ylabel("bytes of state or cache per sequence")
     histories = sorted({row["history"] for row in result["rows"]})
     for axes in (*speeds, memory):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set_xticks(histories, [f"{n >> 10}k" if n >= 1024 else str(n) for n in histories])
         axes.set_xlabel("tokens of history")
         axes.grid(True, which="major", color="#d6d3d1", lw=0.7)

@@ -56,7 +56,7 @@ class Setup:
 
 PYRAMID = (1, 1, 2, 2, 4, 4, 8, 8)
 SETUPS = {
-    "cpu": Setup(512, 4, PYRAMID, "float32"),
+    "cpu": Setup(512, 4, PYRAMID, "float32", steps=300),
     "cuda": Setup(1024, 12, PYRAMID * 2, "bfloat16", batches=(1, 16), steps=40, seconds=0.5),
 }
 
@@ -172,12 +172,13 @@ def measure(device: str, threads: int, setup: Setup, mixer: str, batch: int, his
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
+    states = make_states(model, batch, history, room)
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
     else:
         (PROC / "clear_refs").write_text("5")  # resets VmHWM
-        before = resident("VmRSS")
-    seconds = decode(model, make_states(model, batch, history, room), batch, setup)
+    seconds = decode(model, states, batch, setup)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
     return {
         "seconds": {way: statistics.median(samples) for way, samples in seconds.items()},

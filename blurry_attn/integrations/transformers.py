@@ -243,8 +243,8 @@ def _attention(
     if sliding_window is not None:
         window = BlurryWindow(sliding_window, sliding_window)
     config = getattr(module, "config", None)
-    kv_heads: int = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", key.shape[1])
-    if kv_heads != key.shape[1]:
+    kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if kv_heads is not None and kv_heads != key.shape[1]:
         window = _of_this_rank(window, module, kv_heads, key.shape[1])
     layer: BlurryCacheLayer | None = getattr(key, "_blurry_layer", None)
     if layer is not None:
