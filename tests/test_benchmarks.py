@@ -15,12 +15,13 @@ import torch.nn.functional as F
 pytest.importorskip("matplotlib")
 from benchmarks.decode import __main__ as decode_report
 from benchmarks.decode import measure as decode
+from benchmarks.drift import __main__ as drift
 from benchmarks.speed import report
 from benchmarks.speed.__main__ import main, measure, merge, summarise
 from benchmarks.speed.cases import FORWARD, MODES, QUICK, SUITES, Case, Claim, Group, Suite
 from benchmarks.speed.meters.cpu import CpuMeter
 from benchmarks.speed.providers import PROVIDERS, Provider
-from blurry_attn import BlurryWindow, reference
+from blurry_attn import BlurryWindow, blurry_window_attention, reference
 from blurry_attn.lm.model import LanguageModel, TokenCache, state_size
 
 ROOT = Path(__file__).parents[1]
@@ -274,3 +275,20 @@ def test_decode_names_what_does_not_fit() -> None:
     speeds, memory = decode_report.plot(result).axes[:2], decode_report.plot(result).axes[2]
     assert [len(line.get_xdata()) for axes in speeds for line in axes.lines] == [2, 2, 1, 1] * 2
     assert [line.get_xdata().tolist() for line in memory.lines] == [[1024, 131072]] * 2
+
+
+def test_drift_is_that_of_the_law() -> None:
+    """Its float64 state is the operator's, and where slots are rounded once the output errs less than by its own rounding."""
+    window, heads = BlurryWindow.pyramid(4, (1, 2, 8)), 3
+    tokens = torch.randn(100, heads, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    slots, tables = torch.zeros(heads, 4, 10, dtype=torch.float64), drift.shares(window, heads)
+    for t, token in enumerate(tokens):
+        slots = drift.write(slots, token, drift.share_at(tables, t))
+    key, value = tokens.movedim(0, 1).unsqueeze(0).chunk(2, -1)
+    _, state = blurry_window_attention(key, key, value, window, return_state=True)
+    torch.testing.assert_close(slots.unsqueeze(0), torch.cat((state.key, state.value), -1), rtol=1e-12, atol=1e-12)
+    errors = {row["state"]: row["errors"] for row in drift.measure([400], window, heads)}
+    full, in_flux, always, turns, output = errors.values()
+    for head in range(heads):
+        assert full[head] < 1e-6
+        assert in_flux[head] <= always[head] and max(in_flux[head], turns[head]) < output[head]
