@@ -22,6 +22,7 @@ from benchmarks.speed.cases import FORWARD, MODES, QUICK, SUITES, Case, Claim, G
 from benchmarks.speed.meters.cpu import CpuMeter
 from benchmarks.speed.providers import PROVIDERS, Provider
 from blurry_attn import BlurryWindow, blurry_window_attention, reference
+from blurry_attn.lm.data import load_text
 from blurry_attn.lm.model import LanguageModel, TokenCache, state_size
 
 ROOT = Path(__file__).parents[1]
@@ -278,7 +279,7 @@ def test_decode_names_what_does_not_fit() -> None:
 
 
 def test_drift_is_that_of_the_law() -> None:
-    """Its float64 state is the operator's, and where slots are rounded once the output errs less than by its own rounding."""
+    """Its float64 state is the operator's; slots that are rounded once cost less than rounding the output."""
     window, heads = BlurryWindow.pyramid(4, (1, 2, 8)), 3
     tokens = torch.randn(100, heads, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     slots, tables = torch.zeros(heads, 4, 10, dtype=torch.float64), drift.shares(window, heads)
@@ -292,3 +293,20 @@ def test_drift_is_that_of_the_law() -> None:
     for head in range(heads):
         assert full[head] < 1e-6
         assert in_flux[head] <= always[head] and max(in_flux[head], turns[head]) < output[head]
+
+
+def test_a_model_is_switched_to_every_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full attention, and a sliding window as long as the context, change nothing at the switch."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from benchmarks.convert import __main__ as convert
+
+    shape = {"dim": 32, "layers": 1, "context": convert.SLOTS, "batch": 2, "steps": 2, "tune-steps": 1, "device": "cpu"}
+    options = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(convert, "load_text", lambda *_: load_text(Path(__file__), 32))
+    monkeypatch.setattr(sys, "argv", ["convert", *options, "--out", str(tmp_path)])
+    convert.main()
+    rows = {row["window"]: row for row in json.loads((tmp_path / "cpu.json").read_text())["rows"]}
+    assert set(rows) == set(convert.WINDOWS)
+    assert rows["sliding window"]["switched"] == pytest.approx(rows["full attention"]["switched"], rel=1e-5)
+    assert rows["sliding window"]["tuned"] == pytest.approx(rows["full attention"]["tuned"], rel=1e-4)
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
