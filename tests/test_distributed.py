@@ -413,7 +413,7 @@ sys.exit(__main__.main())
 
 @pytest.mark.parametrize("crashes", [False, True], ids=["whole", "crash"])
 def test_torchrun_trains_and_ends(crashes: bool, schedule: TrainConfig, tmp_path: Path):
-    """The first alone prints and writes; losses are those of one process; a crash ends all, and what was saved is whole."""
+    """The first prints and writes, with the losses of one process; a crash ends all, and what was saved is whole."""
     (tmp_path / "crash.py").write_text(CRASH)
     program = ["--", str(tmp_path / "crash.py")] if crashes else ["-m", "--", "blurry_attn.lm"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
