@@ -50,8 +50,4 @@ class Task(Protocol):
     def title(self) -> str:
         """Names the task in reports; also tells tasks apart."""
 
-    @property
-    def length(self) -> int:
-        """Tokens of the longest example: slots of full attention."""
-
     def data(self, device: torch.device) -> Data: ...
