@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kStepThreads)
   const Sequence sequence(p, blockIdx.x / p.kv_heads);
   const int64_t head = blockIdx.x % p.kv_heads;
   bool sound = true;
-  for (int64_t x = plan.first(p, sequence.index), i = 0; i * plan.length < sequence.length; ++i) {
+  for (int64_t x = plan.first(p, sequence.index), i = 0; i < plan.stretches(sequence.length); ++i) {
     sound = sound && !unsound[(x + i) * p.kv_heads + head];
   }
   if (sound) return;
@@ -96,6 +96,7 @@ const char* window_refusal(const Problem& p) {
   if (p.sharpness < kLeastSharpness && p.longest_window > p.slots) return "the sharpness is below 6";
   if (p.slots < 16) return "there are fewer than 16 slots";
   if (p.kv_heads > kMaxWindowHeads) return "there are more than 256 key/value heads";
+  if (p.query_heads > INT32_MAX) return "there are more than 2^31 query heads";
   const int64_t limit = shared_memory_limit();
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     const int64_t r = p.cells[h].resolution;
@@ -109,18 +110,18 @@ const char* window_refusal(const Problem& p) {
 }
 
 int64_t window_forward_workspace(const Problem& p) {
-  return (make_plan(p).count * p.kv_heads + 15) / 16 * 16 +
+  return (make_plan(p, Task::forward).count * p.kv_heads + 15) / 16 * 16 +
          p.sequences * p.kv_heads * p.slots * (p.key_dim + p.value_dim) * static_cast<int64_t>(sizeof(float));
 }
 
 void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
-  const WalkPlan plan = make_plan(p);
+  const WalkPlan plan = make_plan(p, Task::forward);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   float* const contents = reinterpret_cast<float*>(unsound + (plan.count * p.kv_heads + 15) / 16 * 16);
   if (p.tokens > 0) {
-    for_flux_classes(p, Contents{}, [&](int flux, const HeadList& heads) {
+    for_flux_classes(p, Contents{}, [&](int flux, const HeadList& heads, const Problem& problem) {
       with_config(p, flux, [&](auto config) {
-        launch_walk<decltype(config)>("window_walk", p, outputs, Contents{}, plan, heads, unsound);
+        launch_walk<decltype(config)>("window_walk", problem, outputs, Contents{}, plan, heads, unsound);
       });
     });
   }
