@@ -218,12 +218,11 @@ def test_models_in_a_stack_train_as_if_alone() -> None:
 
 
 def test_it_learns() -> None:
-    # One pair per example: guessing among what stands in the prefix is no way around recall of its place.
-    task = Recall(length=16, pairs=2, vocabulary=24, batch=64, held_out=256)
-    recipe = Recipe(steps=400, enough=0.9)
-    trainer = Trainer(task.data(CPU), Shape(Mixer("sliding", 16, (1, 1), 8), width=32), recipe, [Member(2e-2, 0)], CPU)
-    (course,) = train(trainer, title="")
-    assert course.curve[0][1] < 0.6 and course.curve[-1][1] > 0.9
+    task = Recall(length=16, pairs=4, vocabulary=64, batch=64, held_out=256)
+    shape, recipe = Shape(Mixer("fejer", 8, (2,) * 4, 16), width=64), Recipe(steps=400, enough=0.98)
+    (course,) = train(Trainer(task.data(CPU), shape, recipe, [Member(6e-3, 0)], CPU), title="")
+    assert course.curve[0][1] < 0.5 and course.curve[-1][1] >= 0.98
+    assert course.curve[-1][2] < course.curve[0][2] / 3
 
 
 def test_what_is_right_is_counted() -> None:

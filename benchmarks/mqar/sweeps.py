@@ -86,15 +86,13 @@ def _moonshot() -> Sweep:
 
 
 def _quick() -> Sweep:
-    task = Recall(length=64, pairs=4, vocabulary=64, batch=32, held_out=256)
-    recipe = Recipe(steps=400)
+    task = Recall(length=32, pairs=8, vocabulary=64, batch=64, held_out=256)
     mixers = (
-        fejer(8, 8, 8, head_dim=16),
-        Mixer("sliding", 8, same(2, 1), 16),
-        Mixer("sliding", 64, same(2, 1), 16),
+        fejer(8, *same(4, 4), head_dim=16),
+        *(Mixer("sliding", slots, same(4, 1), 16) for slots in (8, 16, 32)),
     )
-    points = tuple(Point(task, Shape(mixer, width=32), recipe) for mixer in mixers)
-    return Sweep("a minute on a CPU: 4 pairs in 64 tokens", points, (1e-2, 2e-2), (0,))
+    points = tuple(Point(task, Shape(mixer, width=64), Recipe(steps=600)) for mixer in mixers)
+    return Sweep("a minute on a CPU: 8 pairs in 32 tokens", points, (6e-3,), (0, 1))
 
 
 def _gated() -> Sweep:

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ def main(
     parser.add_argument("--slots", type=_numbers(int), metavar="N,..", help="only these numbers of slots")
     parser.add_argument("--rates", type=_numbers(float), metavar="X,..", help="learning rates instead of the sweep's")
     parser.add_argument("--seeds", type=_numbers(int), metavar="N,..", help="seeds instead of the sweep's")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps instead of the sweep's: other settings")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--plot", action="store_true", help="train nothing: table and plot of what is there")
     parser.add_argument("--out", type=Path, default=folder, help="for results and plot (default: beside the code)")
@@ -165,7 +166,7 @@ def main(
         parser.error(f"--device {device}: no CUDA device is available")
     sweep = sweeps[args.sweep]
     chosen = tuple(
-        point
+        point if args.steps is None else replace(point, recipe=replace(point.recipe, steps=args.steps))
         for point in sweep.points
         if args.only in point.family and (args.slots is None or point.shape.mixer.slots in args.slots)
     )

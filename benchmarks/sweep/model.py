@@ -165,7 +165,8 @@ class Stack(nn.Module):
         models, size, width = vocabulary.shape
         offsets = torch.arange(models, device=tokens.device).unsqueeze(1) * size
         index = (tokens.flatten() + offsets).flatten()
-        x = vocabulary.flatten(0, 1).index_select(0, index).view(models, -1, width)
+        # Its gradient sums over all places of a token, hence in float32.
+        x = self.weights["embedding"].flatten(0, 1).index_select(0, index).to(self.dtype).view(models, -1, width)
         # A short convolution of a projection is one product with the last few tokens side by side.
         taps = self.weights["convolution"].unsqueeze(3) * self.weights["project"].unsqueeze(2)
         layers = {"taps": taps.flatten(2, 3)} | {name: self.weights[name] for name in ("out", *self._optional())}
@@ -186,8 +187,9 @@ class Stack(nn.Module):
     @torch.no_grad()
     def predict(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The likeliest of all tokens (M, P) at ``positions`` (P,) of the flattened ``tokens`` (B, T)."""
-        hidden, vocabulary = self.hidden(tokens)
-        return torch.bmm(hidden.index_select(1, positions), vocabulary.mT).argmax(-1)
+        hidden = self.hidden(tokens)[0].index_select(1, positions)
+        # In bfloat16 the likeliest would often be several.
+        return torch.bmm(hidden.float(), self.weights["embedding"].mT).argmax(-1)
 
     def _optional(self) -> list[str]:
         return [name for name in ("gate", "up", "down") if name in self.weights]
