@@ -354,12 +354,20 @@ def test_a_result_file_is_whole_after_a_kill(moment: str, tmp_path: Path) -> Non
 # The report.
 
 
+RECIPE = {"steps": 9}
+
+
 def rows_of(kind: str, slots: int, accuracies: dict[float, tuple[float, ...]], heads: int = 4) -> list[report.Row]:
     mixer = Mixer(kind, slots, (8 if kind == "fejer" else 1,) * heads)
+    shape = {"mixer": {"kind": kind, "slots": slots, "heads": heads}}
     rest = {"task": "a task", "family": mixer.family, "slots": slots, "heads": heads, "seconds": 1.0}
     rest |= {"state_elements": mixer.state_elements, "hardware": "a GPU", "versions": {"torch": "2"}, "date": "now"}
     return [
-        {"setting": {"shape": {"mixer": {"kind": kind}}, "rate": rate, "seed": seed}, "accuracy": accuracy, **rest}
+        {
+            "setting": {"shape": shape, "recipe": RECIPE, "task": {}, "rate": rate, "seed": seed},
+            "accuracy": accuracy,
+            **rest,
+        }
         for rate, values in accuracies.items()
         for seed, accuracy in enumerate(values)
     ]
@@ -379,28 +387,35 @@ def test_a_point_is_at_the_best_rate_of_the_mean() -> None:
     assert by_slots["sliding", 128].rate == 1e-3 and by_slots["sliding", 128].mean == pytest.approx(0.8)
     # A rate that lacks a seed is not compared.
     assert by_slots["fejer", 16].accuracies == (0.7, 0.9)
+    # Nor is what was trained for longer.
+    longer = [row | {"setting": row["setting"] | {"recipe": {"steps": 99}}} for row in ROWS]
+    assert len(report.points(ROWS + longer)) == 2 * len(report.points(ROWS))
 
 
 def test_factors_are_interpolated_in_the_logarithm_of_the_state() -> None:
-    found = {factor.target: factor for factor in report.factors(report.points(ROWS))}
+    (pair,) = report.comparable(report.points(ROWS))
+    found = {factor.target: factor for factor in report.factors(*pair)}
     assert found[0.9].sliding.state == pytest.approx(64 * 128 * 2**0.5)
     assert found[0.9].blurry.state == pytest.approx(64 * 16 * 2**0.5)
     assert str(found[0.9]) == "8.0 times the state"
     assert found[0.99].sliding.state == pytest.approx(64 * 128 * 2**0.95)
-    assert "sliding : fejer at 0.9, 4 heads: 8.0 times the state" in report.table(ROWS)
+    assert "sliding : fejer at 0.9, 4 heads, 9 steps: 8.0 times the state" in report.table(ROWS)
 
 
 def test_factors_say_what_they_do_not_know() -> None:
     def text(*rows: list[report.Row]) -> list[str]:
-        return [str(factor) for factor in report.factors(report.points([row for part in rows for row in part]))]
+        pairs = report.comparable(report.points([row for part in rows for row in part]))
+        return [str(factor) for pair in pairs for factor in report.factors(*pair)]
 
     good, poor = {1e-3: (0.99,)}, {1e-3: (0.2,)}
     assert text(rows_of("fejer", 16, good), rows_of("sliding", 16, poor)) == ["not reached by sliding"] * 2
     fejer = rows_of("fejer", 16, good)
     assert text(fejer, rows_of("sliding", 16, poor), rows_of("sliding", 256, good))[1] == ">= 16.0 times the state"
     assert text(fejer, rows_of("sliding", 64, good))[0] == "both reach it with the least state measured"
-    # Models with other heads are no peers.
+    # Models with other heads are no peers, nor is what was trained for longer.
     assert text(fejer, rows_of("sliding", 64, good, heads=8)) == []
+    longer = [row | {"setting": row["setting"] | {"recipe": {"steps": 99}}} for row in fejer]
+    assert text(longer, rows_of("sliding", 64, good)) == []
 
 
 def test_the_plot_shows_points_and_factors(tmp_path: Path) -> None:
@@ -408,9 +423,9 @@ def test_the_plot_shows_points_and_factors(tmp_path: Path) -> None:
     (axes,) = figure.axes
     assert {text.get_text() for text in axes.texts} >= {"8.0 times the state"}
     labels = {text.get_text() for text in axes.get_legend().get_texts()}
-    assert labels == {row["family"] for row in ROWS}
+    assert labels == {row["family"] for row in ROWS} | {"best fejer, 4 heads"}
     figure.savefig(tmp_path / "plot.png")
-    two = [row | {"task": "another"} for row in ROWS]
+    two = [row | {"task": "another", "setting": row["setting"] | {"task": {"length": 1}}} for row in ROWS]
     assert len(report.plot([*ROWS, *two]).axes) == 2
 
 

@@ -23,9 +23,9 @@ def sliding(slots: int) -> Mixer:
 FULL = Mixer("full", LONGEST)
 
 
-def _points(*mixers: Mixer, steps: int) -> tuple[Point, ...]:
+def _points(*mixers: Mixer, steps: int, note: str = "") -> tuple[Point, ...]:
     recipe = Recipe(steps, warm_up=0.1, decay=0.1, enough=1.0)
-    return tuple(Point(Languages(), Shape(mixer, layers=4, mlp=4), recipe) for mixer in mixers)
+    return tuple(Point(Languages(), Shape(mixer, layers=4, mlp=4), recipe, note) for mixer in mixers)
 
 
 def _main() -> Sweep:
@@ -51,7 +51,7 @@ def _main() -> Sweep:
 
 def _published() -> Sweep:
     mixers = blurry(32, 1, 1, 8, 8), sliding(32), FULL
-    return Sweep("automata, 200 epochs", _points(*mixers, steps=PUBLISHED_STEPS), (5e-4,))
+    return Sweep("automata, 200 epochs", _points(*mixers, steps=PUBLISHED_STEPS, note="200 epochs"), (5e-4,))
 
 
 def _quick() -> Sweep:

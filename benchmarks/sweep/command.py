@@ -182,8 +182,12 @@ def main(
         print("no results yet")
         return 0
     picture = results.file.with_suffix(".png")
-    report.plot(results.rows).savefig(picture)
-    print(f"\n{report.table(results.rows)}\n\n{results.file} and {picture}")
+    try:
+        report.plot(results.rows).savefig(picture)
+        written = f"{results.file} and {picture}"
+    except ModuleNotFoundError as error:
+        written = f"{results.file}; no plot: {error}"
+    print(f"\n{report.table(results.rows)}\n\n{written}")
     return 0
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .results import identity
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -23,7 +25,10 @@ TARGETS = (0.9, 0.99)
 
 @dataclass(frozen=True)
 class Point:
-    """The models of one setting, at the learning rate that is best in the mean over seeds."""
+    """The models of one setting, at the learning rate that is best in the mean over seeds.
+
+    ``conditions`` is all of the setting but slots, resolutions and kind of the mixer: what must be equal to compare.
+    """
 
     task: str
     kind: str
@@ -31,8 +36,10 @@ class Point:
     slots: int
     state: int
     heads: int
+    steps: int
     rate: float
     accuracies: tuple[float, ...]
+    conditions: str
 
     @property
     def mean(self) -> float:
@@ -52,28 +59,38 @@ class Crossing:
 
 def points(rows: Iterable[Row]) -> list[Point]:
     """One point per setting, in the rows' order."""
-    groups: dict[tuple[Any, ...], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        mixer = row["setting"]["shape"]["mixer"]
-        key = (row["task"], mixer["kind"], row["family"], row["slots"], row["state_elements"], row["heads"])
-        groups[key][row["setting"]["rate"]].append(row)
+        setting = {name: value for name, value in row["setting"].items() if name not in ("rate", "seed")}
+        groups[identity(setting)][row["setting"]["rate"]].append(row)
     found = []
-    for key, by_rate in groups.items():
+    for by_rate in groups.values():
         most = max(len(mine) for mine in by_rate.values())
         whole = {rate: mine for rate, mine in by_rate.items() if len(mine) == most}
         rate = max(whole, key=lambda rate: statistics.fmean(row["accuracy"] for row in whole[rate]))
         accuracies = tuple(row["accuracy"] for row in whole[rate])
-        found.append(Point(*key, rate, accuracies))
+        row = whole[rate][0]
+        shape, recipe = row["setting"]["shape"], row["setting"]["recipe"]
+        what = (row["task"], shape["mixer"]["kind"], row["family"], row["slots"], row["state_elements"], row["heads"])
+        others = {name: value for name, value in shape.items() if name != "mixer"}
+        head = row["state_elements"] // row["slots"]
+        conditions = identity({"task": row["setting"]["task"], "shape": others, "recipe": recipe, "head": head})
+        found.append(Point(*what, recipe["steps"], rate, accuracies, conditions))
     return found
 
 
-def crossing(curve: Iterable[Point], target: float) -> Crossing | None:
-    """Where the best accuracy up to a state reaches ``target``, linear in the logarithm of the state between points."""
-    best: dict[int, float] = {}
+def best(curve: Iterable[Point]) -> list[tuple[int, float]]:
+    """States in order, with the best accuracy at each."""
+    found: dict[int, float] = {}
     for point in curve:
-        best[point.state] = max(best.get(point.state, 0.0), point.mean)
+        found[point.state] = max(found.get(point.state, 0.0), point.mean)
+    return sorted(found.items())
+
+
+def crossing(curve: Iterable[Point], target: float) -> Crossing | None:
+    """Where the best accuracy at a state reaches ``target``, linear in the logarithm of the state between points."""
     before: tuple[int, float] | None = None
-    for state, accuracy in sorted(best.items()):
+    for state, accuracy in best(curve):
         if accuracy >= target:
             if before is None:
                 return Crossing(float(state), bounded=True)
@@ -85,10 +102,11 @@ def crossing(curve: Iterable[Point], target: float) -> Crossing | None:
 
 @dataclass(frozen=True)
 class Factor:
-    """With which states a sliding window and "fejer" of any window, with as many heads, reach an accuracy."""
+    """With which states a sliding window and "fejer" of any window reach an accuracy, all else being equal."""
 
     target: float
     heads: int
+    steps: int
     sliding: Crossing | None
     blurry: Crossing | None
 
@@ -104,14 +122,19 @@ class Factor:
         return f"{sign}{self.sliding.state / self.blurry.state:.1f} times the state"
 
 
-def factors(mine: Sequence[Point]) -> list[Factor]:
-    """By heads and target; none for a number of heads that one of the two lacks."""
-    found = []
-    for heads in sorted({point.heads for point in mine}):
-        kinds = {kind: [p for p in mine if (p.kind, p.heads) == (kind, heads)] for kind in ("sliding", "fejer")}
-        if all(kinds.values()):
-            found += [Factor(at, heads, *(crossing(curve, at) for curve in kinds.values())) for at in TARGETS]
-    return found
+def comparable(mine: Iterable[Point]) -> list[tuple[list[Point], list[Point]]]:
+    """Sliding windows and "fejer" of equal conditions, in the order in which they come."""
+    groups: dict[tuple[str, int], tuple[list[Point], list[Point]]] = defaultdict(lambda: ([], []))
+    for point in mine:
+        if point.kind in ("sliding", "fejer"):
+            groups[point.conditions, point.heads][point.kind == "fejer"].append(point)
+    return [(sliding, blurry) for sliding, blurry in groups.values() if sliding and blurry]
+
+
+def factors(sliding: Sequence[Point], blurry: Sequence[Point]) -> list[Factor]:
+    """One per target; both of equal conditions."""
+    heads, steps = sliding[0].heads, sliding[0].steps
+    return [Factor(at, heads, steps, crossing(sliding, at), crossing(blurry, at)) for at in TARGETS]
 
 
 def by_task(rows: Iterable[Row]) -> dict[str, list[Point]]:
@@ -126,14 +149,18 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     for task, mine in by_task(rows).items():
         width = max(len(point.family) for point in mine)
-        lines += [task, f"{'':{width}} slots  elements  float32 B  bf16 B  accuracy   lowest  highest  seeds    rate"]
+        lines += [
+            task,
+            f"{'':{width}} slots  elements  float32 B  bf16 B  accuracy   lowest  highest  seeds    rate   steps",
+        ]
         for point in sorted(mine, key=lambda p: (p.family, p.slots)):
             lines.append(
                 f"{point.family:{width}} {point.slots:5}  {point.state:8}  {4 * point.state:9}  {2 * point.state:6}"
                 f"  {point.mean:8.4f}  {min(point.accuracies):7.4f}  {max(point.accuracies):7.4f}"
-                f"  {len(point.accuracies):5}  {point.rate:6g}"
+                f"  {len(point.accuracies):5}  {point.rate:6g}  {point.steps:6}"
             )
-        lines += [f"sliding : fejer at {f.target:g}, {f.heads} heads: {f}" for f in factors(mine)]
+        for pair in comparable(mine):
+            lines += [f"sliding : fejer at {f.target:g}, {f.heads} heads, {f.steps} steps: {f}" for f in factors(*pair)]
         lines.append("")
     lines.append("State per head; accuracy: mean over seeds at the best of the learning rates.")
     return "\n".join(lines)
@@ -167,13 +194,16 @@ def _panel(axes: Axes, mine: Sequence[Point]) -> None:
         x = [point.state for point in curve]
         spread = (below, above)
         axes.errorbar(x, means, spread, marker=marker, ms=5, lw=1.6, capsize=3, color=colour, label=family)
-    for factor in factors(mine):
-        sliding, blurry = factor.sliding, factor.blurry
-        if sliding is not None and blurry is not None and factor.heads == min(point.heads for point in mine):
-            ends = (sliding.state, factor.target), (blurry.state, factor.target)
-            axes.annotate("", *ends, arrowprops={"arrowstyle": "<->", "color": INK})
-            middle = math.sqrt(sliding.state * blurry.state), factor.target
-            axes.annotate(str(factor), middle, (0, -12), textcoords="offset points", ha="center", fontsize=8)
+    for sliding, blurry in comparable(mine)[:1]:  # more arrows would lie over each other
+        label = f"best fejer, {blurry[0].heads} heads"
+        axes.plot(*zip(*best(blurry), strict=True), ":", color=COLOURS["fejer"], lw=1.2, label=label)
+        for factor in factors(sliding, blurry):
+            if factor.sliding is not None and factor.blurry is not None:
+                left, right = factor.blurry.state, factor.sliding.state
+                style = {"arrowstyle": "<->", "color": INK}
+                axes.annotate("", (right, factor.target), (left, factor.target), arrowprops=style)
+                middle = math.sqrt(left * right), factor.target
+                axes.annotate(str(factor), middle, (0, -12), textcoords="offset points", ha="center", fontsize=8)
     ticks = {point.state: point.slots for point in mine}
     axes.set_xscale("log", base=2)
     axes.minorticks_off()

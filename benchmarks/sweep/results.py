@@ -62,7 +62,10 @@ def file_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    return found | {"blurry_attn": metadata.version("blurry_attn")}
+    try:
+        return found | {"blurry_attn": metadata.version("blurry_attn")}
+    except metadata.PackageNotFoundError:
+        return found | {"blurry_attn": "not installed"}
 
 
 def now() -> str:
