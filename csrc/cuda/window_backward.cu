@@ -16,11 +16,13 @@ struct BackConfig {
   static constexpr int kPatches = patches;  // of a tile; a warp attends for each
   static constexpr int kTile = kPatches * kPatch;
   static constexpr int kSlices = 2 * dim / kSlice;  // a warp each
-  static constexpr int kAttending = kPatches * kWarp, kThreads = kAttending + kSlices * kWarp;
+  static constexpr int kAttending = kPatches * kWarp;
+  // Registers are given and taken by four warps together, so there are always four that may attend.
+  static constexpr int kFirstSlice = 4, kSumming = kSlices * kWarp, kThreads = kFirstSlice * kWarp + kSumming;
   static constexpr int kBlocks = dim <= 64 && flux <= 3 ? 2 : 1;
-  // Registers of those that attend and of the others, where four warps each share them; else 0.
-  static constexpr int kAttendRegisters = kPatches != 4 ? 0 : dim > 64 ? 240 : kBlocks == 2 ? 168 : 0;
-  static constexpr int kSumRegisters = kAttendRegisters == 0 ? 0 : dim > 64 ? 128 : 88;
+  // Registers of those that attend and of the others; 0: as they are.
+  static constexpr int kAttendRegisters = dim > 64 ? 240 : kBlocks == 2 ? 168 : 0;
+  static constexpr int kSumRegisters = dim > 64 ? 128 : kBlocks == 2 ? 88 : 0;
   static constexpr int kRow = Rows<dim>::kBytes;
 };
 
@@ -175,13 +177,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     walk = WalkBack(p, contents, plan, heads, config::kTile);
     layout = BackLayout::make<config>(walk.slots, walk.resolution, walk.group);
     barrier_init(shared_address(shared_memory) + layout.barriers, config::kAttending);
-    barrier_init(shared_address(shared_memory) + layout.barriers + 8, kThreads - config::kAttending);
+    barrier_init(shared_address(shared_memory) + layout.barriers + 8, config::kSumming);
   }
   __syncthreads();
   const uint32_t shared = shared_address(shared_memory);
   const uint32_t written = shared + layout.barriers, read = written + 8;  // a tile's weights
-  const bool attends = warp < kPatches;
-  const int slice = warp - kPatches;
+  const bool attends = warp < config::kFirstSlice;
+  const int slice = warp - config::kFirstSlice;
   const int side = slice >= config::kSlices / 2;
   const int first_element = kSlice * (slice - side * (config::kSlices / 2));
   const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
@@ -265,6 +267,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 
   if (attends) {
     take_registers<config::kAttendRegisters>();
+    if (warp >= kPatches) return;
     Attend<config> attend(slots, ring_rows);
     attend.ring = shared + layout.ring;
     attend.side_bytes = layout.side_bytes;
@@ -502,10 +505,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       parity ^= 1;
       const bool is_last = i + 1 == group;
       if (is_last && tile - 2 >= first_tile) {
-        const int thread = static_cast<int>(threadIdx.x) - config::kAttending + zero,
-                  threads = kThreads - config::kAttending;
-        load_cells(oldest(tile - 2), oldest(tile - 1), thread, threads);
-        load_started(tile - 2, thread, threads);
+        const int thread = static_cast<int>(threadIdx.x) - config::kFirstSlice * kWarp + zero;
+        load_cells(oldest(tile - 2), oldest(tile - 1), thread, config::kSumming);
+        load_started(tile - 2, thread, config::kSumming);
         commit_copies();
       }
 #pragma unroll
