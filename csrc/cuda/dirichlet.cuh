@@ -183,9 +183,9 @@ struct RowFetch {
     offset = static_cast<int>(from_centre - floor_div(from_centre, walk.window) * walk.window);
     if (exists) opening = walk.since(walk.cells.slot_opening(slot));
   }
-  // The rows of slots that do not exist: zeros.
-  __device__ __forceinline__ void clear(uint32_t* rows) const {
-    if (exists || slot >= kMaxPatchSlots) return;
+  // The rows of slots that do not exist, of `count`: zeros.
+  __device__ __forceinline__ void clear(uint32_t* rows, int count) const {
+    if (exists || slot >= count) return;
     for (int i = part; i < kStride; i += 2) rows[slot * kStride + i] = 0;
   }
   __device__ __forceinline__ void fetch(uint32_t* rows, int time) const {

@@ -1,6 +1,522 @@
+// "dirichlet" backward on tensor cores, bfloat16 and float16. A walk forward in time attends again, gives the gradient of
+// query and leaves what else it finds as weights: of what the slots held when a patch began, and of the patch's tokens.
+// A walk back over time then carries the slots' gradients; it has no softmax, so its warps share nothing but weights.
+#include <algorithm>
+
 #include "dirichlet.cuh"
+
 namespace blurry_attn::cuda {
-const char* dirichlet_backward_refusal(const Problem&, const Gradients&) { return "not yet"; }
-int64_t dirichlet_backward_workspace(const Problem&) { return 0; }
-void dirichlet_backward(const Problem&, const Gradients&, void*) {}
+namespace {
+
+extern __shared__ __align__(128) unsigned char shared_memory[];
+
+// What the first walk leaves for the second, of every patch, query head and side: for each warp's 16 slots, then for the
+// patch's tokens, 16 x 16 weights as the lanes of an mma have them.
+struct Weights {
+  uint4* words;
+  int warps;
+
+  __host__ __device__ int64_t size() const { return (warps + 1) * kWarp; }
+  __host__ __device__ int64_t bytes(const Problem& p) const {
+    const int64_t patches = p.cu_seqlens ? p.tokens / kPatch + p.sequences * kSparePatches
+                                         : p.batch * (p.tokens / kPatch + kSparePatches);
+    return patches * p.query_heads * 2 * size() * static_cast<int64_t>(sizeof(uint4));
+  }
+  // `patch`: from the walk's first.
+  __device__ uint4* at(const Problem& p, const PatchWalk& walk, int64_t patch, int64_t query_head, int side) const {
+    const int64_t first = p.cu_seqlens ? walk.sequence_row / kPatch + walk.sequence * kSparePatches
+                                       : walk.batch * (p.tokens / kPatch + kSparePatches);
+    return words + (((first + walk.patch + patch) * p.query_heads + query_head) * 2 + side) * size();
+  }
+};
+
+template <typename storage_type, int dim>
+struct Config {
+  using storage = storage_type;
+  static constexpr int kDim = dim;
+  static constexpr int kThreads = kMaxPatchSlots / kWarpSlots * kWarp;  // of the walk forward, at most
+  static constexpr int kBlocks = dim <= 64 ? 3 : 2;
+  static constexpr int kBackThreads = dim / 16 * kWarp;
+  static constexpr int kBackBlocks = dim <= 64 ? 4 : 2;
+};
+
+struct Layout {
+  uint32_t queries, grads, keys, values, rows, scores, parts, shares, sums, bytes;
+
+  template <typename config>
+  BLURRY_HOST_DEVICE static Layout make(int warps) {
+    constexpr uint32_t kTile = kPatch * Rows<config::kDim>::kBytes;
+    const uint32_t count = static_cast<uint32_t>(warps);
+    Layout l;
+    uint32_t at = 0;
+    l.queries = at;  // of these [stage]
+    at += 2 * kTile;
+    l.grads = at;
+    at += 2 * kTile;
+    l.keys = at;
+    at += 2 * kTile;
+    l.values = at;
+    at += 2 * kTile;
+    l.rows = at;  // [stage][slot]
+    at += 2 * count * kWarpSlots * PatchRow::kWords * 4;
+    l.scores = at;  // [warp][side]
+    at += count * 2 * kScoreFloats * 4;
+    l.parts = at;  // of the gradient of query: [warp][token][element]
+    at += count * kPatch * (config::kDim + 8) * 4;
+    l.shares = at;  // of tokens' weights: [warp][side][tile of 8 tokens][lane]
+    at += count * 2 * 2 * kWarp * 16;
+    l.sums = at;  // of probability * gradient: [warp][token]
+    at += count * kPatch * 4;
+    l.bytes = at;
+    return l;
+  }
+};
+
+template <typename config>
+__global__ void __launch_bounds__(config::kThreads, config::kBlocks)
+    dirichlet_weights(Problem p, Gradients gradients, WalkPlan plan, RowTables tables, Weights left) {
+  using storage = typename config::storage;
+  constexpr int kDim = config::kDim, kChunks = kDim / 8, kPartStride = kDim + 8;
+  constexpr uint32_t kTile = kPatch * Rows<kDim>::kBytes;
+  const int threads = static_cast<int>(blockDim.x), warps = threads / kWarp;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+  const int head = static_cast<int>(blockIdx.x % p.kv_heads);
+  __shared__ PatchWalk walk;
+  __shared__ int openings[kMaxPatchSlots];
+  if (threadIdx.x == 0) walk = PatchWalk(p, plan, blockIdx.x / p.kv_heads, head, false);
+  __syncthreads();
+  if (walk.own_begin >= walk.own_end) return;
+  const int slots = static_cast<int>(p.slots), group = static_cast<int>(p.query_heads / p.kv_heads);
+  const int key_dim = static_cast<int>(p.key_dim), value_dim = static_cast<int>(p.value_dim);
+  const Layout layout = Layout::make<config>(warps);
+  const uint32_t shared = shared_address(shared_memory);
+  uint32_t* const all_rows = reinterpret_cast<uint32_t*>(shared_memory + layout.rows);
+  const int stage_words = warps * kWarpSlots * PatchRow::kWords;
+  float* const scores = reinterpret_cast<float*>(shared_memory + layout.scores) + warp * 2 * kScoreFloats;
+  float* const parts = reinterpret_cast<float*>(shared_memory + layout.parts);
+  float4* const share_parts = reinterpret_cast<float4*>(shared_memory + layout.shares) + lane;
+  float* const sums = reinterpret_cast<float*>(shared_memory + layout.sums);
+
+  RowFetch<storage, true> row_fetch(p, tables, walk, head, 0);
+  row_fetch.clear(all_rows, warps * kWarpSlots);
+  row_fetch.clear(all_rows + stage_words, warps * kWarpSlots);
+  for (int m = threadIdx.x; m < warps * kWarpSlots; m += threads) {
+    openings[m] = m < slots ? walk.since(walk.cells.slot_opening(m)) : INT32_MAX;
+  }
+  SlotRows<storage, kDim> keys, values;
+  const auto given = [&](const void* state, int dim) {
+    return [&, state, dim](int i, int d) {
+      const int slot = warp * kWarpSlots + i;
+      if (!state || !walk.from_begin || slot >= slots || d >= dim || !walk.given_before(slot)) return 0.f;
+      return static_cast<const float*>(state)[((walk.sequence * p.kv_heads + head) * slots + slot) * dim + d];
+    };
+  };
+  keys.load(given(p.state_key, key_dim));
+  values.load(given(p.state_value, value_dim));
+
+  const int64_t first_head = static_cast<int64_t>(head) * group;
+  const storage* const first_key = row_of<const storage>(p.key, walk.batch, head, walk.row);
+  const storage* const first_value = row_of<const storage>(p.value, walk.batch, head, walk.row);
+  const storage* const first_query = row_of<const storage>(p.query, walk.batch, first_head, walk.row);
+  const storage* const first_grad = row_of<const storage>(gradients.grad_out, walk.batch, first_head, walk.row);
+  const auto fetch = [&](int time, int stage) {
+    fetch_patch<storage, kDim>(shared + layout.keys + stage * kTile, p.key, first_key, time, walk.begin, walk.end,
+                               key_dim);
+    fetch_patch<storage, kDim>(shared + layout.values + stage * kTile, p.value, first_value, time, walk.begin, walk.end,
+                               value_dim);
+    row_fetch.fetch(all_rows + stage * stage_words, time);
+    row_fetch.forth();
+  };
+  const auto fetch_query = [&](int time, int i, int stage) {
+    if (time + kPatch <= walk.own_begin) return;
+    fetch_patch<storage, kDim>(shared + layout.queries + stage * kTile, p.query, first_query + i * p.query.head, time,
+                               walk.own_begin, walk.own_end, key_dim);
+    fetch_patch<storage, kDim>(shared + layout.grads + stage * kTile, gradients.grad_out,
+                               first_grad + i * gradients.grad_out.head, time, walk.own_begin, walk.own_end, value_dim);
+  };
+  const float scale = static_cast<float>(p.scale);
+  const float factor = static_cast<float>(p.scale * 1.4426950408889634);  // exponentials to base 2
+
+  fetch(0, 0);
+  fetch_query(0, 0, 0);
+  commit_copies();
+  for (int time = 0, stage = 0, query_stage = 0; time < walk.own_end; time += kPatch, stage ^= 1) {
+    const bool attends = time + kPatch > walk.own_begin;
+    const uint32_t* const rows = all_rows + stage * stage_words + warp * kWarpSlots * PatchRow::kWords;
+    const uint32_t key_patch = shared + layout.keys + stage * kTile;
+    const uint32_t value_patch = shared + layout.values + stage * kTile;
+    for (int i = 0; i < (attends ? group : 1); ++i, query_stage ^= 1) {
+      wait_copies<0>();
+      __syncthreads();  // what was fetched is there, and what was there before is done with
+      if (attends && i + 1 < group) {
+        fetch_query(time, i + 1, query_stage ^ 1);
+      } else if (time + kPatch < walk.own_end) {
+        fetch(time + kPatch, stage ^ 1);
+        fetch_query(time + kPatch, 0, query_stage ^ 1);
+      }
+      commit_copies();
+      if (!attends) continue;
+      const int64_t query_head = first_head + i;
+      float lse[2], grad_lse[2] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int token = time + g + 8 * half;
+        const int64_t at = (walk.batch * p.query_heads + query_head) * p.tokens + walk.row + token;
+        lse[half] = 0.f;
+        if (!walk.owns(token)) continue;
+        lse[half] = static_cast<const float*>(gradients.lse)[at] * 1.44269504f;
+        if (gradients.grad_lse) grad_lse[half] = static_cast<const float*>(gradients.grad_lse)[at];
+      }
+
+      float z[2][2][4] = {};  // logits; their like of grad_out and value
+      {
+        float raw[2][2][4] = {};
+#pragma unroll
+        for (int m = 0; m < kDim / 16; ++m) {
+          uint32_t queries[4], tokens[4];
+          load_patch<kDim>(queries, shared + layout.queries + query_stage * kTile, m);
+          load_patch<kDim>(tokens, key_patch, m);
+          keys.multiply(z[0], queries, m);
+          mma<storage>(raw[0][0], queries, tokens[0], tokens[2]);
+          mma<storage>(raw[0][1], queries, tokens[1], tokens[3]);
+          load_patch<kDim>(queries, shared + layout.grads + query_stage * kTile, m);
+          load_patch<kDim>(tokens, value_patch, m);
+          values.multiply(z[1], queries, m);
+          mma<storage>(raw[1][0], queries, tokens[0], tokens[2]);
+          mma<storage>(raw[1][1], queries, tokens[1], tokens[3]);
+        }
+        store_scores(scores, raw[0]);
+        store_scores(scores + kScoreFloats, raw[1]);
+      }
+      __syncwarp();
+      advance<2>(z, rows, scores);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int token = time + g + 8 * half;
+        float sum = 0.f;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          float& x = z[0][c / 2][2 * half + c % 2];
+          const bool open = token >= openings[warp * kWarpSlots + c / 2 * 8 + 2 * q + c % 2] && walk.owns(token);
+          x = open ? exp2_fast(x * factor - lse[half]) : 0.f;
+          sum += x * z[1][c / 2][2 * half + c % 2];
+        }
+        sum += __shfl_xor_sync(kAllLanes, sum, 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
+        if (q == 0) sums[warp * kPatch + g + 8 * half] = sum;
+      }
+      __syncthreads();  // all warps' sums are there
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float delta = -grad_lse[half];
+        for (int w = 0; w < warps; ++w) delta += sums[w * kPatch + g + 8 * half];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          float& probability = z[0][c / 2][2 * half + c % 2];
+          float& grad = z[1][c / 2][2 * half + c % 2];
+          const float grad_logit = scale * probability * (grad - delta);
+          grad = probability;
+          probability = grad_logit;
+        }
+      }
+      // Weights from here on: of the key side gradients of logits, of the value side probabilities.
+      float shares[2][2][4] = {};
+      advance_back<storage, 2>(z, shares, rows);
+      uint32_t slot_weights[4], token_weights[4];
+#pragma unroll
+      for (int side = 1; side >= 0; --side) {
+        pack_left<storage>(slot_weights, z[side]);
+        left.at(p, walk, time / kPatch, query_head, side)[warp * kWarp + lane] =
+            make_uint4(transpose(slot_weights[0]), transpose(slot_weights[1]), transpose(slot_weights[2]),
+                       transpose(slot_weights[3]));
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const float(&x)[4] = shares[side][n];
+          share_parts[((warp * 2 + side) * 2 + n) * kWarp] = make_float4(x[0], x[1], x[2], x[3]);
+        }
+      }
+      pack_left<storage>(token_weights, shares[0]);
+      float* const part = parts + (warp * kPatch + g) * kPartStride + 2 * q;
+#pragma unroll
+      for (int m = 0; m < kDim / 16; ++m) {
+        uint32_t tokens[4];
+        load_patch_transposed<kDim>(tokens, key_patch, m);
+        float grads[2][4] = {};
+        mma<storage>(grads[0], token_weights, tokens[0], tokens[1]);
+        mma<storage>(grads[1], token_weights, tokens[2], tokens[3]);
+        keys.mix(grads[0], grads[1], slot_weights, m);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float* const to = part + 16 * m + 8 * half;
+          *reinterpret_cast<float2*>(to) = make_float2(grads[half][0], grads[half][1]);
+          *reinterpret_cast<float2*>(to + 8 * kPartStride) = make_float2(grads[half][2], grads[half][3]);
+        }
+      }
+      __syncthreads();  // all warps' parts are there
+
+      for (int side = warp; side < 2; side += warps) {
+        float total[2][4] = {};
+        for (int w = 0; w < warps; ++w) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            const float4 x = share_parts[((w * 2 + side) * 2 + n) * kWarp];
+            total[n][0] += x.x;
+            total[n][1] += x.y;
+            total[n][2] += x.z;
+            total[n][3] += x.w;
+          }
+        }
+        pack_left<storage>(token_weights, total);
+        left.at(p, walk, time / kPatch, query_head, side)[warps * kWarp + lane] =
+            make_uint4(transpose(token_weights[0]), transpose(token_weights[2]), transpose(token_weights[1]),
+                       transpose(token_weights[3]));
+      }
+      for (int item = threadIdx.x; item < kPatch * kChunks; item += threads) {
+        const int token = item / kChunks, d = item % kChunks * 8;
+        if (!walk.owns(time + token) || d >= key_dim) continue;
+        float grads[8] = {};
+        for (int w = 0; w < warps; ++w) {
+          const float4* const from =
+              reinterpret_cast<const float4*>(parts + (w * kPatch + token) * kPartStride + d);
+          const float4 low = from[0], high = from[1];
+          grads[0] += low.x;
+          grads[1] += low.y;
+          grads[2] += low.z;
+          grads[3] += low.w;
+          grads[4] += high.x;
+          grads[5] += high.y;
+          grads[6] += high.z;
+          grads[7] += high.w;
+        }
+        storage* const to = row_of<storage>(gradients.query, walk.batch, query_head, walk.row + time + token) + d;
+        *reinterpret_cast<uint4*>(to) = make_uint4(pack<storage>(grads[0], grads[1]), pack<storage>(grads[2], grads[3]),
+                                                   pack<storage>(grads[4], grads[5]), pack<storage>(grads[6], grads[7]));
+      }
+    }
+    if (time + kPatch >= walk.own_end) break;
+    const EndWeights weights(rows);
+    keys.write(rows, weights, key_patch);
+    values.write(rows, weights, value_patch);
+  }
+}
+
+// The walk back: a block has one side, a warp 16 of its elements with all slots' gradients. What is fetched lies in
+// three stages, patch and query head by patch and query head.
+template <typename config>
+struct BackLayout {
+  static constexpr int kStages = 3;
+  static constexpr uint32_t kTile = kPatch * Rows<config::kDim>::kBytes;
+  using Fetch = RowFetch<typename config::storage, false>;
+  uint32_t weights, rows, stage, row_stage, bytes;
+
+  BLURRY_HOST_DEVICE explicit BackLayout(const Weights& left) {
+    stage = kTile + static_cast<uint32_t>(left.size()) * 16;  // [stage]: rows of query or grad_out, weights
+    weights = kTile;
+    rows = kStages * stage;
+    row_stage = static_cast<uint32_t>(left.warps) * kWarpSlots * Fetch::kStride * 4;
+    bytes = rows + kStages * row_stage;
+  }
+};
+
+template <typename config>
+__global__ void __launch_bounds__(config::kBackThreads, config::kBackBlocks)
+    dirichlet_back(Problem p, Gradients gradients, WalkPlan plan, RowTables tables, Weights left) {
+  using storage = typename config::storage;
+  using Back = BackLayout<config>;
+  constexpr int kDim = config::kDim, kGroups = kMaxPatchSlots / kWarpSlots, kStages = Back::kStages;
+  constexpr int kStride = Back::Fetch::kStride, kFirst = Back::Fetch::kFirst;
+  const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4, slice = threadIdx.x / kWarp;
+  const int side = static_cast<int>(blockIdx.x % 2), head = static_cast<int>(blockIdx.x / 2 % p.kv_heads);
+  __shared__ PatchWalk walk;
+  if (threadIdx.x == 0) walk = PatchWalk(p, plan, blockIdx.x / 2 / p.kv_heads, head, true);
+  __syncthreads();
+  const bool empty = walk.own_begin >= walk.own_end;
+  if (empty && !walk.from_begin) return;
+  const int slots = static_cast<int>(p.slots), group = static_cast<int>(p.query_heads / p.kv_heads);
+  const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
+  const Back layout(left);
+  const uint32_t shared = shared_address(shared_memory);
+
+  // Lane (g, q) has elements g and g + 8 of the slice, slots 2 q and 2 q + 1 of every eight.
+  float grads[kGroups][2][4];
+  const auto each = [&](const auto& body) {  // body(grad, slot, offset in a tensor of slots) where there is one
+#pragma unroll
+    for (int i = 0; i < kGroups * 8; ++i) {
+      const int slot = i / 4 * 8 + 2 * q + i % 2, d = 16 * slice + g + 8 * (i % 4 / 2);
+      if (slot >= slots || d >= dim) continue;
+      body(grads[i / 8][i / 4 % 2][i % 4], slot, ((walk.sequence * p.kv_heads + head) * slots + slot) * dim + d);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < kGroups * 8; ++i) grads[i / 8][i / 4 % 2][i % 4] = 0.f;
+  const float* const grad_state =
+      static_cast<const float*>(side ? gradients.grad_state_value : gradients.grad_state_key);
+  if (walk.to_end && grad_state) {
+    each([&](float& grad, int slot, int64_t at) {
+      if (walk.open_at_end(slot)) grad = grad_state[at];
+    });
+  }
+
+  if (!empty) {
+    const int64_t first_head = static_cast<int64_t>(head) * group;
+    const View& view = side ? gradients.grad_out : p.query;
+    const storage* const first_row = row_of<const storage>(view, walk.batch, first_head, walk.row);
+    const View& to_view = side ? gradients.value : gradients.key;
+    storage* const first_to = row_of<storage>(to_view, walk.batch, head, walk.row) + 16 * slice + 2 * q;
+    const int last = (walk.walk_end - 1) / kPatch * kPatch;
+    typename Back::Fetch row_fetch(p, tables, walk, head, last);
+    for (int i = 0; i < kStages; ++i) {
+      row_fetch.clear(reinterpret_cast<uint32_t*>(shared_memory + layout.rows + i * layout.row_stage),
+                      left.warps * kWarpSlots);
+    }
+    // What is fetched next.
+    int next_time = last, next_head = 0, next_stage = 0, next_row_stage = 0;
+    const auto fetch = [&] {
+      if (next_time >= 0) {
+        const uint32_t to = shared + next_stage * layout.stage;
+        fetch_patch<storage, kDim>(to, view, first_row + next_head * view.head, next_time, walk.begin, walk.end, dim);
+        const uint4* const from = left.at(p, walk, next_time / kPatch, first_head + next_head, side);
+        for (int i = threadIdx.x; i < left.size(); i += config::kBackThreads) {
+          copy_async(to + layout.weights + i * 16, from + i);
+        }
+        if (next_head == 0) {
+          row_fetch.fetch(
+              reinterpret_cast<uint32_t*>(shared_memory + layout.rows + next_row_stage * layout.row_stage), next_time);
+          row_fetch.back();
+          next_row_stage = next_row_stage + 1 < kStages ? next_row_stage + 1 : 0;
+        }
+        next_stage = next_stage + 1 < kStages ? next_stage + 1 : 0;
+        if (++next_head == group) {
+          next_head = 0;
+          next_time -= kPatch;
+        }
+      }
+      commit_copies();
+    };
+    fetch();
+    fetch();
+    for (int time = last, stage = 0, row_stage = 0; time >= 0; time -= kPatch) {
+      const uint32_t* const rows =
+          reinterpret_cast<const uint32_t*>(shared_memory + layout.rows + row_stage * layout.row_stage);
+      row_stage = row_stage + 1 < kStages ? row_stage + 1 : 0;
+      float sums[2][4] = {};
+      for (int i = 0; i < group; ++i) {
+        wait_copies<1>();
+        __syncthreads();  // what was fetched is there, and the stage before is done with
+        fetch();
+        const unsigned char* const here = shared_memory + stage * layout.stage;
+        const uint4* const weights = reinterpret_cast<const uint4*>(here + layout.weights) + lane;
+        uint32_t x[4];
+        load_patch_transposed<kDim>(x, shared + stage * layout.stage, slice);
+        stage = stage + 1 < kStages ? stage + 1 : 0;
+        const bool owned = time < walk.own_end;
+        if (i == 0) {
+          // What the slots' gradients at the patch's end give to its tokens; then to what the slots held before it.
+          const uint32_t at = shared_address(rows) + (lane % 8 + lane / 16 * 8) * (kStride * 4) + lane / 8 % 2 * 16;
+          const uint32_t* const lefts = rows + 2 * q * kStride + PatchRow::kLeft - kFirst;
+#pragma unroll
+          for (int n = 0; n < kGroups; ++n) {
+            if (n >= left.warps) break;
+            if (owned) {
+              uint32_t high[4], low[4];
+              load_matrices_transposed(high, at + n * kWarpSlots * kStride * 4 + (PatchRow::kHigh - kFirst) * 4);
+              load_matrices_transposed(low, at + n * kWarpSlots * kStride * 4 + (PatchRow::kLow - kFirst) * 4);
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                uint32_t grad_high[2], grad_low[2];
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                  split<storage>(grads[n][j][2 * half], grads[n][j][2 * half + 1], grad_high[j], grad_low[j]);
+                }
+                mma<storage>(sums[half], high, grad_high[0], grad_high[1]);
+                mma<storage>(sums[half], high, grad_low[0], grad_low[1]);
+                mma<storage>(sums[half], low, grad_high[0], grad_high[1]);
+              }
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const float decay = __uint_as_float(lefts[(n * kWarpSlots + j / 2 * 8 + j % 2) * kStride]);
+              grads[n][j / 2][j % 2] *= decay;
+              grads[n][j / 2][2 + j % 2] *= decay;
+            }
+          }
+        }
+        if (owned) {
+          const uint4 tokens = weights[left.warps * kWarp];
+          const uint32_t a[4] = {tokens.x, tokens.y, tokens.z, tokens.w};
+          mma<storage>(sums[0], a, x[0], x[1]);
+          mma<storage>(sums[1], a, x[2], x[3]);
+        }
+        const uint32_t columns[4] = {x[0], x[2], x[1], x[3]};
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) {
+          if (n >= left.warps) break;
+          const uint4 w = weights[n * kWarp];
+          mma<storage>(grads[n][0], columns, w.x, w.y);
+          mma<storage>(grads[n][1], columns, w.z, w.w);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int token = time + g + 8 * half;
+        if (!walk.owns(token)) continue;
+        storage* const to = first_to + token * to_view.token;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          if (16 * slice + 8 * n < dim) {
+            *reinterpret_cast<uint32_t*>(to + 8 * n) = pack<storage>(sums[n][2 * half], sums[n][2 * half + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  float* const grad_given = static_cast<float*>(side ? gradients.state_value : gradients.state_key);
+  if (!walk.from_begin || !grad_given) return;
+  // A slot that was shut was not read: its gradient is zero.
+  each([&](float& grad, int slot, int64_t at) { grad_given[at] = walk.given_before(slot) ? grad : 0.f; });
+}
+
+template <typename body_type>
+void with_config(const Problem& p, const body_type& body) {
+  for_half(p.dtype, [&](auto storage) {
+    if (p.key_dim <= 64 && p.value_dim <= 64) return body(Config<decltype(storage), 64>());
+    body(Config<decltype(storage), 128>());
+  });
+}
+
+}  // namespace
+
+const char* dirichlet_backward_refusal(const Problem& p, const Gradients& gradients) {
+  if (const char* const refusal = dirichlet_refusal(p)) return refusal;
+  return aligned(gradients.grad_out) ? nullptr : "backward: rows are not aligned to 16 bytes";
+}
+
+int64_t dirichlet_backward_workspace(const Problem& p) {
+  RowTables tables;
+  return Weights{nullptr, patch_warps(p)}.bytes(p) + tables.make(p, nullptr);
+}
+
+void dirichlet_backward(const Problem& p, const Gradients& gradients, void* workspace) {
+  const WalkPlan plan = make_patch_plan(p);
+  const Weights left{static_cast<uint4*>(workspace), patch_warps(p)};
+  RowTables tables;
+  tables.make(p, static_cast<unsigned char*>(workspace) + left.bytes(p));
+  with_config(p, [&](auto config_tag) {
+    using config = decltype(config_tag);
+    launch_rows<typename config::storage>(p, tables);
+    if (p.tokens > 0) {
+      const int64_t bytes = Layout::make<config>(left.warps).bytes;
+      cudaFuncSetAttribute(dirichlet_weights<config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(bytes));
+      launch("dirichlet_weights", dirichlet_weights<config>, plan.count * p.kv_heads, left.warps * kWarp, bytes,
+             p.stream, p, gradients, plan, tables, left);
+    }
+    const int64_t bytes = BackLayout<config>(left).bytes;
+    cudaFuncSetAttribute(dirichlet_back<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    launch("dirichlet_back", dirichlet_back<config>, plan.count * p.kv_heads * 2, config::kBackThreads, bytes, p.stream,
+           p, gradients, plan, tables, left);
+  });
+}
+
 }  // namespace blurry_attn::cuda

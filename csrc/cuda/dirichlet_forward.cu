@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   float2* const tops = reinterpret_cast<float2*>(shared_memory + layout.tops);
 
   RowFetch<storage, true> row_fetch(p, tables, walk, head, 0);
-  row_fetch.clear(all_rows);
-  row_fetch.clear(all_rows + stage_words);
+  row_fetch.clear(all_rows, warps * kWarpSlots);
+  row_fetch.clear(all_rows + stage_words, warps * kWarpSlots);
   for (int m = threadIdx.x; m < warps * kWarpSlots; m += threads) {
     openings[m] = m < slots ? walk.since(walk.cells.slot_opening(m)) : INT32_MAX;
   }
