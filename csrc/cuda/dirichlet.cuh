@@ -1,13 +1,13 @@
 // "dirichlet" in chunks on tensor cores: what the forward and the backward share.
 //
-// Time goes in patches of kPatch tokens on a grid that begins at the head's phase. From what the slots hold when a patch
-// begins to what they hold at its end,
+// Time goes in patches of kPatch tokens on a grid that begins at the head's phase. From what the slots hold when a
+// patch begins to what they hold at its end,
 //     content = left * (what the slot held) + sum over the patch's tokens of weight * token,
 // which is one product for all slots and elements. A token in between sees the same with its own lefts and weights; of
 // these only the products with its query are wanted, so they come from the law's recurrence on numbers: begin with
 // query * content, and let each token s up to it take the share gate_s of query * key_s. A warp has 16 slots, which lie
-// in its registers in float32 while a block walks over a stretch of time. A walk begins one period early: by then a gate
-// of 1 has replaced all that the slots held.
+// in its registers in float32 while a block walks over a stretch of time. A walk begins one period early: by then a
+// gate of 1 has replaced all that the slots held.
 #pragma once
 
 #include "window.cuh"
@@ -44,8 +44,8 @@ struct PatchRow {
   }
 };
 
-// The rows of every patch that lies past all openings, by the offset of its first token from the slot's centre. Heads of
-// one resolution share them.
+// The rows of every patch that lies past all openings, by the offset of its first token from the slot's centre. Heads
+// of one resolution share them.
 struct RowTables {
   uint32_t* words;
   int owners;
@@ -102,23 +102,28 @@ inline WalkPlan make_patch_plan(const Problem& p) {
   return plan;
 }
 
-// One block's walk over a stretch of one sequence and head. Times are counted in tokens from the first patch's first.
+// One block's walk over a stretch of one sequence and head: in shared memory, so that it costs no registers. Times are
+// counted in tokens from the first patch's first.
 struct PatchWalk {
   Cells cells;
   int64_t stretch, sequence, batch, position;
-  int64_t first_time;        // of the sequence, at time 0
-  int64_t sequence_row, row; // of the sequence's first token; of time 0, which may lie before the batch entry's first
-  int64_t patch;             // number of the patch at time 0, from the first of the sequence's grid
-  int begin, end;            // the sequence's tokens of this call
-  int own_begin, own_end;    // the stretch's
-  int walk_end;              // backward: where the walk begins
-  int settled;               // every slot was opened before or at this time
-  int window, resolution;
-  bool from_begin, to_end;   // the walk meets what was given before, or after, the sequence
+  int64_t first_time;         // of the sequence, at time 0
+  int64_t sequence_row, row;  // of the sequence's first token; of time 0, which may lie before the batch entry's first
+  int64_t patch;              // number of the patch at time 0, from the first of the sequence's grid
+  int begin, end;             // the sequence's tokens of this call
+  int own_begin, own_end;     // the stretch's
+  int walk_end;               // backward: where the walk begins
+  int settled;                // every slot was opened before or at this time
+  int head, group;            // its query heads: `group` from first_head on
+  int64_t first_head;
+  float scale, factor;  // of logits; of logits to base 2
+  int window;
+  int step;                 // of a patch, within the period
+  bool from_begin, to_end;  // the walk meets what was given before, or after, the sequence
 
   PatchWalk() = default;
   __device__ PatchWalk(const Problem& p, const WalkPlan& plan, int64_t x, int head, bool back)
-      : cells(p.laws[head].cells), stretch(x) {
+      : cells(p.laws[head].cells), stretch(x), head(head) {
     const Sequence s(p, plan.find(p, x));
     const int64_t number = x - plan.first(p, s.index), grid = grid_begin(cells, s.position), period = cells.window();
     const int64_t own = number == 0 ? s.position : grid + number * plan.length;
@@ -142,7 +147,11 @@ struct PatchWalk {
     walk_end = own < own_to ? since(to_end ? s.end() : own_to + period) : own_begin;
     settled = since(cells.opening(cells.slots - 1));
     window = static_cast<int>(period);
-    resolution = static_cast<int>(cells.resolution);
+    step = kPatch % window;
+    group = static_cast<int>(p.query_heads / p.kv_heads);
+    first_head = static_cast<int64_t>(head) * group;
+    scale = static_cast<float>(p.scale);
+    factor = static_cast<float>(p.scale * 1.4426950408889634);
   }
   // In 32 bits; what is too far away counts as far away.
   __device__ int since(int64_t time) const {
@@ -162,44 +171,39 @@ struct RowFetch {
   static constexpr int kStride = PatchRow::kWords - kFirst;        // of a row in shared memory
   static constexpr int kChunks = kStride / 4, kFirstPart = (kChunks + 1) / 2;
 
+  const Problem& p;
+  const RowTables& tables;
   const PatchWalk& walk;
-  const uint32_t* table;
-  const float* gates;
-  int slot, part, offset, step, opening;
-  bool exists;
+  int offset;  // of the patch that is fetched next, from the slot's centre
 
   // `time`: of the first patch that is fetched.
-  __device__ __forceinline__ RowFetch(const Problem& p, const RowTables& tables, const PatchWalk& walk, int head,
-                                      int time)
-      : walk(walk),
-        table(tables.words + static_cast<int64_t>(tables.first[head]) * PatchRow::kWords),
-        gates(static_cast<const float*>(p.gates) + p.laws[head].gates),
-        slot(threadIdx.x / 2),
-        part(threadIdx.x % 2),
-        step(kPatch % walk.window),
-        opening(0),
-        exists(slot < static_cast<int>(p.slots)) {
-    const int64_t from_centre = walk.first_time + time - walk.cells.centre(slot);
+  __device__ __forceinline__ RowFetch(const Problem& p, const RowTables& tables, const PatchWalk& walk, int time)
+      : p(p), tables(tables), walk(walk) {
+    const int64_t from_centre = walk.first_time + time - walk.cells.centre(slot());
     offset = static_cast<int>(from_centre - floor_div(from_centre, walk.window) * walk.window);
-    if (exists) opening = walk.since(walk.cells.slot_opening(slot));
   }
+  __device__ __forceinline__ int slot() const { return threadIdx.x / 2; }
+  __device__ __forceinline__ int part() const { return threadIdx.x % 2; }
   // The rows of slots that do not exist, of `count`: zeros.
   __device__ __forceinline__ void clear(uint32_t* rows, int count) const {
-    if (exists || slot >= count) return;
-    for (int i = part; i < kStride; i += 2) rows[slot * kStride + i] = 0;
+    if (slot() < p.slots || slot() >= count) return;
+    for (int i = part(); i < kStride; i += 2) rows[slot() * kStride + i] = 0;
   }
   __device__ __forceinline__ void fetch(uint32_t* rows, int time) const {
-    if (!exists) return;
-    uint32_t* const to = rows + slot * kStride;
+    if (slot() >= p.slots) return;
+    uint32_t* const to = rows + slot() * kStride;
     if (time >= walk.begin && time + kPatch <= walk.end && time > walk.settled) {
-      const uint32_t* const from = table + offset * PatchRow::kWords + kFirst;
+      const int64_t row = tables.first[walk.head] + offset;
+      const uint32_t* const from = tables.words + row * PatchRow::kWords + kFirst;
       const uint32_t shared = shared_address(to);
 #pragma unroll
       for (int i = 0; i < kFirstPart; ++i) {
-        const int chunk = i + part * kFirstPart;
+        const int chunk = i + part() * kFirstPart;
         if (chunk < kChunks) copy_async(shared + chunk * 16, from + chunk * 4);
       }
-    } else if (part == 0) {
+    } else if (part() == 0) {
+      const float* const gates = static_cast<const float*>(p.gates) + p.laws[walk.head].gates;
+      const int opening = walk.since(walk.cells.slot_opening(slot()));
       PatchRow::make<storage, with_gates>(to - kFirst, [&](int i) {
         const int t = time + i;
         if (t < walk.begin || t >= walk.end || t < opening) return 0.f;
@@ -208,22 +212,25 @@ struct RowFetch {
     }
   }
   __device__ __forceinline__ void forth() {
-    offset += step;
+    offset += walk.step;
     if (offset >= walk.window) offset -= walk.window;
   }
   __device__ __forceinline__ void back() {
-    offset -= step;
+    offset -= walk.step;
     if (offset < 0) offset += walk.window;
   }
 };
 
 // Sends a patch's rows of a tensor to shared memory, zeros outside of times from .. to - 1 and past `width`.
-template <typename storage, int dim>
+template <typename storage, int dim, int threads>
 __device__ __forceinline__ void fetch_patch(uint32_t to, const View& view, const storage* first, int time, int from,
                                             int end, int width) {
   using Row = Rows<dim>;
-  for (int i = threadIdx.x; i < kPatch * Row::kChunks; i += blockDim.x) {
-    const int row = i / Row::kChunks, chunk = i % Row::kChunks, t = time + row;
+  static_assert(kPatch * Row::kChunks % threads == 0);
+  const int thread = hidden(threadIdx.x);
+#pragma unroll
+  for (int n = 0; n < kPatch * Row::kChunks / threads; ++n) {
+    const int i = thread + n * threads, row = i / Row::kChunks, chunk = i % Row::kChunks, t = time + row;
     const bool valid = t >= from && t < end && chunk * 8 < width;
     copy_async_or_zero(Row::at(to, row, chunk), valid ? first + t * view.token + chunk * 8 : view.data, valid);
   }
@@ -237,8 +244,8 @@ __device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t
   low = pack<storage>(x - rounded.x, y - rounded.y);
 }
 
-// 16 rows by 16 elements of a patch in shared memory, from element 16 m on. As they lie: the left side of a product over
-// elements, or with tokens as columns its right side, of tokens 0 - 7 in words 0 and 2, of 8 - 15 in 1 and 3.
+// 16 rows by 16 elements of a patch in shared memory, from element 16 m on. As they lie: the left side of a product
+// over elements, or with tokens as columns its right side, of tokens 0 - 7 in words 0 and 2, of 8 - 15 in 1 and 3.
 template <int dim>
 __device__ __forceinline__ void load_patch(uint32_t (&x)[4], uint32_t patch, int m) {
   const int lane = threadIdx.x % kWarp;
@@ -294,7 +301,7 @@ struct SlotRows {
                                       int m) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float(&sums)[4] = half ? high_sums : low_sums;
+      float (&sums)[4] = half ? high_sums : low_sums;
       uint32_t high[2], low[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -316,7 +323,7 @@ struct SlotRows {
       load_patch_transposed<dim>(tokens, patch, m);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float(&x)[4] = content[2 * m + half];
+        float (&x)[4] = content[2 * m + half];
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[e] *= left[e / 2];
         mma<storage>(x, weights.high, tokens[2 * half], tokens[2 * half + 1]);
@@ -442,6 +449,7 @@ __device__ __forceinline__ void pack_left(uint32_t (&x)[4], const float (&sums)[
   for (int i = 0; i < 4; ++i) x[i] = pack<storage>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
 }
 
-inline int patch_warps(const Problem& p) { return static_cast<int>((p.slots + kWarpSlots - 1) / kWarpSlots); }
+// Warps of the walks forward.
+inline int patch_warps(const Problem& p) { return p.slots <= 2 * kWarpSlots ? 2 : 4; }
 
 }  // namespace blurry_attn::cuda

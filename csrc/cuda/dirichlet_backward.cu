@@ -1,6 +1,7 @@
-// "dirichlet" backward on tensor cores, bfloat16 and float16. A walk forward in time attends again, gives the gradient of
-// query and leaves what else it finds as weights: of what the slots held when a patch began, and of the patch's tokens.
-// A walk back over time then carries the slots' gradients; it has no softmax, so its warps share nothing but weights.
+// "dirichlet" backward on tensor cores, bfloat16 and float16. A walk forward in time attends again, gives the gradient
+// of query and leaves what else it finds as weights: of what the slots held when a patch began, and of the patch's
+// tokens. A walk back over time then carries the slots' gradients; it has no softmax, so its warps share nothing but
+// weights.
 #include <algorithm>
 
 #include "dirichlet.cuh"
@@ -10,16 +11,16 @@ namespace {
 
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
-// What the first walk leaves for the second, of every patch, query head and side: for each warp's 16 slots, then for the
-// patch's tokens, 16 x 16 weights as the lanes of an mma have them.
+// What the first walk leaves for the second, of every patch, query head and side: for each warp's 16 slots, then for
+// the patch's tokens, 16 x 16 weights as the lanes of an mma have them.
 struct Weights {
   uint4* words;
-  int warps;
+  int warps;  // of 16 slots
 
   __host__ __device__ int64_t size() const { return (warps + 1) * kWarp; }
   __host__ __device__ int64_t bytes(const Problem& p) const {
-    const int64_t patches = p.cu_seqlens ? p.tokens / kPatch + p.sequences * kSparePatches
-                                         : p.batch * (p.tokens / kPatch + kSparePatches);
+    const int64_t patches =
+        p.cu_seqlens ? p.tokens / kPatch + p.sequences * kSparePatches : p.batch * (p.tokens / kPatch + kSparePatches);
     return patches * p.query_heads * 2 * size() * static_cast<int64_t>(sizeof(uint4));
   }
   // `patch`: from the walk's first.
@@ -30,24 +31,23 @@ struct Weights {
   }
 };
 
-template <typename storage_type, int dim>
+template <typename storage_type, int dim, int warps>
 struct Config {
   using storage = storage_type;
   static constexpr int kDim = dim;
-  static constexpr int kThreads = kMaxPatchSlots / kWarpSlots * kWarp;  // of the walk forward, at most
-  static constexpr int kBlocks = dim <= 64 ? 3 : 2;
+  static constexpr int kWarps = warps, kThreads = warps * kWarp;  // of the walk forward
+  static constexpr int kBlocks = (dim <= 64 ? 12 : 8) / warps;
   static constexpr int kBackThreads = dim / 16 * kWarp;
   static constexpr int kBackBlocks = dim <= 64 ? 4 : 2;
 };
 
 struct Layout {
-  uint32_t queries, grads, keys, values, rows, scores, parts, shares, sums, bytes;
+  uint32_t queries, grads, keys, values, lses, rows, scores, parts, shares, sums, bytes;
 
   template <typename config>
-  BLURRY_HOST_DEVICE static Layout make(int warps) {
-    constexpr uint32_t kTile = kPatch * Rows<config::kDim>::kBytes;
-    const uint32_t count = static_cast<uint32_t>(warps);
-    Layout l;
+  BLURRY_HOST_DEVICE static constexpr Layout make() {
+    constexpr uint32_t kTile = kPatch * Rows<config::kDim>::kBytes, count = config::kWarps;
+    Layout l{};
     uint32_t at = 0;
     l.queries = at;  // of these [stage]
     at += 2 * kTile;
@@ -57,6 +57,8 @@ struct Layout {
     at += 2 * kTile;
     l.values = at;
     at += 2 * kTile;
+    l.lses = at;  // [stage][lse, its gradient][token]
+    at += 2 * 2 * kPatch * 4;
     l.rows = at;  // [stage][slot]
     at += 2 * count * kWarpSlots * PatchRow::kWords * 4;
     l.scores = at;  // [warp][side]
@@ -78,29 +80,25 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   using storage = typename config::storage;
   constexpr int kDim = config::kDim, kChunks = kDim / 8, kPartStride = kDim + 8;
   constexpr uint32_t kTile = kPatch * Rows<kDim>::kBytes;
-  const int threads = static_cast<int>(blockDim.x), warps = threads / kWarp;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+  constexpr int kWarps = config::kWarps, kThreads = config::kThreads;
+  constexpr Layout layout = Layout::make<config>();
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int head = static_cast<int>(blockIdx.x % p.kv_heads);
   __shared__ PatchWalk walk;
   __shared__ int openings[kMaxPatchSlots];
   if (threadIdx.x == 0) walk = PatchWalk(p, plan, blockIdx.x / p.kv_heads, head, false);
   __syncthreads();
   if (walk.own_begin >= walk.own_end) return;
-  const int slots = static_cast<int>(p.slots), group = static_cast<int>(p.query_heads / p.kv_heads);
+  const int slots = static_cast<int>(p.slots);
   const int key_dim = static_cast<int>(p.key_dim), value_dim = static_cast<int>(p.value_dim);
-  const Layout layout = Layout::make<config>(warps);
   const uint32_t shared = shared_address(shared_memory);
   uint32_t* const all_rows = reinterpret_cast<uint32_t*>(shared_memory + layout.rows);
-  const int stage_words = warps * kWarpSlots * PatchRow::kWords;
-  float* const scores = reinterpret_cast<float*>(shared_memory + layout.scores) + warp * 2 * kScoreFloats;
-  float* const parts = reinterpret_cast<float*>(shared_memory + layout.parts);
-  float4* const share_parts = reinterpret_cast<float4*>(shared_memory + layout.shares) + lane;
-  float* const sums = reinterpret_cast<float*>(shared_memory + layout.sums);
+  constexpr int kStageWords = kWarps * kWarpSlots * PatchRow::kWords;
 
-  RowFetch<storage, true> row_fetch(p, tables, walk, head, 0);
-  row_fetch.clear(all_rows, warps * kWarpSlots);
-  row_fetch.clear(all_rows + stage_words, warps * kWarpSlots);
-  for (int m = threadIdx.x; m < warps * kWarpSlots; m += threads) {
+  RowFetch<storage, true> row_fetch(p, tables, walk, 0);
+  row_fetch.clear(all_rows, kWarps * kWarpSlots);
+  row_fetch.clear(all_rows + kStageWords, kWarps * kWarpSlots);
+  for (int m = threadIdx.x; m < kWarps * kWarpSlots; m += kThreads) {
     openings[m] = m < slots ? walk.since(walk.cells.slot_opening(m)) : INT32_MAX;
   }
   SlotRows<storage, kDim> keys, values;
@@ -114,41 +112,50 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   keys.load(given(p.state_key, key_dim));
   values.load(given(p.state_value, value_dim));
 
-  const int64_t first_head = static_cast<int64_t>(head) * group;
-  const storage* const first_key = row_of<const storage>(p.key, walk.batch, head, walk.row);
-  const storage* const first_value = row_of<const storage>(p.value, walk.batch, head, walk.row);
-  const storage* const first_query = row_of<const storage>(p.query, walk.batch, first_head, walk.row);
-  const storage* const first_grad = row_of<const storage>(gradients.grad_out, walk.batch, first_head, walk.row);
+  __shared__ const storage* first[4];  // rows of key, value, query and grad_out at time 0: here they cost no registers
+  if (threadIdx.x == 0) {
+    first[0] = row_of<const storage>(p.key, walk.batch, head, walk.row);
+    first[1] = row_of<const storage>(p.value, walk.batch, head, walk.row);
+    first[2] = row_of<const storage>(p.query, walk.batch, walk.first_head, walk.row);
+    first[3] = row_of<const storage>(gradients.grad_out, walk.batch, walk.first_head, walk.row);
+  }
+  __syncthreads();
   const auto fetch = [&](int time, int stage) {
-    fetch_patch<storage, kDim>(shared + layout.keys + stage * kTile, p.key, first_key, time, walk.begin, walk.end,
-                               key_dim);
-    fetch_patch<storage, kDim>(shared + layout.values + stage * kTile, p.value, first_value, time, walk.begin, walk.end,
-                               value_dim);
-    row_fetch.fetch(all_rows + stage * stage_words, time);
+    fetch_patch<storage, kDim, kThreads>(shared + layout.keys + stage * kTile, p.key, first[0], time, walk.begin,
+                                         walk.end, key_dim);
+    fetch_patch<storage, kDim, kThreads>(shared + layout.values + stage * kTile, p.value, first[1], time, walk.begin,
+                                         walk.end, value_dim);
+    row_fetch.fetch(all_rows + stage * kStageWords, time);
     row_fetch.forth();
   };
   const auto fetch_query = [&](int time, int i, int stage) {
     if (time + kPatch <= walk.own_begin) return;
-    fetch_patch<storage, kDim>(shared + layout.queries + stage * kTile, p.query, first_query + i * p.query.head, time,
-                               walk.own_begin, walk.own_end, key_dim);
-    fetch_patch<storage, kDim>(shared + layout.grads + stage * kTile, gradients.grad_out,
-                               first_grad + i * gradients.grad_out.head, time, walk.own_begin, walk.own_end, value_dim);
+    fetch_patch<storage, kDim, kThreads>(shared + layout.queries + stage * kTile, p.query, first[2] + i * p.query.head,
+                                         time, walk.own_begin, walk.own_end, key_dim);
+    fetch_patch<storage, kDim, kThreads>(shared + layout.grads + stage * kTile, gradients.grad_out,
+                                         first[3] + i * gradients.grad_out.head, time, walk.own_begin, walk.own_end,
+                                         value_dim);
+    const int token = time + lane % kPatch;
+    const float* const from = static_cast<const float*>(lane < kPatch ? gradients.lse : gradients.grad_lse);
+    if (warp == 0 && from) {
+      const int64_t row = (walk.batch * p.query_heads + walk.first_head + i) * p.tokens + walk.row;
+      float* const to = reinterpret_cast<float*>(shared_memory + layout.lses) + stage * 2 * kPatch + lane;
+      if (walk.owns(token)) __pipeline_memcpy_async(to, from + row + token, sizeof(float));
+    }
   };
-  const float scale = static_cast<float>(p.scale);
-  const float factor = static_cast<float>(p.scale * 1.4426950408889634);  // exponentials to base 2
 
   fetch(0, 0);
   fetch_query(0, 0, 0);
   commit_copies();
   for (int time = 0, stage = 0, query_stage = 0; time < walk.own_end; time += kPatch, stage ^= 1) {
     const bool attends = time + kPatch > walk.own_begin;
-    const uint32_t* const rows = all_rows + stage * stage_words + warp * kWarpSlots * PatchRow::kWords;
+    const uint32_t* const rows = all_rows + stage * kStageWords + warp * kWarpSlots * PatchRow::kWords;
     const uint32_t key_patch = shared + layout.keys + stage * kTile;
     const uint32_t value_patch = shared + layout.values + stage * kTile;
-    for (int i = 0; i < (attends ? group : 1); ++i, query_stage ^= 1) {
+    for (int i = 0; i < (attends ? walk.group : 1); ++i, query_stage ^= 1) {
       wait_copies<0>();
       __syncthreads();  // what was fetched is there, and what was there before is done with
-      if (attends && i + 1 < group) {
+      if (attends && i + 1 < walk.group) {
         fetch_query(time, i + 1, query_stage ^ 1);
       } else if (time + kPatch < walk.own_end) {
         fetch(time + kPatch, stage ^ 1);
@@ -156,18 +163,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       commit_copies();
       if (!attends) continue;
-      const int64_t query_head = first_head + i;
-      float lse[2], grad_lse[2] = {};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int token = time + g + 8 * half;
-        const int64_t at = (walk.batch * p.query_heads + query_head) * p.tokens + walk.row + token;
-        lse[half] = 0.f;
-        if (!walk.owns(token)) continue;
-        lse[half] = static_cast<const float*>(gradients.lse)[at] * 1.44269504f;
-        if (gradients.grad_lse) grad_lse[half] = static_cast<const float*>(gradients.grad_lse)[at];
-      }
-
+      const int thread = hidden(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp, g = lane / 4, q = lane % 4;
+      float* const parts = reinterpret_cast<float*>(shared_memory + layout.parts);
+      float4* const share_parts = reinterpret_cast<float4*>(shared_memory + layout.shares) + lane;
+      float* const sums = reinterpret_cast<float*>(shared_memory + layout.sums);
+      float* const scores = reinterpret_cast<float*>(shared_memory + layout.scores) + warp * 2 * kScoreFloats;
+      const int64_t query_head = walk.first_head + i;
+      const float* const lses = reinterpret_cast<const float*>(shared_memory + layout.lses) + query_stage * 2 * kPatch;
       float z[2][2][4] = {};  // logits; their like of grad_out and value
       {
         float raw[2][2][4] = {};
@@ -193,12 +195,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int token = time + g + 8 * half;
+        const float lse = lses[g + 8 * half] * 1.44269504f;
         float sum = 0.f;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           float& x = z[0][c / 2][2 * half + c % 2];
           const bool open = token >= openings[warp * kWarpSlots + c / 2 * 8 + 2 * q + c % 2] && walk.owns(token);
-          x = open ? exp2_fast(x * factor - lse[half]) : 0.f;
+          x = open ? exp2_fast(x * walk.factor - lse) : 0.f;
           sum += x * z[1][c / 2][2 * half + c % 2];
         }
         sum += __shfl_xor_sync(kAllLanes, sum, 1);
@@ -208,13 +211,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       __syncthreads();  // all warps' sums are there
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float delta = -grad_lse[half];
-        for (int w = 0; w < warps; ++w) delta += sums[w * kPatch + g + 8 * half];
+        float delta = 0.f;
+        if (gradients.grad_lse && walk.owns(time + g + 8 * half)) delta = -lses[kPatch + g + 8 * half];
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) delta += sums[w * kPatch + g + 8 * half];
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           float& probability = z[0][c / 2][2 * half + c % 2];
           float& grad = z[1][c / 2][2 * half + c % 2];
-          const float grad_logit = scale * probability * (grad - delta);
+          const float grad_logit = walk.scale * probability * (grad - delta);
           grad = probability;
           probability = grad_logit;
         }
@@ -231,7 +236,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
                        transpose(slot_weights[3]));
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          const float(&x)[4] = shares[side][n];
+          const float (&x)[4] = shares[side][n];
           share_parts[((warp * 2 + side) * 2 + n) * kWarp] = make_float4(x[0], x[1], x[2], x[3]);
         }
       }
@@ -254,9 +259,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       __syncthreads();  // all warps' parts are there
 
-      for (int side = warp; side < 2; side += warps) {
+      if (const int side = warp; side < 2) {
         float total[2][4] = {};
-        for (int w = 0; w < warps; ++w) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
             const float4 x = share_parts[((w * 2 + side) * 2 + n) * kWarp];
@@ -267,17 +273,17 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
         }
         pack_left<storage>(token_weights, total);
-        left.at(p, walk, time / kPatch, query_head, side)[warps * kWarp + lane] =
+        left.at(p, walk, time / kPatch, query_head, side)[kWarps * kWarp + lane] =
             make_uint4(transpose(token_weights[0]), transpose(token_weights[2]), transpose(token_weights[1]),
                        transpose(token_weights[3]));
       }
-      for (int item = threadIdx.x; item < kPatch * kChunks; item += threads) {
+      for (int item = thread; item < kPatch * kChunks; item += kThreads) {
         const int token = item / kChunks, d = item % kChunks * 8;
         if (!walk.owns(time + token) || d >= key_dim) continue;
         float grads[8] = {};
-        for (int w = 0; w < warps; ++w) {
-          const float4* const from =
-              reinterpret_cast<const float4*>(parts + (w * kPatch + token) * kPartStride + d);
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          const float4* const from = reinterpret_cast<const float4*>(parts + (w * kPatch + token) * kPartStride + d);
           const float4 low = from[0], high = from[1];
           grads[0] += low.x;
           grads[1] += low.y;
@@ -289,8 +295,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           grads[7] += high.w;
         }
         storage* const to = row_of<storage>(gradients.query, walk.batch, query_head, walk.row + time + token) + d;
-        *reinterpret_cast<uint4*>(to) = make_uint4(pack<storage>(grads[0], grads[1]), pack<storage>(grads[2], grads[3]),
-                                                   pack<storage>(grads[4], grads[5]), pack<storage>(grads[6], grads[7]));
+        *reinterpret_cast<uint4*>(to) =
+            make_uint4(pack<storage>(grads[0], grads[1]), pack<storage>(grads[2], grads[3]),
+                       pack<storage>(grads[4], grads[5]), pack<storage>(grads[6], grads[7]));
       }
     }
     if (time + kPatch >= walk.own_end) break;
@@ -332,7 +339,7 @@ __global__ void __launch_bounds__(config::kBackThreads, config::kBackBlocks)
   __syncthreads();
   const bool empty = walk.own_begin >= walk.own_end;
   if (empty && !walk.from_begin) return;
-  const int slots = static_cast<int>(p.slots), group = static_cast<int>(p.query_heads / p.kv_heads);
+  const int slots = static_cast<int>(p.slots);
   const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
   const Back layout(left);
   const uint32_t shared = shared_address(shared_memory);
@@ -358,13 +365,12 @@ __global__ void __launch_bounds__(config::kBackThreads, config::kBackBlocks)
   }
 
   if (!empty) {
-    const int64_t first_head = static_cast<int64_t>(head) * group;
     const View& view = side ? gradients.grad_out : p.query;
-    const storage* const first_row = row_of<const storage>(view, walk.batch, first_head, walk.row);
+    const storage* const first_row = row_of<const storage>(view, walk.batch, walk.first_head, walk.row);
     const View& to_view = side ? gradients.value : gradients.key;
     storage* const first_to = row_of<storage>(to_view, walk.batch, head, walk.row) + 16 * slice + 2 * q;
     const int last = (walk.walk_end - 1) / kPatch * kPatch;
-    typename Back::Fetch row_fetch(p, tables, walk, head, last);
+    typename Back::Fetch row_fetch(p, tables, walk, last);
     for (int i = 0; i < kStages; ++i) {
       row_fetch.clear(reinterpret_cast<uint32_t*>(shared_memory + layout.rows + i * layout.row_stage),
                       left.warps * kWarpSlots);
@@ -374,19 +380,20 @@ __global__ void __launch_bounds__(config::kBackThreads, config::kBackBlocks)
     const auto fetch = [&] {
       if (next_time >= 0) {
         const uint32_t to = shared + next_stage * layout.stage;
-        fetch_patch<storage, kDim>(to, view, first_row + next_head * view.head, next_time, walk.begin, walk.end, dim);
-        const uint4* const from = left.at(p, walk, next_time / kPatch, first_head + next_head, side);
+        fetch_patch<storage, kDim, config::kBackThreads>(to, view, first_row + next_head * view.head, next_time,
+                                                         walk.begin, walk.end, dim);
+        const uint4* const from = left.at(p, walk, next_time / kPatch, walk.first_head + next_head, side);
         for (int i = threadIdx.x; i < left.size(); i += config::kBackThreads) {
           copy_async(to + layout.weights + i * 16, from + i);
         }
         if (next_head == 0) {
-          row_fetch.fetch(
-              reinterpret_cast<uint32_t*>(shared_memory + layout.rows + next_row_stage * layout.row_stage), next_time);
+          row_fetch.fetch(reinterpret_cast<uint32_t*>(shared_memory + layout.rows + next_row_stage * layout.row_stage),
+                          next_time);
           row_fetch.back();
           next_row_stage = next_row_stage + 1 < kStages ? next_row_stage + 1 : 0;
         }
         next_stage = next_stage + 1 < kStages ? next_stage + 1 : 0;
-        if (++next_head == group) {
+        if (++next_head == walk.group) {
           next_head = 0;
           next_time -= kPatch;
         }
@@ -400,7 +407,7 @@ __global__ void __launch_bounds__(config::kBackThreads, config::kBackBlocks)
           reinterpret_cast<const uint32_t*>(shared_memory + layout.rows + row_stage * layout.row_stage);
       row_stage = row_stage + 1 < kStages ? row_stage + 1 : 0;
       float sums[2][4] = {};
-      for (int i = 0; i < group; ++i) {
+      for (int i = 0; i < walk.group; ++i) {
         wait_copies<1>();
         __syncthreads();  // what was fetched is there, and the stage before is done with
         fetch();
@@ -480,8 +487,12 @@ __global__ void __launch_bounds__(config::kBackThreads, config::kBackBlocks)
 template <typename body_type>
 void with_config(const Problem& p, const body_type& body) {
   for_half(p.dtype, [&](auto storage) {
-    if (p.key_dim <= 64 && p.value_dim <= 64) return body(Config<decltype(storage), 64>());
-    body(Config<decltype(storage), 128>());
+    using type = decltype(storage);
+    const bool narrow = p.key_dim <= 64 && p.value_dim <= 64, few = patch_warps(p) == 2;
+    if (narrow && few) return body(Config<type, 64, 2>());
+    if (narrow) return body(Config<type, 64, 4>());
+    if (few) return body(Config<type, 128, 2>());
+    body(Config<type, 128, 4>());
   });
 }
 
@@ -506,10 +517,9 @@ void dirichlet_backward(const Problem& p, const Gradients& gradients, void* work
     using config = decltype(config_tag);
     launch_rows<typename config::storage>(p, tables);
     if (p.tokens > 0) {
-      const int64_t bytes = Layout::make<config>(left.warps).bytes;
-      cudaFuncSetAttribute(dirichlet_weights<config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(bytes));
-      launch("dirichlet_weights", dirichlet_weights<config>, plan.count * p.kv_heads, left.warps * kWarp, bytes,
+      constexpr int kBytes = Layout::make<config>().bytes;
+      cudaFuncSetAttribute(dirichlet_weights<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      launch("dirichlet_weights", dirichlet_weights<config>, plan.count * p.kv_heads, config::kThreads, kBytes,
              p.stream, p, gradients, plan, tables, left);
     }
     const int64_t bytes = BackLayout<config>(left).bytes;

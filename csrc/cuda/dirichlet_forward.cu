@@ -5,12 +5,11 @@
 namespace blurry_attn::cuda {
 namespace {
 
-template <typename storage_type, int dim>
+template <typename storage_type, int dim, int warps>
 struct Config {
   using storage = storage_type;
-  static constexpr int kDim = dim;
-  static constexpr int kThreads = kMaxPatchSlots / kWarpSlots * kWarp;  // at most
-  static constexpr int kBlocks = dim <= 64 ? 3 : 2;
+  static constexpr int kDim = dim, kWarps = warps, kThreads = warps * kWarp;
+  static constexpr int kBlocks = (dim <= 64 ? 12 : 8) / warps;
 };
 
 // Shared memory by offsets in bytes: two stages of what is fetched; then what warps tell each other.
@@ -18,10 +17,9 @@ struct Layout {
   uint32_t queries, keys, values, rows, scores, parts, tops, bytes;
 
   template <typename config>
-  BLURRY_HOST_DEVICE static Layout make(int warps) {
-    constexpr uint32_t kTile = kPatch * Rows<config::kDim>::kBytes;
-    const uint32_t count = static_cast<uint32_t>(warps);
-    Layout l;
+  BLURRY_HOST_DEVICE static constexpr Layout make() {
+    constexpr uint32_t kTile = kPatch * Rows<config::kDim>::kBytes, count = config::kWarps;
+    Layout l{};
     uint32_t at = 0;
     l.queries = at;
     at += 2 * kTile;
@@ -82,7 +80,7 @@ struct SlotColumns {
       const uint32_t tokens[4] = {x[0], x[2], x[1], x[3]};  // columns: elements are rows here
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float(&sums)[4] = content[m][half];
+        float (&sums)[4] = content[m][half];
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums[e] *= left[2 * half + e % 2];
         mma<storage>(sums, tokens, weights.high[half], weights.high[2 + half]);
@@ -98,8 +96,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   using storage = typename config::storage;
   constexpr int kDim = config::kDim, kChunks = kDim / 8, kPartStride = kDim + 8;
   constexpr uint32_t kTile = kPatch * Rows<kDim>::kBytes;
-  const int threads = static_cast<int>(blockDim.x), warps = threads / kWarp;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+  constexpr int kWarps = config::kWarps, kThreads = config::kThreads;
+  constexpr Layout layout = Layout::make<config>();
+  const int warp = threadIdx.x / kWarp;
   const int head = static_cast<int>(blockIdx.x % p.kv_heads);
   __shared__ PatchWalk walk;
   __shared__ int openings[kMaxPatchSlots];
@@ -109,20 +108,16 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
   __syncthreads();
   if (walk.own_begin >= walk.own_end) return;
-  const int slots = static_cast<int>(p.slots), group = static_cast<int>(p.query_heads / p.kv_heads);
+  const int slots = static_cast<int>(p.slots);
   const int key_dim = static_cast<int>(p.key_dim), value_dim = static_cast<int>(p.value_dim);
-  const Layout layout = Layout::make<config>(warps);
   const uint32_t shared = shared_address(shared_memory);
   uint32_t* const all_rows = reinterpret_cast<uint32_t*>(shared_memory + layout.rows);
-  const int stage_words = warps * kWarpSlots * PatchRow::kWords;
-  float* const scores = reinterpret_cast<float*>(shared_memory + layout.scores) + warp * kScoreFloats;
-  float* const parts = reinterpret_cast<float*>(shared_memory + layout.parts);
-  float2* const tops = reinterpret_cast<float2*>(shared_memory + layout.tops);
+  constexpr int kStageWords = kWarps * kWarpSlots * PatchRow::kWords;
 
-  RowFetch<storage, true> row_fetch(p, tables, walk, head, 0);
-  row_fetch.clear(all_rows, warps * kWarpSlots);
-  row_fetch.clear(all_rows + stage_words, warps * kWarpSlots);
-  for (int m = threadIdx.x; m < warps * kWarpSlots; m += threads) {
+  RowFetch<storage, true> row_fetch(p, tables, walk, 0);
+  row_fetch.clear(all_rows, kWarps * kWarpSlots);
+  row_fetch.clear(all_rows + kStageWords, kWarps * kWarpSlots);
+  for (int m = threadIdx.x; m < kWarps * kWarpSlots; m += kThreads) {
     openings[m] = m < slots ? walk.since(walk.cells.slot_opening(m)) : INT32_MAX;
   }
   SlotRows<storage, kDim> keys;
@@ -139,22 +134,20 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 
   const storage* const first_key = row_of<const storage>(p.key, walk.batch, head, walk.row);
   const storage* const first_value = row_of<const storage>(p.value, walk.batch, head, walk.row);
-  const storage* const first_query =
-      row_of<const storage>(p.query, walk.batch, static_cast<int64_t>(head) * group, walk.row);
+  const storage* const first_query = row_of<const storage>(p.query, walk.batch, walk.first_head, walk.row);
   const auto fetch = [&](int time, int stage) {
-    fetch_patch<storage, kDim>(shared + layout.keys + stage * kTile, p.key, first_key, time, walk.begin, walk.end,
-                               key_dim);
-    fetch_patch<storage, kDim>(shared + layout.values + stage * kTile, p.value, first_value, time, walk.begin, walk.end,
-                               value_dim);
-    row_fetch.fetch(all_rows + stage * stage_words, time);
+    fetch_patch<storage, kDim, kThreads>(shared + layout.keys + stage * kTile, p.key, first_key, time, walk.begin,
+                                         walk.end, key_dim);
+    fetch_patch<storage, kDim, kThreads>(shared + layout.values + stage * kTile, p.value, first_value, time, walk.begin,
+                                         walk.end, value_dim);
+    row_fetch.fetch(all_rows + stage * kStageWords, time);
     row_fetch.forth();
   };
   const auto fetch_query = [&](int time, int i, int stage) {
     if (time + kPatch <= walk.own_begin) return;
-    fetch_patch<storage, kDim>(shared + layout.queries + stage * kTile, p.query, first_query + i * p.query.head, time,
-                               walk.own_begin, walk.own_end, key_dim);
+    fetch_patch<storage, kDim, kThreads>(shared + layout.queries + stage * kTile, p.query,
+                                         first_query + i * p.query.head, time, walk.own_begin, walk.own_end, key_dim);
   };
-  const float factor = static_cast<float>(p.scale * 1.4426950408889634);  // exponentials to base 2
   bool sound = true;
 
   fetch(0, 0);
@@ -162,13 +155,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   commit_copies();
   for (int time = 0, stage = 0, query_stage = 0; time < walk.own_end; time += kPatch, stage ^= 1) {
     const bool attends = time + kPatch > walk.own_begin;
-    const uint32_t* const rows = all_rows + stage * stage_words + warp * kWarpSlots * PatchRow::kWords;
+    const uint32_t* const rows = all_rows + stage * kStageWords + warp * kWarpSlots * PatchRow::kWords;
     const uint32_t key_patch = shared + layout.keys + stage * kTile;
     const uint32_t value_patch = shared + layout.values + stage * kTile;
-    for (int i = 0; i < (attends ? group : 1); ++i, query_stage ^= 1) {
+    for (int i = 0; i < (attends ? walk.group : 1); ++i, query_stage ^= 1) {
       wait_copies<0>();
       __syncthreads();  // what was fetched is there, and what was there before is done with
-      if (attends && i + 1 < group) {
+      if (attends && i + 1 < walk.group) {
         fetch_query(time, i + 1, query_stage ^ 1);
       } else if (time + kPatch < walk.own_end) {
         fetch(time + kPatch, stage ^ 1);
@@ -176,6 +169,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       commit_copies();
       if (!attends) continue;
+      const int thread = hidden(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp, g = lane / 4, q = lane % 4;
+      float* const scores = reinterpret_cast<float*>(shared_memory + layout.scores) + warp * kScoreFloats;
+      float* const parts = reinterpret_cast<float*>(shared_memory + layout.parts);
+      float2* const tops = reinterpret_cast<float2*>(shared_memory + layout.tops);
 
       float z[1][2][4] = {}, raw[2][4] = {};
 #pragma unroll
@@ -198,7 +195,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         for (int c = 0; c < 4; ++c) {
           float& x = z[0][c / 2][2 * half + c % 2];
           const bool open = token >= openings[warp * kWarpSlots + c / 2 * 8 + 2 * q + c % 2];
-          x = open ? x * factor : -INFINITY;
+          x = open ? x * walk.factor : -INFINITY;
           top = fmaxf(top, x);
         }
         top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
@@ -236,17 +233,18 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       __syncthreads();  // all warps' parts are there
 
-      const int64_t query_head = static_cast<int64_t>(head) * group + i;
-      for (int item = threadIdx.x; item < kPatch * kChunks; item += threads) {
+      const int64_t query_head = walk.first_head + i;
+      for (int item = thread; item < kPatch * kChunks; item += kThreads) {
         const int token = item / kChunks, d = item % kChunks * 8;
         if (!walk.owns(time + token) || d >= value_dim) continue;
         float top = -INFINITY, total = 0.f, sums[8] = {};
-        for (int w = 0; w < warps; ++w) top = fmaxf(top, tops[w * kPatch + token].x);
-        for (int w = 0; w < warps; ++w) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) top = fmaxf(top, tops[w * kPatch + token].x);
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
           const float2 own = tops[w * kPatch + token];
           const float weight = exp2_fast(own.x - top);
-          const float4* const from =
-              reinterpret_cast<const float4*>(parts + (w * kPatch + token) * kPartStride + d);
+          const float4* const from = reinterpret_cast<const float4*>(parts + (w * kPatch + token) * kPartStride + d);
           const float4 low = from[0], high = from[1];
           total += weight * own.y;
           sums[0] += weight * low.x;
@@ -318,8 +316,12 @@ __global__ void __launch_bounds__(256)
 template <typename body_type>
 void with_config(const Problem& p, const body_type& body) {
   for_half(p.dtype, [&](auto storage) {
-    if (p.key_dim <= 64 && p.value_dim <= 64) return body(Config<decltype(storage), 64>());
-    body(Config<decltype(storage), 128>());
+    using type = decltype(storage);
+    const bool narrow = p.key_dim <= 64 && p.value_dim <= 64, few = patch_warps(p) == 2;
+    if (narrow && few) return body(Config<type, 64, 2>());
+    if (narrow) return body(Config<type, 64, 4>());
+    if (few) return body(Config<type, 128, 2>());
+    body(Config<type, 128, 4>());
   });
 }
 
@@ -351,11 +353,9 @@ void dirichlet_forward(const Problem& p, const Outputs& outputs, void* workspace
     with_config(p, [&](auto config_tag) {
       using config = decltype(config_tag);
       launch_rows<typename config::storage>(p, tables);
-      const int warps = patch_warps(p);
-      const int64_t bytes = Layout::make<config>(warps).bytes;
-      cudaFuncSetAttribute(dirichlet_walk<config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(bytes));
-      launch("dirichlet_walk", dirichlet_walk<config>, plan.count * p.kv_heads, warps * kWarp, bytes, p.stream, p,
+      constexpr int kBytes = Layout::make<config>().bytes;
+      cudaFuncSetAttribute(dirichlet_walk<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      launch("dirichlet_walk", dirichlet_walk<config>, plan.count * p.kv_heads, config::kThreads, kBytes, p.stream, p,
              outputs, plan, tables, unsound);
       launch_repair<typename config::storage>(p, outputs, plan, workspace);
     });

@@ -81,6 +81,13 @@ __device__ __forceinline__ uint4 load_global(const void* from) {
   return x;
 }
 
+// x, of which the compiler no longer knows how it was made: what follows from it in a loop is made anew there, which
+// costs less than the registers that would hold it.
+__device__ __forceinline__ int hidden(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Addresses in shared memory, in bytes.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

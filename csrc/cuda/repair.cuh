@@ -1,5 +1,5 @@
-// Walks in patches cannot keep a token that is not finite from its neighbours in a patch: such sequences are done again,
-// token by token.
+// Walks in patches cannot keep a token that is not finite from its neighbours in a patch: such sequences are done
+// again, token by token.
 #pragma once
 
 #include "step.cuh"

@@ -288,8 +288,8 @@ Case draw(const Options& o, uint64_t seed) {
   c.wants_state = step || random.chance(50);
   c.with_grad_lse = random.chance(50);
   c.with_grad_state = random.chance(50);
-  c.bad_token =
-      !step && p.tokens > 0 && (window || p.kernel == Kernel::fejer) && random.chance(p.cells[0].resolution == 1 ? 30 : 8);
+  c.bad_token = !step && p.tokens > 0 && (window || p.kernel == Kernel::fejer) &&
+                random.chance(p.cells[0].resolution == 1 ? 30 : 8);
   c.backward = !step && !c.bad_token;
   for (Order& order : c.order) {
     order = random.one_of({Order::dense, Order::dense, Order::tokens_first, Order::gaps});
@@ -591,8 +591,9 @@ void run_attention(Case& c, Checks& checks) {
   const auto backward_bytes = !backward_window ? cuda::backward_workspace
                               : chunks         ? cuda::dirichlet_backward_workspace
                                                : cuda::window_backward_workspace;
-  const auto backward =
-      !backward_window ? cuda::scan_backward : chunks ? cuda::dirichlet_backward : cuda::window_backward;
+  const auto backward = !backward_window ? cuda::scan_backward
+                        : chunks         ? cuda::dirichlet_backward
+                                         : cuda::window_backward;
   Buffer memory(backward_bytes(problem));
   backward(problem, gradients, memory.data());
   if (!memory.guarded()) checks.fail("backward: the workspace was written out of bounds");
