@@ -190,20 +190,21 @@ struct RowFetch {
     for (int i = part(); i < kStride; i += 2) rows[slot() * kStride + i] = 0;
   }
   __device__ __forceinline__ void fetch(uint32_t* rows, int time) const {
-    if (slot() >= p.slots) return;
-    uint32_t* const to = rows + slot() * kStride;
+    const int thread = hidden(threadIdx.x), slot = thread / 2, part = thread % 2;
+    if (slot >= p.slots) return;
+    uint32_t* const to = rows + slot * kStride;
     if (time >= walk.begin && time + kPatch <= walk.end && time > walk.settled) {
       const int64_t row = tables.first[walk.head] + offset;
       const uint32_t* const from = tables.words + row * PatchRow::kWords + kFirst;
       const uint32_t shared = shared_address(to);
 #pragma unroll
       for (int i = 0; i < kFirstPart; ++i) {
-        const int chunk = i + part() * kFirstPart;
+        const int chunk = i + part * kFirstPart;
         if (chunk < kChunks) copy_async(shared + chunk * 16, from + chunk * 4);
       }
-    } else if (part() == 0) {
+    } else if (part == 0) {
       const float* const gates = static_cast<const float*>(p.gates) + p.laws[walk.head].gates;
-      const int opening = walk.since(walk.cells.slot_opening(slot()));
+      const int opening = walk.since(walk.cells.slot_opening(slot));
       PatchRow::make<storage, with_gates>(to - kFirst, [&](int i) {
         const int t = time + i;
         if (t < walk.begin || t >= walk.end || t < opening) return 0.f;
@@ -397,11 +398,12 @@ __device__ __forceinline__ void advance_back(float (&a)[sides][2][4], float (&su
   const int g = threadIdx.x % kWarp / 4;
   // A product over the four lanes of a token: each brings four tokens' sums, of which column n takes one.
   uint32_t ones[2][2];
+  const int column = hidden(g);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int first = g - 4 * i - 2 * j;
+      const int first = column - 4 * i - 2 * j;
       ones[i][j] = pack<storage>(first == 0 ? 1.f : 0.f, first == 1 ? 1.f : 0.f);
     }
   }

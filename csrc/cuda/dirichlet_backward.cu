@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     first[3] = row_of<const storage>(gradients.grad_out, walk.batch, walk.first_head, walk.row);
   }
   __syncthreads();
-  const auto fetch = [&](int time, int stage) {
+  const auto fetch = [&](int time) {
+    const int stage = time / kPatch % 2;
     fetch_patch<storage, kDim, kThreads>(shared + layout.keys + stage * kTile, p.key, first[0], time, walk.begin,
                                          walk.end, key_dim);
     fetch_patch<storage, kDim, kThreads>(shared + layout.values + stage * kTile, p.value, first[1], time, walk.begin,
@@ -144,26 +145,27 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     }
   };
 
-  fetch(0, 0);
+  fetch(0);
   fetch_query(0, 0, 0);
   commit_copies();
-  for (int time = 0, stage = 0, query_stage = 0; time < walk.own_end; time += kPatch, stage ^= 1) {
+  for (int time = 0, query_stage = 0; time < walk.own_end; time += kPatch) {
     const bool attends = time + kPatch > walk.own_begin;
-    const uint32_t* const rows = all_rows + stage * kStageWords + warp * kWarpSlots * PatchRow::kWords;
-    const uint32_t key_patch = shared + layout.keys + stage * kTile;
-    const uint32_t value_patch = shared + layout.values + stage * kTile;
     for (int i = 0; i < (attends ? walk.group : 1); ++i, query_stage ^= 1) {
       wait_copies<0>();
       __syncthreads();  // what was fetched is there, and what was there before is done with
       if (attends && i + 1 < walk.group) {
         fetch_query(time, i + 1, query_stage ^ 1);
       } else if (time + kPatch < walk.own_end) {
-        fetch(time + kPatch, stage ^ 1);
+        fetch(time + kPatch);
         fetch_query(time + kPatch, 0, query_stage ^ 1);
       }
       commit_copies();
       if (!attends) continue;
+      const int stage = hidden(time) / kPatch % 2;
+      const uint32_t key_patch = shared + layout.keys + stage * kTile;
+      const uint32_t value_patch = shared + layout.values + stage * kTile;
       const int thread = hidden(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp, g = lane / 4, q = lane % 4;
+      const uint32_t* const rows = all_rows + stage * kStageWords + warp * kWarpSlots * PatchRow::kWords;
       float* const parts = reinterpret_cast<float*>(shared_memory + layout.parts);
       float4* const share_parts = reinterpret_cast<float4*>(shared_memory + layout.shares) + lane;
       float* const sums = reinterpret_cast<float*>(shared_memory + layout.sums);
@@ -172,23 +174,30 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const float* const lses = reinterpret_cast<const float*>(shared_memory + layout.lses) + query_stage * 2 * kPatch;
       float z[2][2][4] = {};  // logits; their like of grad_out and value
       {
-        float raw[2][2][4] = {};
+        float raw[2][4] = {};
 #pragma unroll
         for (int m = 0; m < kDim / 16; ++m) {
           uint32_t queries[4], tokens[4];
           load_patch<kDim>(queries, shared + layout.queries + query_stage * kTile, m);
           load_patch<kDim>(tokens, key_patch, m);
           keys.multiply(z[0], queries, m);
-          mma<storage>(raw[0][0], queries, tokens[0], tokens[2]);
-          mma<storage>(raw[0][1], queries, tokens[1], tokens[3]);
+          mma<storage>(raw[0], queries, tokens[0], tokens[2]);
+          mma<storage>(raw[1], queries, tokens[1], tokens[3]);
+        }
+        store_scores(scores, raw);
+      }
+      {
+        float raw[2][4] = {};
+#pragma unroll
+        for (int m = 0; m < kDim / 16; ++m) {
+          uint32_t queries[4], tokens[4];
           load_patch<kDim>(queries, shared + layout.grads + query_stage * kTile, m);
           load_patch<kDim>(tokens, value_patch, m);
           values.multiply(z[1], queries, m);
-          mma<storage>(raw[1][0], queries, tokens[0], tokens[2]);
-          mma<storage>(raw[1][1], queries, tokens[1], tokens[3]);
+          mma<storage>(raw[0], queries, tokens[0], tokens[2]);
+          mma<storage>(raw[1], queries, tokens[1], tokens[3]);
         }
-        store_scores(scores, raw[0]);
-        store_scores(scores + kScoreFloats, raw[1]);
+        store_scores(scores + kScoreFloats, raw);
       }
       __syncwarp();
       advance<2>(z, rows, scores);
@@ -301,9 +310,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
     }
     if (time + kPatch >= walk.own_end) break;
+    const int stage = hidden(time) / kPatch % 2;
+    const uint32_t* const rows = all_rows + stage * kStageWords + warp * kWarpSlots * PatchRow::kWords;
     const EndWeights weights(rows);
-    keys.write(rows, weights, key_patch);
-    values.write(rows, weights, value_patch);
+    keys.write(rows, weights, shared + layout.keys + stage * kTile);
+    values.write(rows, weights, shared + layout.values + stage * kTile);
   }
 }
 
