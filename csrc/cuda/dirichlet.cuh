@@ -245,19 +245,26 @@ __device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t
   low = pack<storage>(x - rounded.x, y - rounded.y);
 }
 
-// 16 rows by 16 elements of a patch in shared memory, from element 16 m on. As they lie: the left side of a product
-// over elements, or with tokens as columns its right side, of tokens 0 - 7 in words 0 and 2, of 8 - 15 in 1 and 3.
+// 16 rows by 16 elements of a patch in shared memory, from element 16 m on.
 template <int dim>
-__device__ __forceinline__ void load_patch(uint32_t (&x)[4], uint32_t patch, int m) {
-  const int lane = threadIdx.x % kWarp;
-  load_matrices(x, Rows<dim>::at(patch, lane % 16, 2 * m + lane / 16));
-}
-// Transposed, for products over tokens: as the right side, of elements 0 - 7 in words 0 and 1, of 8 - 15 in 2 and 3.
-template <int dim>
-__device__ __forceinline__ void load_patch_transposed(uint32_t (&x)[4], uint32_t patch, int m) {
-  const int lane = threadIdx.x % kWarp;
-  load_matrices_transposed(x, Rows<dim>::at(patch, lane % 16, 2 * m + lane / 16));
-}
+struct PatchReader {
+  uint32_t row, chunk;  // of a lane: offsets in bytes, as in Rows::at()
+
+  __device__ __forceinline__ PatchReader() {
+    const int lane = hidden(threadIdx.x) % kWarp;
+    row = lane % 16 * Rows<dim>::kBytes;
+    chunk = (lane / 16 ^ (lane & 7)) << 4;
+  }
+  // As they lie: the left side of a product over elements, or with tokens as columns its right side, of tokens 0 - 7 in
+  // words 0 and 2, of 8 - 15 in 1 and 3.
+  __device__ __forceinline__ void load(uint32_t (&x)[4], uint32_t patch, int m) const {
+    load_matrices(x, patch + row + (chunk ^ (m << 5)));
+  }
+  // For products over tokens: as the right side, of elements 0 - 7 in words 0 and 1, of 8 - 15 in 2 and 3.
+  __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t patch, int m) const {
+    load_matrices_transposed(x, patch + row + (chunk ^ (m << 5)));
+  }
+};
 
 // The weights of a warp's 16 slots at a patch's end: slots are rows, tokens columns.
 struct EndWeights {
@@ -315,13 +322,14 @@ struct SlotRows {
     }
   }
   __device__ __forceinline__ void write(const uint32_t* rows, const EndWeights& weights, uint32_t patch) {
+    const PatchReader<dim> reader;
     const int g = threadIdx.x % kWarp / 4;
     const float left[2] = {__uint_as_float(rows[g * PatchRow::kWords + PatchRow::kLeft]),
                            __uint_as_float(rows[(g + 8) * PatchRow::kWords + PatchRow::kLeft])};
 #pragma unroll
     for (int m = 0; m < dim / 16; ++m) {
       uint32_t tokens[4];
-      load_patch_transposed<dim>(tokens, patch, m);
+      reader.load_transposed(tokens, patch, m);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float (&x)[4] = content[2 * m + half];

@@ -31,14 +31,19 @@ struct Weights {
   }
 };
 
+template <typename storage_type, int dim>
+struct BackConfig {
+  using storage = storage_type;
+  static constexpr int kDim = dim, kThreads = dim / 16 * kWarp;
+  static constexpr int kBlocks = dim <= 64 ? 4 : 2;
+};
 template <typename storage_type, int dim, int warps>
 struct Config {
   using storage = storage_type;
   static constexpr int kDim = dim;
   static constexpr int kWarps = warps, kThreads = warps * kWarp;  // of the walk forward
   static constexpr int kBlocks = (dim <= 64 ? 12 : 8) / warps;
-  static constexpr int kBackThreads = dim / 16 * kWarp;
-  static constexpr int kBackBlocks = dim <= 64 ? 4 : 2;
+  using Back = BackConfig<storage_type, dim>;
 };
 
 struct Layout {
@@ -172,14 +177,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       float* const scores = reinterpret_cast<float*>(shared_memory + layout.scores) + warp * 2 * kScoreFloats;
       const int64_t query_head = walk.first_head + i;
       const float* const lses = reinterpret_cast<const float*>(shared_memory + layout.lses) + query_stage * 2 * kPatch;
+      const PatchReader<kDim> reader;
       float z[2][2][4] = {};  // logits; their like of grad_out and value
       {
         float raw[2][4] = {};
 #pragma unroll
         for (int m = 0; m < kDim / 16; ++m) {
           uint32_t queries[4], tokens[4];
-          load_patch<kDim>(queries, shared + layout.queries + query_stage * kTile, m);
-          load_patch<kDim>(tokens, key_patch, m);
+          reader.load(queries, shared + layout.queries + query_stage * kTile, m);
+          reader.load(tokens, key_patch, m);
           keys.multiply(z[0], queries, m);
           mma<storage>(raw[0], queries, tokens[0], tokens[2]);
           mma<storage>(raw[1], queries, tokens[1], tokens[3]);
@@ -191,8 +197,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int m = 0; m < kDim / 16; ++m) {
           uint32_t queries[4], tokens[4];
-          load_patch<kDim>(queries, shared + layout.grads + query_stage * kTile, m);
-          load_patch<kDim>(tokens, value_patch, m);
+          reader.load(queries, shared + layout.grads + query_stage * kTile, m);
+          reader.load(tokens, value_patch, m);
           values.multiply(z[1], queries, m);
           mma<storage>(raw[0], queries, tokens[0], tokens[2]);
           mma<storage>(raw[1], queries, tokens[1], tokens[3]);
@@ -254,7 +260,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
       for (int m = 0; m < kDim / 16; ++m) {
         uint32_t tokens[4];
-        load_patch_transposed<kDim>(tokens, key_patch, m);
+        reader.load_transposed(tokens, key_patch, m);
         float grads[2][4] = {};
         mma<storage>(grads[0], token_weights, tokens[0], tokens[1]);
         mma<storage>(grads[1], token_weights, tokens[2], tokens[3]);
@@ -337,7 +343,7 @@ struct BackLayout {
 };
 
 template <typename config>
-__global__ void __launch_bounds__(config::kBackThreads, config::kBackBlocks)
+__global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     dirichlet_back(Problem p, Gradients gradients, WalkPlan plan, RowTables tables, Weights left) {
   using storage = typename config::storage;
   using Back = BackLayout<config>;
@@ -391,10 +397,10 @@ __global__ void __launch_bounds__(config::kBackThreads, config::kBackBlocks)
     const auto fetch = [&] {
       if (next_time >= 0) {
         const uint32_t to = shared + next_stage * layout.stage;
-        fetch_patch<storage, kDim, config::kBackThreads>(to, view, first_row + next_head * view.head, next_time,
-                                                         walk.begin, walk.end, dim);
+        fetch_patch<storage, kDim, config::kThreads>(to, view, first_row + next_head * view.head, next_time, walk.begin,
+                                                     walk.end, dim);
         const uint4* const from = left.at(p, walk, next_time / kPatch, walk.first_head + next_head, side);
-        for (int i = threadIdx.x; i < left.size(); i += config::kBackThreads) {
+        for (int i = threadIdx.x; i < left.size(); i += config::kThreads) {
           copy_async(to + layout.weights + i * 16, from + i);
         }
         if (next_head == 0) {
@@ -425,7 +431,7 @@ __global__ void __launch_bounds__(config::kBackThreads, config::kBackBlocks)
         const unsigned char* const here = shared_memory + stage * layout.stage;
         const uint4* const weights = reinterpret_cast<const uint4*>(here + layout.weights) + lane;
         uint32_t x[4];
-        load_patch_transposed<kDim>(x, shared + stage * layout.stage, slice);
+        PatchReader<kDim>().load_transposed(x, shared + stage * layout.stage, slice);
         stage = stage + 1 < kStages ? stage + 1 : 0;
         const bool owned = time < walk.own_end;
         if (i == 0) {
@@ -533,10 +539,11 @@ void dirichlet_backward(const Problem& p, const Gradients& gradients, void* work
       launch("dirichlet_weights", dirichlet_weights<config>, plan.count * p.kv_heads, config::kThreads, kBytes,
              p.stream, p, gradients, plan, tables, left);
     }
-    const int64_t bytes = BackLayout<config>(left).bytes;
-    cudaFuncSetAttribute(dirichlet_back<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    launch("dirichlet_back", dirichlet_back<config>, plan.count * p.kv_heads * 2, config::kBackThreads, bytes, p.stream,
-           p, gradients, plan, tables, left);
+    using back = typename config::Back;
+    const int64_t bytes = BackLayout<back>(left).bytes;
+    cudaFuncSetAttribute(dirichlet_back<back>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    launch("dirichlet_back", dirichlet_back<back>, plan.count * p.kv_heads * 2, back::kThreads, bytes, p.stream, p,
+           gradients, plan, tables, left);
   });
 }
 

@@ -67,6 +67,7 @@ struct SlotColumns {
     mma<storage>(sums, weights, low[0], low[1]);
   }
   __device__ __forceinline__ void write(const uint32_t* rows, const EndWeights& weights, uint32_t patch) {
+    const PatchReader<dim> reader;
     float left[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -76,7 +77,7 @@ struct SlotColumns {
 #pragma unroll
     for (int m = 0; m < dim / 16; ++m) {
       uint32_t x[4];
-      load_patch_transposed<dim>(x, patch, m);
+      reader.load_transposed(x, patch, m);
       const uint32_t tokens[4] = {x[0], x[2], x[1], x[3]};  // columns: elements are rows here
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -174,12 +175,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       float* const parts = reinterpret_cast<float*>(shared_memory + layout.parts);
       float2* const tops = reinterpret_cast<float2*>(shared_memory + layout.tops);
 
+      const PatchReader<kDim> reader;
       float z[1][2][4] = {}, raw[2][4] = {};
 #pragma unroll
       for (int m = 0; m < kDim / 16; ++m) {
         uint32_t queries[4], tokens[4];
-        load_patch<kDim>(queries, shared + layout.queries + query_stage * kTile, m);
-        load_patch<kDim>(tokens, key_patch, m);
+        reader.load(queries, shared + layout.queries + query_stage * kTile, m);
+        reader.load(tokens, key_patch, m);
         keys.multiply(z[0], queries, m);
         mma<storage>(raw[0], queries, tokens[0], tokens[2]);
         mma<storage>(raw[1], queries, tokens[1], tokens[3]);
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
       for (int m = 0; m < kDim / 16; ++m) {
         uint32_t tokens[4];
-        load_patch_transposed<kDim>(tokens, value_patch, m);
+        reader.load_transposed(tokens, value_patch, m);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float sums[4] = {};
