@@ -117,8 +117,8 @@ struct PatchWalk {
   int head, group;            // its query heads: `group` from first_head on
   int64_t first_head;
   float scale, factor;  // of logits; of logits to base 2
-  int window;
-  int step;                 // of a patch, within the period
+  int window, resolution;
+  int origin;               // of time 0: its offset in the period from the centre of slot 0
   bool from_begin, to_end;  // the walk meets what was given before, or after, the sequence
 
   PatchWalk() = default;
@@ -147,7 +147,8 @@ struct PatchWalk {
     walk_end = own < own_to ? since(to_end ? s.end() : own_to + period) : own_begin;
     settled = since(cells.opening(cells.slots - 1));
     window = static_cast<int>(period);
-    step = kPatch % window;
+    resolution = static_cast<int>(cells.resolution);
+    origin = static_cast<int>(first_time - cells.phase - floor_div(first_time - cells.phase, period) * period);
     group = static_cast<int>(p.query_heads / p.kv_heads);
     first_head = static_cast<int64_t>(head) * group;
     scale = static_cast<float>(p.scale);
@@ -174,25 +175,19 @@ struct RowFetch {
   const Problem& p;
   const RowTables& tables;
   const PatchWalk& walk;
-  int offset;  // of the patch that is fetched next, from the slot's centre
 
-  // `time`: of the first patch that is fetched.
-  __device__ __forceinline__ RowFetch(const Problem& p, const RowTables& tables, const PatchWalk& walk, int time)
-      : p(p), tables(tables), walk(walk) {
-    const int64_t from_centre = walk.first_time + time - walk.cells.centre(slot());
-    offset = static_cast<int>(from_centre - floor_div(from_centre, walk.window) * walk.window);
-  }
-  __device__ __forceinline__ int slot() const { return threadIdx.x / 2; }
-  __device__ __forceinline__ int part() const { return threadIdx.x % 2; }
   // The rows of slots that do not exist, of `count`: zeros.
   __device__ __forceinline__ void clear(uint32_t* rows, int count) const {
-    if (slot() < p.slots || slot() >= count) return;
-    for (int i = part(); i < kStride; i += 2) rows[slot() * kStride + i] = 0;
+    const int slot = threadIdx.x / 2;
+    if (slot < p.slots || slot >= count) return;
+    for (int i = threadIdx.x % 2; i < kStride; i += 2) rows[slot * kStride + i] = 0;
   }
   __device__ __forceinline__ void fetch(uint32_t* rows, int time) const {
     const int thread = hidden(threadIdx.x), slot = thread / 2, part = thread % 2;
     if (slot >= p.slots) return;
     uint32_t* const to = rows + slot * kStride;
+    // Of the patch from the slot's centre: not carried along, for the sake of registers.
+    const int offset = (walk.origin + time + walk.window - slot * walk.resolution) % walk.window;
     if (time >= walk.begin && time + kPatch <= walk.end && time > walk.settled) {
       const int64_t row = tables.first[walk.head] + offset;
       const uint32_t* const from = tables.words + row * PatchRow::kWords + kFirst;
@@ -211,14 +206,6 @@ struct RowFetch {
         return t == opening ? 1.f : gates[(offset + i) % walk.window];
       });
     }
-  }
-  __device__ __forceinline__ void forth() {
-    offset += walk.step;
-    if (offset >= walk.window) offset -= walk.window;
-  }
-  __device__ __forceinline__ void back() {
-    offset -= walk.step;
-    if (offset < 0) offset += walk.window;
   }
 };
 

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   uint32_t* const all_rows = reinterpret_cast<uint32_t*>(shared_memory + layout.rows);
   constexpr int kStageWords = kWarps * kWarpSlots * PatchRow::kWords;
 
-  RowFetch<storage, true> row_fetch(p, tables, walk, 0);
+  const RowFetch<storage, true> row_fetch{p, tables, walk};
   row_fetch.clear(all_rows, kWarps * kWarpSlots);
   row_fetch.clear(all_rows + kStageWords, kWarps * kWarpSlots);
   for (int m = threadIdx.x; m < kWarps * kWarpSlots; m += kThreads) {
@@ -132,7 +132,6 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     fetch_patch<storage, kDim, kThreads>(shared + layout.values + stage * kTile, p.value, first[1], time, walk.begin,
                                          walk.end, value_dim);
     row_fetch.fetch(all_rows + stage * kStageWords, time);
-    row_fetch.forth();
   };
   const auto fetch_query = [&](int time, int i, int stage) {
     if (time + kPatch <= walk.own_begin) return;
@@ -387,7 +386,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const View& to_view = side ? gradients.value : gradients.key;
     storage* const first_to = row_of<storage>(to_view, walk.batch, head, walk.row) + 16 * slice + 2 * q;
     const int last = (walk.walk_end - 1) / kPatch * kPatch;
-    typename Back::Fetch row_fetch(p, tables, walk, last);
+    const typename Back::Fetch row_fetch{p, tables, walk};
     for (int i = 0; i < kStages; ++i) {
       row_fetch.clear(reinterpret_cast<uint32_t*>(shared_memory + layout.rows + i * layout.row_stage),
                       left.warps * kWarpSlots);
@@ -406,7 +405,6 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         if (next_head == 0) {
           row_fetch.fetch(reinterpret_cast<uint32_t*>(shared_memory + layout.rows + next_row_stage * layout.row_stage),
                           next_time);
-          row_fetch.back();
           next_row_stage = next_row_stage + 1 < kStages ? next_row_stage + 1 : 0;
         }
         next_stage = next_stage + 1 < kStages ? next_stage + 1 : 0;

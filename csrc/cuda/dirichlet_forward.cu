@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   uint32_t* const all_rows = reinterpret_cast<uint32_t*>(shared_memory + layout.rows);
   constexpr int kStageWords = kWarps * kWarpSlots * PatchRow::kWords;
 
-  RowFetch<storage, true> row_fetch(p, tables, walk, 0);
+  const RowFetch<storage, true> row_fetch{p, tables, walk};
   row_fetch.clear(all_rows, kWarps * kWarpSlots);
   row_fetch.clear(all_rows + kStageWords, kWarps * kWarpSlots);
   for (int m = threadIdx.x; m < kWarps * kWarpSlots; m += kThreads) {
@@ -142,7 +142,6 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     fetch_patch<storage, kDim, kThreads>(shared + layout.values + stage * kTile, p.value, first_value, time, walk.begin,
                                          walk.end, value_dim);
     row_fetch.fetch(all_rows + stage * kStageWords, time);
-    row_fetch.forth();
   };
   const auto fetch_query = [&](int time, int i, int stage) {
     if (time + kPatch <= walk.own_begin) return;
