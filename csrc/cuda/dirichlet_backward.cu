@@ -515,7 +515,10 @@ void with_config(const Problem& p, const body_type& body) {
 
 const char* dirichlet_backward_refusal(const Problem& p, const Gradients& gradients) {
   if (const char* const refusal = dirichlet_refusal(p)) return refusal;
-  return aligned(gradients.grad_out) ? nullptr : "backward: rows are not aligned to 16 bytes";
+  if (!aligned(gradients.grad_out)) return "backward: rows are not aligned to 16 bytes";
+  bool fits = true;
+  with_config(p, [&](auto config) { fits = Layout::make<decltype(config)>().bytes + 1024 <= shared_memory_limit(); });
+  return fits ? nullptr : "backward: a patch does not fit into shared memory";
 }
 
 int64_t dirichlet_backward_workspace(const Problem& p) {

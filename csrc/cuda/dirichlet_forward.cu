@@ -337,7 +337,9 @@ const char* dirichlet_refusal(const Problem& p) {
   if (p.tokens > INT32_MAX / 2) return "there are more than 2^30 tokens";
   if (p.slots > kMaxPatchSlots) return "there are more than 64 slots";
   if (p.kv_heads > kMaxWindowHeads) return "there are more than 256 key/value heads";
-  return nullptr;
+  bool fits = true;
+  with_config(p, [&](auto config) { fits = Layout::make<decltype(config)>().bytes + 1024 <= shared_memory_limit(); });
+  return fits ? nullptr : "a patch does not fit into shared memory";
 }
 
 int64_t dirichlet_forward_workspace(const Problem& p) {
