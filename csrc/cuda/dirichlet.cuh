@@ -107,14 +107,14 @@ inline WalkPlan make_patch_plan(const Problem& p) {
 struct PatchWalk {
   Cells cells;
   int64_t stretch, sequence, batch, position;
-  int64_t first_time;         // of the sequence, at time 0
-  int64_t sequence_row, row;  // of the sequence's first token; of time 0, which may lie before the batch entry's first
-  int64_t patch;              // number of the patch at time 0, from the first of the sequence's grid
-  int begin, end;             // the sequence's tokens of this call
-  int own_begin, own_end;     // the stretch's
-  int walk_end;               // backward: where the walk begins
-  int settled;                // every slot was opened before or at this time
-  int head, group;            // its query heads: `group` from first_head on
+  int64_t first_time;      // of the sequence, at time 0
+  int64_t row;             // of time 0, which may lie before the batch entry's first
+  int64_t patch;           // number of the patch at time 0, of all that there can be
+  int begin, end;          // the sequence's tokens of this call
+  int own_begin, own_end;  // the stretch's
+  int walk_end;            // backward: where the walk begins
+  int settled;             // every slot was opened before or at this time
+  int head, group;         // its query heads: `group` from first_head on
   int64_t first_head;
   float scale, factor;  // of logits; of logits to base 2
   int window, resolution;
@@ -127,19 +127,20 @@ struct PatchWalk {
     const Sequence s(p, plan.find(p, x));
     const int64_t number = x - plan.first(p, s.index), grid = grid_begin(cells, s.position), period = cells.window();
     const int64_t own = number == 0 ? s.position : grid + number * plan.length;
-    const bool exists = number == 0 || number * plan.length < s.length;
+    // Below zero only where the values of cu_seqlens are wrong.
+    const bool exists = number == 0 || (number > 0 && number * plan.length < s.length);
     const bool last = (number + 1) * plan.length >= s.length;
     const int64_t own_to = !exists ? own : last ? s.end() : grid + (number + 1) * plan.length;
     sequence = s.index;
     batch = s.batch;
     position = s.position;
-    from_begin = own - s.position <= (back ? 0 : period);
+    from_begin = exists && own - s.position <= (back ? 0 : period);
     to_end = s.end() - own_to <= period;
     const int64_t from = from_begin ? s.position : back ? own : own - period;
     first_time = floor_div(from - cells.phase, kPatch) * kPatch + cells.phase;
-    sequence_row = s.row;
     row = s.row + first_time - s.position;
-    patch = (first_time - grid) / kPatch;
+    patch = (p.cu_seqlens ? s.row / kPatch + s.index * kSparePatches : s.batch * (p.tokens / kPatch + kSparePatches)) +
+            (first_time - grid) / kPatch;
     begin = since(s.position);
     end = since(s.end());
     own_begin = since(own);
@@ -153,6 +154,10 @@ struct PatchWalk {
     first_head = static_cast<int64_t>(head) * group;
     scale = static_cast<float>(p.scale);
     factor = static_cast<float>(p.scale * 1.4426950408889634);
+  }
+  static int64_t patches(const Problem& p) {
+    return p.cu_seqlens ? p.tokens / kPatch + p.sequences * kSparePatches
+                        : p.batch * (p.tokens / kPatch + kSparePatches);
   }
   // In 32 bits; what is too far away counts as far away.
   __device__ int since(int64_t time) const {
@@ -444,6 +449,14 @@ template <typename storage>
 __device__ __forceinline__ void pack_left(uint32_t (&x)[4], const float (&sums)[2][4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[i] = pack<storage>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
+}
+template <typename storage>
+__device__ __forceinline__ void split_left(uint32_t (&high)[4], uint32_t (&low)[4], const float (&sums)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) split<storage>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1], high[i], low[i]);
+}
+__device__ __forceinline__ uint4 transpose_all(const uint32_t (&x)[4]) {
+  return make_uint4(transpose(x[0]), transpose(x[1]), transpose(x[2]), transpose(x[3]));
 }
 
 // Warps of the walks forward.

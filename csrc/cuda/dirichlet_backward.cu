@@ -12,22 +12,22 @@ namespace {
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
 // What the first walk leaves for the second, of every patch, query head and side: for each warp's 16 slots, then for
-// the patch's tokens, 16 x 16 weights as the lanes of an mma have them.
+// the patch's tokens, 16 x 16 weights as the lanes of an mma have them. Where slots amplify much, second parts of the
+// slots' weights of the key side follow.
 struct Weights {
   uint4* words;
   int warps;  // of 16 slots
+  bool two_parts;
 
-  __host__ __device__ int64_t size() const { return (warps + 1) * kWarp; }
-  __host__ __device__ int64_t bytes(const Problem& p) const {
-    const int64_t patches =
-        p.cu_seqlens ? p.tokens / kPatch + p.sequences * kSparePatches : p.batch * (p.tokens / kPatch + kSparePatches);
-    return patches * p.query_heads * 2 * size() * static_cast<int64_t>(sizeof(uint4));
+  Weights(const Problem& p, void* memory)
+      : words(static_cast<uint4*>(memory)), warps(patch_warps(p)), two_parts(p.longest_window > 12 * p.slots) {}
+  __host__ __device__ int size(int side) const { return (warps + 1 + (side == 0 && two_parts ? warps : 0)) * kWarp; }
+  int64_t bytes(const Problem& p) const {
+    return PatchWalk::patches(p) * p.query_heads * (size(0) + size(1)) * static_cast<int64_t>(sizeof(uint4));
   }
   // `patch`: from the walk's first.
-  __device__ uint4* at(const Problem& p, const PatchWalk& walk, int64_t patch, int64_t query_head, int side) const {
-    const int64_t first = p.cu_seqlens ? walk.sequence_row / kPatch + walk.sequence * kSparePatches
-                                       : walk.batch * (p.tokens / kPatch + kSparePatches);
-    return words + (((first + walk.patch + patch) * p.query_heads + query_head) * 2 + side) * size();
+  __device__ uint4* at(const Problem& p, const PatchWalk& walk, int patch, int64_t query_head, int side) const {
+    return words + ((walk.patch + patch) * p.query_heads + query_head) * (size(0) + size(1)) + (side ? size(0) : 0);
   }
 };
 
@@ -244,10 +244,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       uint32_t slot_weights[4], token_weights[4];
 #pragma unroll
       for (int side = 1; side >= 0; --side) {
-        pack_left<storage>(slot_weights, z[side]);
-        left.at(p, walk, time / kPatch, query_head, side)[warp * kWarp + lane] =
-            make_uint4(transpose(slot_weights[0]), transpose(slot_weights[1]), transpose(slot_weights[2]),
-                       transpose(slot_weights[3]));
+        uint4* const to = left.at(p, walk, time / kPatch, query_head, side) + warp * kWarp + lane;
+        uint32_t low_weights[4];
+        split_left<storage>(slot_weights, low_weights, z[side]);
+        *to = transpose_all(slot_weights);
+        if (side == 0 && left.two_parts) to[(kWarps + 1) * kWarp] = transpose_all(low_weights);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const float (&x)[4] = shares[side][n];
@@ -333,7 +334,7 @@ struct BackLayout {
   uint32_t weights, rows, stage, row_stage, bytes;
 
   BLURRY_HOST_DEVICE explicit BackLayout(const Weights& left) {
-    stage = kTile + static_cast<uint32_t>(left.size()) * 16;  // [stage]: rows of query or grad_out, weights
+    stage = kTile + static_cast<uint32_t>(left.size(0)) * 16;  // [stage]: rows of query or grad_out, weights
     weights = kTile;
     rows = kStages * stage;
     row_stage = static_cast<uint32_t>(left.warps) * kWarpSlots * Fetch::kStride * 4;
@@ -399,7 +400,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         fetch_patch<storage, kDim, config::kThreads>(to, view, first_row + next_head * view.head, next_time, walk.begin,
                                                      walk.end, dim);
         const uint4* const from = left.at(p, walk, next_time / kPatch, walk.first_head + next_head, side);
-        for (int i = threadIdx.x; i < left.size(); i += config::kThreads) {
+        for (int i = threadIdx.x; i < left.size(side); i += config::kThreads) {
           copy_async(to + layout.weights + i * 16, from + i);
         }
         if (next_head == 0) {
@@ -476,6 +477,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           const uint4 w = weights[n * kWarp];
           mma<storage>(grads[n][0], columns, w.x, w.y);
           mma<storage>(grads[n][1], columns, w.z, w.w);
+          if (side == 0 && left.two_parts) {
+            const uint4 low = weights[(left.warps + 1 + n) * kWarp];
+            mma<storage>(grads[n][0], columns, low.x, low.y);
+            mma<storage>(grads[n][1], columns, low.z, low.w);
+          }
         }
       }
 #pragma unroll
@@ -523,12 +529,12 @@ const char* dirichlet_backward_refusal(const Problem& p, const Gradients& gradie
 
 int64_t dirichlet_backward_workspace(const Problem& p) {
   RowTables tables;
-  return Weights{nullptr, patch_warps(p)}.bytes(p) + tables.make(p, nullptr);
+  return Weights(p, nullptr).bytes(p) + tables.make(p, nullptr);
 }
 
 void dirichlet_backward(const Problem& p, const Gradients& gradients, void* workspace) {
   const WalkPlan plan = make_patch_plan(p);
-  const Weights left{static_cast<uint4*>(workspace), patch_warps(p)};
+  const Weights left(p, workspace);
   RowTables tables;
   tables.make(p, static_cast<unsigned char*>(workspace) + left.bytes(p));
   with_config(p, [&](auto config_tag) {
