@@ -13,12 +13,17 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("matplotlib")
+from benchmarks.decode import __main__ as decode_report
+from benchmarks.decode import measure as decode
+from benchmarks.drift import __main__ as drift
 from benchmarks.speed import report
 from benchmarks.speed.__main__ import main, measure, merge, summarise
 from benchmarks.speed.cases import FORWARD, MODES, QUICK, SUITES, Case, Claim, Group, Suite
 from benchmarks.speed.meters.cpu import CpuMeter
 from benchmarks.speed.providers import PROVIDERS, Provider
-from blurry_attn import BlurryWindow, reference
+from blurry_attn import BlurryWindow, blurry_window_attention, reference
+from blurry_attn.lm.data import load_text
+from blurry_attn.lm.model import LanguageModel, TokenCache, state_size
 
 ROOT = Path(__file__).parents[1]
 
@@ -217,3 +222,91 @@ def test_a_pyramid_covers_all_heads() -> None:
     out = PROVIDERS["pyramid"].prepare(case)(query, key, value)
     window = BlurryWindow.pyramid(32, (1, 1, 2, 2, 4, 4, 8, 8) * 2)
     torch.testing.assert_close(out, reference.blurry_window_attention(query, key, value, window))
+
+
+def test_decode_runs_on_a_tiny_model(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.decode", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert {"command", "date", "hardware", "versions", "setup", "parameters", "time", "memory"} <= set(result)
+    setup = decode.quick(decode.SETUPS["cpu"])
+    assert [(row["history"], row["mixer"]) for row in result["rows"]] == [
+        (history, mixer) for history in setup.histories for mixer in decode.MIXERS
+    ]
+    assert all(row["seconds"]["generate"] > 0 and row["samples"]["generate"] >= 5 for row in result["rows"])
+    assert done.stdout.rstrip().endswith(decode_report.table(result))
+
+
+@torch.no_grad()
+def test_decode_compares_the_models_that_it_names() -> None:
+    """Both step as the language model itself does, from the same weights, and the bytes are those of the tensors."""
+    setup = decode.quick(decode.SETUPS["cpu"])
+    tokens = torch.randint(256, (3, 2), generator=torch.Generator().manual_seed(0))
+    full, blurry = (decode.make_model(mixer, setup, "cpu") for mixer in ("full", "blurry"))
+
+    caches = decode.make_states(full, 3, 5000, room=2)
+    assert all(cache.value[:, :, :5000].std(2).min() > 0.5 for cache in caches)
+    plain = LanguageModel(full.config)
+    plain.load_state_dict(blurry.state_dict())
+    copies = [TokenCache(cache.key[:, :, :5000], cache.value[:, :, :5000], 5000) for cache in caches]
+    assert state_size(copies)[1] == decode.state_bytes("full", setup, 3, 5000)
+    for token in tokens.split(1, 1):
+        torch.testing.assert_close(full.step(token, caches), plain.step(token, copies))
+
+    states = decode.make_states(blurry, 3, 5000, room=2)
+    assert state_size(states)[1] == decode.state_bytes("blurry", setup, 3, 5000)
+    seconds = decode.decode(blurry, states, 3, setup)
+    assert states[0].position.tolist() == [5000 + decode.WARM_UP + len(seconds["generate"])] * 3
+
+
+def test_decode_names_what_does_not_fit() -> None:
+    rows = [
+        {"mixer": mixer, "batch": batch, "history": history, "state_bytes": history}
+        | ({"skipped": "does not fit"} if history > 9999 and mixer == "full" else {"peak_bytes": 1, "seconds": ways})
+        for batch in (1, 16)
+        for history in (1024, 131072)
+        for mixer, ways in (("blurry", {"generate": 2e-3, "graph": 1e-3}), ("full", {"generate": 4e-3, "graph": 2e-3}))
+    ]
+    setup = asdict(decode.SETUPS["cuda"])
+    result = {"rows": rows, "setup": setup, "parameters": 1, "hardware": {}, "versions": {"torch": ""}, "date": ""}
+    lines = decode_report.table(result).splitlines()
+    assert lines[-1].split()[:7] == ["16", "131072", "2.000", "8000", "1.000", "16000", "0.1"]
+    assert lines[-1].endswith("0.1  does not fit")
+    speeds, memory = decode_report.plot(result).axes[:2], decode_report.plot(result).axes[2]
+    assert [len(line.get_xdata()) for axes in speeds for line in axes.lines] == [2, 2, 1, 1] * 2
+    assert [line.get_xdata().tolist() for line in memory.lines] == [[1024, 131072]] * 2
+
+
+def test_drift_is_that_of_the_law() -> None:
+    """Its float64 state is the operator's; slots that are rounded once cost less than rounding the output."""
+    window, heads = BlurryWindow.pyramid(4, (1, 2, 8)), 3
+    tokens = torch.randn(100, heads, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    slots, tables = torch.zeros(heads, 4, 10, dtype=torch.float64), drift.shares(window, heads)
+    for t, token in enumerate(tokens):
+        slots = drift.write(slots, token, drift.share_at(tables, t))
+    key, value = tokens.movedim(0, 1).unsqueeze(0).chunk(2, -1)
+    _, state = blurry_window_attention(key, key, value, window, return_state=True)
+    torch.testing.assert_close(slots.unsqueeze(0), torch.cat((state.key, state.value), -1), rtol=1e-12, atol=1e-12)
+    errors = {row["state"]: row["errors"] for row in drift.measure([400], window, heads)}
+    full, in_flux, always, turns, output = errors.values()
+    for head in range(heads):
+        assert full[head] < 1e-6
+        assert in_flux[head] <= always[head] and max(in_flux[head], turns[head]) < output[head]
+
+
+def test_a_model_is_switched_to_every_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full attention, and a sliding window as long as the context, change nothing at the switch."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from benchmarks.convert import __main__ as convert
+
+    shape = {"dim": 32, "layers": 1, "context": convert.SLOTS, "batch": 2, "steps": 2, "tune-steps": 1, "device": "cpu"}
+    options = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(convert, "load_text", lambda *_: load_text(Path(__file__), 32))
+    monkeypatch.setattr(sys, "argv", ["convert", *options, "--out", str(tmp_path)])
+    convert.main()
+    rows = {row["window"]: row for row in json.loads((tmp_path / "cpu.json").read_text())["rows"]}
+    assert set(rows) == set(convert.WINDOWS)
+    assert rows["sliding window"]["switched"] == pytest.approx(rows["full attention"]["switched"], rel=1e-5)
+    assert rows["sliding window"]["tuned"] == pytest.approx(rows["full attention"]["tuned"], rel=1e-4)
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")

@@ -130,6 +130,20 @@ def test_a_saved_state_goes_on_bit_for_bit(way, window, device, tmp_path):
     assert_continues(loaded, state, [0, 1, 2, 3], device)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_state_may_be_kept_in_half_the_bytes(dtype, device, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = make_state(WINDOW["fejer"], [3, 50, 0, 7], dtype=torch.float32, device=device)
+    safetensors.save_file(state.state_dict(dtype), tmp_path / "state.safetensors")
+    entries = safetensors.load_file(tmp_path / "state.safetensors", device=str(device))
+    assert entries["key"].dtype == dtype and 2 * entries["key"].nbytes == state.key.nbytes
+    loaded = BlurryState.from_state_dict(entries)
+    rounded = BlurryState(*(x.to(dtype).float() for x in (state.key, state.value)), state.position, state.window)
+    assert_same(loaded, rounded)
+    assert_continues(loaded, rounded, [0, 1, 2, 3], device)
+
+
 def test_a_state_cannot_go_back():
     with pytest.raises(NotImplementedError, match="cannot be cropped to 5 tokens: each slot is a mix of tokens"):
         make_state(WINDOW["fejer"], [9]).crop(5)

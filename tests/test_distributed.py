@@ -37,6 +37,7 @@ from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_w
 from blurry_attn.distributed import HeadParallel, context_parallel_attention
 from blurry_attn.lm import checkpoint
 from blurry_attn.lm import train as training
+from blurry_attn.lm.__main__ import main
 from blurry_attn.lm.checkpoint import TrainConfig
 from blurry_attn.lm.data import InputError
 from blurry_attn.lm.model import ModelConfig
@@ -412,7 +413,7 @@ sys.exit(__main__.main())
 
 @pytest.mark.parametrize("crashes", [False, True], ids=["whole", "crash"])
 def test_torchrun_trains_and_ends(crashes: bool, schedule: TrainConfig, tmp_path: Path):
-    """The first process alone prints and writes; when one crashes, all end, and what was saved can be read."""
+    """The first prints and writes, with the losses of one process; a crash ends all, and what was saved is whole."""
     (tmp_path / "crash.py").write_text(CRASH)
     program = ["--", str(tmp_path / "crash.py")] if crashes else ["-m", "--", "blurry_attn.lm"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
@@ -426,5 +427,8 @@ def test_torchrun_trains_and_ends(crashes: bool, schedule: TrainConfig, tmp_path
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr, done.stderr
         assert done.stdout.count("step 8: held-out bits per byte") == done.stdout.count("to sample:") == 1
-        files = {file.name for file in (tmp_path / "run").iterdir()}
-        assert files == {checkpoint.FILE, training.METRICS, training.PLOT}
+        written = {file.name for file in (tmp_path / "run").iterdir()}
+        assert written == {checkpoint.FILE, training.METRICS, training.PLOT}
+        assert main(["train", *shape, "--text", str(schedule.text), "--run", str(tmp_path / "alone")]) == 0
+        lines, expected = (outcome(tmp_path / name)[0] for name in ("run", "alone"))
+        assert lines == [pytest.approx(line, rel=1e-5) for line in expected]

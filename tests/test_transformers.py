@@ -7,6 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from world import World
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
@@ -342,3 +345,55 @@ def test_gradients_equal_the_reference():
         model(ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-9)
+
+
+# Tensor parallel by the models' own plans
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch.distributed has no gloo here")
+    world = World(2, tmp_path_factory.mktemp("world") / "store")
+    yield world
+    world.close()
+
+
+def answers(folder, ids, **options):
+    """Logits, the gradients of the attention's weights, and what is generated."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation=NAME, dtype=torch.float64, **options
+    ).eval()
+    out = model(ids, use_cache=False).logits
+    out.square().sum().backward()
+    weights = [(name, p) for name, p in model.named_parameters() if "att" in name and name.endswith("weight")]
+    grads = {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in weights}
+    text = generate(model, ids, BlurryCache(), do_sample=False)
+    return {"logits": out.detach(), "text": text, **grads}
+
+
+def answers_of_a_rank(folder, ids):
+    return answers(folder, ids, distributed_config=transformers.distributed.DistributedConfig(tp_size=2))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_tensor_parallel_heads_keep_their_phases(family, world, tmp_path):
+    """The kv heads of a rank are staggered as among those of all ranks."""
+    build(family, eos_token_id=None).save_pretrained(tmp_path)
+    ids = tokens(2, 30)
+    expected = answers(tmp_path, ids)
+    for found in world(answers_of_a_rank, tmp_path, ids):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def refusal_of_a_rank():
+    module, x = torch.nn.Linear(4, 4), torch.zeros(1, 2, 5, 8)
+    module.config = transformers.LlamaConfig(hidden_size=48, num_attention_heads=6)
+    assert AttentionInterface()[NAME](module, x, x, x, None)[0].shape == (1, 5, 2, 8)  # a layer with heads of its own
+    parallelize_module(module, dist.device_mesh.init_device_mesh("cpu", (2,)), ColwiseParallel())
+    with pytest.raises(NotImplementedError, match="the 6 kv heads of Linear must divide evenly over the ranks"):
+        AttentionInterface()[NAME](module, x, x, x, None)
+
+
+def test_tensor_parallel_heads_that_are_not_told_apart_are_refused(world):
+    world(refusal_of_a_rank)

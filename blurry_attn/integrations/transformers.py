@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -242,6 +242,10 @@ def _attention(
         )
     if sliding_window is not None:
         window = BlurryWindow(sliding_window, sliding_window)
+    config = getattr(module, "config", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if kv_heads is not None and kv_heads != key.shape[1]:
+        window = _of_this_rank(window, module, kv_heads, key.shape[1])
     layer: BlurryCacheLayer | None = getattr(key, "_blurry_layer", None)
     if layer is not None:
         if cu_seq_lens_q is not None:
@@ -255,6 +259,37 @@ def _attention(
     else:
         out, _ = _attend(query, key, value, window, scaling, attention_mask, None, return_state=False)
     return out.transpose(1, 2), None
+
+
+def _of_this_rank(window: BlurryWindow, module: nn.Module, kv_heads: int, local: int) -> BlurryWindow:
+    """Where the model is tensor parallel: the windows and phases that the ``local`` heads have among all ``kv_heads``.
+
+    Raises:
+        NotImplementedError: heads that do not divide evenly over the ranks, or are sharded along several dimensions.
+    """
+    if not any(hasattr(weight, "device_mesh") for weight in module.parameters()):
+        return window  # a layer that has so many heads
+    from torch.distributed.tensor import DTensor, Shard
+
+    ranks = {
+        (weight.device_mesh.size(dim), weight.device_mesh.get_local_rank(dim))
+        for weight in module.parameters()
+        if isinstance(weight, DTensor)
+        for dim, placement in enumerate(weight.placements)
+        if isinstance(placement, Shard)
+    }
+    size, rank = ranks.pop() if len(ranks) == 1 else (0, 0)
+    if local * size != kv_heads:
+        raise NotImplementedError(
+            f"the {kv_heads} kv heads of {type(module).__name__} must divide evenly over the ranks of one dimension of "
+            f"the mesh, got {local} on this one"
+        )
+    return _of_heads(window, kv_heads, rank * local, local)
+
+
+@lru_cache
+def _of_heads(window: BlurryWindow, kv_heads: int, first: int, count: int) -> BlurryWindow:
+    return window.of_heads(kv_heads, slice(first, first + count))
 
 
 def _attend(

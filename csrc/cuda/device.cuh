@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -331,6 +332,60 @@ void launch_early(const char* name, void (*kernel)(parameters...), int64_t block
   });
   launch_with(config, name, kernel, blocks, threads, shared_bytes, stream, args...);
 }
+
+// Streams for work that may run at once: each begins where `main` is now, and when this is destroyed `main` waits for
+// all to end. The first is `main` itself. A host thread has its own for every device.
+class Branches {
+ public:
+  static constexpr int kMost = 4;
+
+  Branches(cudaStream_t main, int count) : main_(main), count_(count) {
+    if (count_ <= 1) return;
+    resources_ = &of_device();
+    check(cudaEventRecord(resources_->begin, main_));
+    for (int i = 1; i < count_; ++i) check(cudaStreamWaitEvent(resources_->streams[i], resources_->begin, 0));
+  }
+  cudaStream_t stream(int i) const { return i == 0 ? main_ : resources_->streams[i]; }
+  ~Branches() {
+    for (int i = 1; i < count_; ++i) {
+      cudaEventRecord(resources_->ends[i], resources_->streams[i]);
+      cudaStreamWaitEvent(main_, resources_->ends[i], 0);
+    }
+  }
+  Branches(const Branches&) = delete;
+  Branches& operator=(const Branches&) = delete;
+
+ private:
+  struct Resources {
+    cudaStream_t streams[kMost];
+    cudaEvent_t begin, ends[kMost];
+  };
+
+  static void check(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error("blurry_attn: CUDA streams: " + std::string(cudaGetErrorString(error)));
+  }
+  static Resources& of_device() {
+    static thread_local std::map<int, Resources> known;  // they live as long as the process
+    int device = 0;
+    check(cudaGetDevice(&device));
+    const auto [found, is_new] = known.try_emplace(device);
+    if (is_new) {
+      Resources& r = found->second;
+      check(cudaEventCreateWithFlags(&r.begin, cudaEventDisableTiming));
+      for (int i = 1; i < kMost; ++i) {
+        check(cudaStreamCreateWithFlags(&r.streams[i], cudaStreamNonBlocking));
+        check(cudaEventCreateWithFlags(&r.ends[i], cudaEventDisableTiming));
+      }
+    }
+    return found->second;
+  }
+
+  cudaStream_t main_;
+  int count_;
+  Resources* resources_ = nullptr;
+};
 
 // Calls body(storage{}, compute{}) for the dtype.
 template <typename body_type>

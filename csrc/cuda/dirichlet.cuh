@@ -87,16 +87,18 @@ void launch_rows(const Problem& p, const RowTables& tables) {
   launch("dirichlet_rows", dirichlet_rows<storage>, tables.owners * tiles, 128, 0, p.stream, p, tables, tiles);
 }
 
-// How time is cut; a walk begins (backward: ends) one period outside of its stretch.
-inline WalkPlan make_patch_plan(const Problem& p) {
+// How time is cut. Where a walk only brings contents along, forward, it does a quarter of its work, backward half.
+inline WalkPlan make_patch_plan(const Problem& p, bool backward) {
   WalkPlan plan;
   const int64_t least = 2 * p.longest_window;
-  plan.length = least > 2048 ? (least + kGrid - 1) / kGrid * kGrid : 2048;
+  plan.length = plan.halved = least > 2048 ? (least + kGrid - 1) / kGrid * kGrid : 2048;
   plan.warm_up = p.longest_window;
+  plan.extra = plan.warm_up / (backward ? 2 : 4);
+  plan.backward = backward;
   plan.per_batch = 0;
-  plan.count = p.sequences ? p.tokens / plan.length + p.sequences : 0;
+  plan.count = p.sequences ? p.tokens / plan.unit() + p.sequences : 0;
   if (!p.cu_seqlens) {
-    plan.per_batch = p.tokens > 0 ? (p.tokens + plan.length - 1) / plan.length : 1;
+    plan.per_batch = plan.stretches(p.tokens);
     plan.count = plan.per_batch * p.sequences;
   }
   return plan;
@@ -122,30 +124,27 @@ struct PatchWalk {
   bool from_begin, to_end;  // the walk meets what was given before, or after, the sequence
 
   PatchWalk() = default;
-  __device__ PatchWalk(const Problem& p, const WalkPlan& plan, int64_t x, int head, bool back)
+  __device__ PatchWalk(const Problem& p, const WalkPlan& plan, int64_t x, int head)
       : cells(p.laws[head].cells), stretch(x), head(head) {
-    const Sequence s(p, plan.find(p, x));
-    const int64_t number = x - plan.first(p, s.index), grid = grid_begin(cells, s.position), period = cells.window();
-    const int64_t own = number == 0 ? s.position : grid + number * plan.length;
-    // Below zero only where the values of cu_seqlens are wrong.
-    const bool exists = number == 0 || (number > 0 && number * plan.length < s.length);
-    const bool last = (number + 1) * plan.length >= s.length;
-    const int64_t own_to = !exists ? own : last ? s.end() : grid + (number + 1) * plan.length;
+    const Stretch own(p, plan, cells, x);
+    const Sequence& s = own.sequence;
+    const bool exists = own.exists && own.number >= 0;  // below zero only where cu_seqlens is wrong
+    const int64_t period = cells.window();
     sequence = s.index;
     batch = s.batch;
     position = s.position;
-    from_begin = exists && own - s.position <= (back ? 0 : period);
-    to_end = s.end() - own_to <= period;
-    const int64_t from = from_begin ? s.position : back ? own : own - period;
+    from_begin = plan.backward ? own.number == 0 : own.begin - s.position <= period;
+    to_end = s.end() - own.end <= period;
+    const int64_t from = from_begin ? s.position : plan.backward ? own.begin : own.begin - period;
     first_time = floor_div(from - cells.phase, kPatch) * kPatch + cells.phase;
     row = s.row + first_time - s.position;
     patch = (p.cu_seqlens ? s.row / kPatch + s.index * kSparePatches : s.batch * (p.tokens / kPatch + kSparePatches)) +
-            (first_time - grid) / kPatch;
+            (first_time - own.grid) / kPatch;
     begin = since(s.position);
     end = since(s.end());
-    own_begin = since(own);
-    own_end = own < own_to ? since(own_to) : own_begin;
-    walk_end = own < own_to ? since(to_end ? s.end() : own_to + period) : own_begin;
+    own_begin = since(own.begin);
+    own_end = exists ? since(own.end) : own_begin;
+    walk_end = exists ? since(to_end ? s.end() : own.end + period) : own_begin;
     settled = since(cells.opening(cells.slots - 1));
     window = static_cast<int>(period);
     resolution = static_cast<int>(cells.resolution);

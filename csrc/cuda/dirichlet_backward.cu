@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const int head = static_cast<int>(blockIdx.x % p.kv_heads);
   __shared__ PatchWalk walk;
   __shared__ int openings[kMaxPatchSlots];
-  if (threadIdx.x == 0) walk = PatchWalk(p, plan, blockIdx.x / p.kv_heads, head, false);
+  if (threadIdx.x == 0) walk = PatchWalk(p, plan, blockIdx.x / p.kv_heads, head);
   __syncthreads();
   if (walk.own_begin >= walk.own_end) return;
   const int slots = static_cast<int>(p.slots);
@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         uint4* const to = left.at(p, walk, time / kPatch, query_head, side) + warp * kWarp + lane;
         uint32_t low_weights[4];
         split_left<storage>(slot_weights, low_weights, z[side]);
-        *to = transpose_all(slot_weights);
-        if (side == 0 && left.two_parts) to[(kWarps + 1) * kWarp] = transpose_all(low_weights);
+        store_global(to, transpose_all(slot_weights));
+        if (side == 0 && left.two_parts) store_global(to + (kWarps + 1) * kWarp, transpose_all(low_weights));
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const float (&x)[4] = shares[side][n];
@@ -310,9 +310,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           grads[7] += high.w;
         }
         storage* const to = row_of<storage>(gradients.query, walk.batch, query_head, walk.row + time + token) + d;
-        *reinterpret_cast<uint4*>(to) =
-            make_uint4(pack<storage>(grads[0], grads[1]), pack<storage>(grads[2], grads[3]),
-                       pack<storage>(grads[4], grads[5]), pack<storage>(grads[6], grads[7]));
+        store_global(to, make_uint4(pack<storage>(grads[0], grads[1]), pack<storage>(grads[2], grads[3]),
+                                    pack<storage>(grads[4], grads[5]), pack<storage>(grads[6], grads[7])));
       }
     }
     if (time + kPatch >= walk.own_end) break;
@@ -352,7 +351,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4, slice = threadIdx.x / kWarp;
   const int side = static_cast<int>(blockIdx.x % 2), head = static_cast<int>(blockIdx.x / 2 % p.kv_heads);
   __shared__ PatchWalk walk;
-  if (threadIdx.x == 0) walk = PatchWalk(p, plan, blockIdx.x / 2 / p.kv_heads, head, true);
+  if (threadIdx.x == 0) walk = PatchWalk(p, plan, blockIdx.x / 2 / p.kv_heads, head);
   __syncthreads();
   const bool empty = walk.own_begin >= walk.own_end;
   if (empty && !walk.from_begin) return;
@@ -533,7 +532,7 @@ int64_t dirichlet_backward_workspace(const Problem& p) {
 }
 
 void dirichlet_backward(const Problem& p, const Gradients& gradients, void* workspace) {
-  const WalkPlan plan = make_patch_plan(p);
+  const WalkPlan plan = make_patch_plan(p, false), back_plan = make_patch_plan(p, true);
   const Weights left(p, workspace);
   RowTables tables;
   tables.make(p, static_cast<unsigned char*>(workspace) + left.bytes(p));
@@ -549,8 +548,8 @@ void dirichlet_backward(const Problem& p, const Gradients& gradients, void* work
     using back = typename config::Back;
     const int64_t bytes = BackLayout<back>(left).bytes;
     cudaFuncSetAttribute(dirichlet_back<back>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    launch("dirichlet_back", dirichlet_back<back>, plan.count * p.kv_heads * 2, back::kThreads, bytes, p.stream, p,
-           gradients, plan, tables, left);
+    launch("dirichlet_back", dirichlet_back<back>, back_plan.count * p.kv_heads * 2, back::kThreads, bytes, p.stream, p,
+           gradients, back_plan, tables, left);
   });
 }
 

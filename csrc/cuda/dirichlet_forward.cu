@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __shared__ PatchWalk walk;
   __shared__ int openings[kMaxPatchSlots];
   if (threadIdx.x == 0) {
-    walk = PatchWalk(p, plan, blockIdx.x / p.kv_heads, head, false);
+    walk = PatchWalk(p, plan, blockIdx.x / p.kv_heads, head);
     unsound[walk.stretch * p.kv_heads + head] = 0;
   }
   __syncthreads();
@@ -266,8 +266,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
         sound = sound && check == 0.f;
         storage* const to = row_of<storage>(outputs.out, walk.batch, query_head, walk.row + time + token) + d;
-        *reinterpret_cast<uint4*>(to) = make_uint4(pack<storage>(sums[0], sums[1]), pack<storage>(sums[2], sums[3]),
-                                                   pack<storage>(sums[4], sums[5]), pack<storage>(sums[6], sums[7]));
+        store_global(to, make_uint4(pack<storage>(sums[0], sums[1]), pack<storage>(sums[2], sums[3]),
+                                    pack<storage>(sums[4], sums[5]), pack<storage>(sums[6], sums[7])));
         if (d == 0) {
           static_cast<float*>(
               outputs.lse)[(walk.batch * p.query_heads + query_head) * p.tokens + walk.row + time + token] =
@@ -344,11 +344,11 @@ const char* dirichlet_refusal(const Problem& p) {
 
 int64_t dirichlet_forward_workspace(const Problem& p) {
   RowTables tables;
-  return (repair_workspace(p, make_patch_plan(p)) + 15) / 16 * 16 + tables.make(p, nullptr);
+  return (repair_workspace(p, make_patch_plan(p, false)) + 15) / 16 * 16 + tables.make(p, nullptr);
 }
 
 void dirichlet_forward(const Problem& p, const Outputs& outputs, void* workspace) {
-  const WalkPlan plan = make_patch_plan(p);
+  const WalkPlan plan = make_patch_plan(p, false);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   RowTables tables;
   tables.make(p, unsound + (repair_workspace(p, plan) + 15) / 16 * 16);

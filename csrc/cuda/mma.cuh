@@ -72,13 +72,15 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
-// 16 bytes that are read once.
+// 16 bytes of global memory that this launch does not write.
 __device__ __forceinline__ uint4 load_global(const void* from) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
+  asm volatile("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
   return x;
+}
+// 16 bytes at once: as a plain assignment it may become four stores.
+__device__ __forceinline__ void store_global(void* to, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 // x, of which the compiler no longer knows how it was made: what follows from it in a loop is made anew there, which
@@ -129,6 +131,20 @@ __device__ __forceinline__ uint32_t transpose(uint32_t x) {
   return y;
 }
 
+// Writes four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+#else
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    store_shared_word(__shfl_sync(kAllLanes, address, 8 * i + lane / 4) + lane % 4 * 4, x[i]);
+  }
+#endif
+}
 // Writes four 8 x 8 matrices transposed; lane l gives the address of what becomes row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices_transposed(uint32_t address, const uint32_t (&x)[4]) {
 #if __CUDA_ARCH__ >= 900
@@ -144,12 +160,29 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address, cons
 #endif
 }
 
-// Barriers of some of a block's warps, `threads` in all; id 0 is __syncthreads()'s.
-__device__ __forceinline__ void barrier_sync(int id, int threads) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// A barrier in shared memory at which `count` threads arrive and others wait for them, in turns whose parity is 0, 1,
+// 0, ..
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(int id, int threads) {
-  asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+  uint32_t done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+#else
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+#endif
+  } while (!done);
 }
 
 // Registers of a thread from here on, for all of a group of four warps: taken from what the block's others gave back.

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kStepThreads)
   const Sequence sequence(p, blockIdx.x / p.kv_heads);
   const int64_t head = blockIdx.x % p.kv_heads;
   bool sound = true;
-  for (int64_t x = plan.first(p, sequence.index), i = 0; i * plan.length < sequence.length; ++i) {
+  for (int64_t x = plan.first(p, sequence.index), i = 0; i < plan.stretches(sequence.length); ++i) {
     sound = sound && !unsound[(x + i) * p.kv_heads + head];
   }
   if (sound) return;

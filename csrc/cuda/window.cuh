@@ -37,13 +37,30 @@ struct Rows {
   __device__ __forceinline__ static int chunk_of(int q, int i) { return 8 * (i >> 1) + 2 * q + (i & 1); }
 };
 
+// The same number, which the compiler takes for another, for each `use` or at each turn of a loop: what is made of it
+// is made anew, and not kept in registers. Grids have one dimension.
+template <int use = 0>
+__device__ __forceinline__ uint32_t made_anew(uint32_t x) {
+  return x ^ (use == 0 ? blockIdx.y : use == 1 ? blockIdx.z : blockIdx.y + blockIdx.z);
+}
+__device__ __forceinline__ uint32_t made_anew(uint32_t x, int turn) { return x ^ (blockIdx.y & turn); }
+
 // One head's decays and weights in one patch, as the fragments of an mma have them.
 template <typename storage, int kFlux>
 struct PatchWeights {
   static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
 
-  __half2 weight[kFlux][2][2];  // of tokens (columns) in rows: [cell][8 tokens][row g or g + 8]
-  float decay[kFluxTiles][4];   // of the columns of cells: [8 cells][fragment]; below zero: shut
+  // Pairs of half, of tokens (columns): the first eight in row g, the first and the last eight in row g + 8. A token
+  // has no weight before its time.
+  uint32_t weight[kFlux][3];
+  float decay[kFluxTiles][4];  // of the columns of cells: [8 cells][fragment]; below zero: shut
+
+  // Two weights of a cell: of tokens 8 tile + 2 q and the next in row g + 8 half. Below zero, `use` is the first one.
+  template <int use>
+  __device__ __forceinline__ float2 pair(int j, int half, int tile) const {
+    const uint32_t words = weight[j][half + tile];
+    return unpack<__half>(use < 0 ? words : made_anew<use>(words));
+  }
 
   // Writes the gates of the patch's tokens, begin <= t < end, in its cells: [kFlux][kPatch]; for all lanes of a warp.
   __device__ __forceinline__ static void make_gates(const Cells& cells, int64_t begin, int64_t end, int64_t cell,
@@ -77,8 +94,8 @@ struct PatchWeights {
           }
           product *= 1.f - gate;
         }
-        weight[j][0][half] = __floats2half2_rn(w[0], w[1]);
-        weight[j][1][half] = __floats2half2_rn(w[2], w[3]);
+        weight[j][half] = pack<__half>(w[0], w[1]);
+        if (half) weight[j][2] = pack<__half>(w[2], w[3]);
         const int64_t c = cell + j;
         const bool shut = cells.opens(c) && (c < cells.first() || token + row < cells.opening(c));
         if (j % 8 / 2 == q) decay[j / 8][2 * half + j % 2] = shut ? -1.f : product;
@@ -133,15 +150,25 @@ struct HeadList {
   int64_t cell_rows[kMaxWindowHeads];  // of Contents, before the head's
 };
 
-// How time is cut for the walks. As in the scan, a sequence's cut depends on its own length alone.
+// How time is cut for the walks. A sequence of this call is cut by its own length alone, into stretches of about the
+// same work: the walk of one begins warm_up tokens before it, but for the sequence's first, or in a walk backward after
+// it, but for the last, which therefore has `extra` tokens more than the others.
 struct WalkPlan {
-  int64_t length;     // tokens of a stretch
-  int64_t warm_up;    // tokens before it that its walk begins with, unless the sequence does
+  int64_t length;  // tokens of a stretch at most
+  int64_t halved;  // a sequence of so many tokens is cut in two, though it is not longer than `length`
+  int64_t warm_up;
+  int64_t extra;
+  bool backward;
   int64_t per_batch;  // stretches of a batch entry; 0: sequences are packed
   int64_t count;
 
+  __host__ __device__ int64_t stretches(int64_t tokens) const {
+    return tokens > length ? (tokens + length - 1) / length : tokens >= halved ? 2 : 1;
+  }
+  // Blocks are set aside for stretches() of every sequence, and some more.
+  __host__ __device__ int64_t unit() const { return length < halved ? length : halved; }
   __device__ int64_t first(const Problem& problem, int64_t i) const {
-    return per_batch ? i * per_batch : Sequence::boundary(problem, i) / length + i;
+    return per_batch ? i * per_batch : Sequence::boundary(problem, i) / unit() + i;
   }
   __device__ int64_t find(const Problem& problem, int64_t x) const {
     if (per_batch) return x / per_batch;
@@ -159,6 +186,28 @@ constexpr int kGrid = 128;
 __device__ __forceinline__ int64_t grid_begin(const Cells& cells, int64_t position) {
   return floor_div(position - cells.phase, kGrid) * kGrid + cells.phase;
 }
+
+// Stretch number x of a launch, by time: which sequence's, and the tokens begin .. end - 1 that it owns.
+struct Stretch {
+  Sequence sequence;
+  int64_t number;  // of the sequence's
+  int64_t grid, begin, end;
+  bool exists, last;
+
+  __device__ Stretch(const Problem& p, const WalkPlan& plan, const Cells& cells, int64_t x)
+      : sequence(p, plan.find(p, x)), number(x - plan.first(p, sequence.index)) {
+    grid = grid_begin(cells, sequence.position);
+    const int64_t count = plan.stretches(sequence.length), extra = plan.extra < sequence.length ? plan.extra : 0;
+    const auto begin_of = [&](int64_t i) {
+      const int64_t even = (plan.backward ? 0 : extra) + i * (sequence.length - extra) / count;
+      return grid + (even / kGrid > i ? even / kGrid : i) * kGrid;
+    };
+    last = number + 1 >= count;
+    begin = number == 0 ? sequence.position : begin_of(number);
+    end = last ? sequence.end() : begin_of(number + 1);
+    exists = number < count && begin < end;
+  }
+};
 
 // One block's walk: a stretch of one sequence and head. Tokens ("times") are counted from the first tile's first, cells
 // from the one that trails there, both as plain ints.
@@ -181,17 +230,13 @@ struct Walk {
   Walk() = default;
   __device__ Walk(const Problem& p, const WalkPlan& plan, int64_t x, int head, int tile) : stretch(x) {
     const Cells cells = p.laws[head].cells;
-    const Sequence s(p, plan.find(p, x));
-    const int64_t number = x - plan.first(p, s.index);
-    const int64_t grid = grid_begin(cells, s.position);
-    const int64_t own = number == 0 ? s.position : grid + number * plan.length;
-    const bool last = (number + 1) * plan.length >= s.length;
-    const int64_t own_to = last ? s.end() : grid + (number + 1) * plan.length;
+    const Stretch own(p, plan, cells, x);
+    const Sequence& s = own.sequence;
     sequence = s.index;
     batch = s.batch;
     position = s.position;
-    from_begin = own - s.position <= plan.warm_up;
-    const int64_t from = from_begin ? s.position : own - plan.warm_up;
+    from_begin = own.begin - s.position <= plan.warm_up;
+    const int64_t from = from_begin ? s.position : own.begin - plan.warm_up;
     first_time = floor_div(from - cells.phase, tile) * tile + cells.phase;
     sequence_row = s.row;
     row = s.row + first_time - s.position;
@@ -202,9 +247,9 @@ struct Walk {
     };
     begin = since(s.position);
     end = since(s.end());
-    own_begin = since(own);
-    own_end = number * plan.length < s.length ? since(own_to) : own_begin;
-    first_patch = (first_time - grid) / kPatch;
+    own_begin = since(own.begin);
+    own_end = own.exists ? since(own.end) : own_begin;
+    first_patch = (first_time - own.grid) / kPatch;
     trailing_at_begin = cells.trailing(s.position) - cell;
     offset = static_cast<int>(first_time - cells.centre(cell));
     resolution = static_cast<int>(cells.resolution);
@@ -277,37 +322,72 @@ inline int cells_in_flux(int64_t resolution) {
 }
 inline constexpr int kFluxClasses[] = {3, 5, 9, kPatch};
 
-inline WalkPlan make_plan(const Problem& problem) {
-  WalkPlan plan;
+enum class Task { forward, contents, backward };
+
+// Of window_back's blocks, those that run at once on a large card. Not asked of the card: its gradients' bits are the
+// same on all of them.
+constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
+
+inline WalkPlan make_plan(const Problem& problem, Task task) {
+  const auto on_grid = [](int64_t tokens) { return (tokens + kGrid - 1) / kGrid * kGrid; };
   const int64_t least = 4 * problem.longest_window;
-  plan.length = least > 4096 ? (least + kGrid - 1) / kGrid * kGrid : 4096;
+  WalkPlan plan;
+  plan.length = least > 4096 ? on_grid(least) : 4096;
   plan.warm_up = 2 * problem.longest_window + 2 * problem.longest_window / problem.slots;
+  plan.backward = task == Task::backward;
+  // A walk for the output does no more than a third of its work where it warms up.
+  plan.extra = task == Task::forward ? plan.warm_up / 3 : plan.warm_up;
+  plan.halved = plan.length;
+  if (task == Task::forward) {
+    const int64_t halved = on_grid(plan.warm_up + plan.warm_up / 2);
+    plan.halved = halved < 1024 ? 1024 : halved;
+  } else if (problem.sequences > 0) {
+    // Where work is short of the card, stretches are shorter, as long as that ends sooner.
+    const int64_t lanes = problem.sequences * problem.kv_heads;
+    const int64_t tokens = problem.cu_seqlens ? problem.tokens / problem.sequences : problem.tokens;
+    const int64_t at_once = problem.key_dim > 64 || problem.value_dim > 64 ? kWideBlocksAtOnce : kBlocksAtOnce;
+    const auto time = [&](int64_t count) {
+      const int64_t own = (tokens - plan.warm_up) / count;
+      return (lanes * count + at_once - 1) / at_once * (count > 1 ? own + plan.warm_up : tokens);
+    };
+    int64_t best = 1;
+    for (int64_t count = 2; count <= 32 && tokens / count > plan.warm_up / 2; ++count) {
+      if (time(count) < time(best)) best = count;
+    }
+    const int64_t length = on_grid((tokens + best - 1) / best);
+    if (best > 1 && length < plan.length) plan.length = plan.halved = length;
+  }
   plan.per_batch = 0;
-  plan.count = problem.sequences ? problem.tokens / plan.length + problem.sequences : 0;
+  plan.count = problem.sequences ? problem.tokens / plan.unit() + problem.sequences : 0;
   if (!problem.cu_seqlens) {
-    plan.per_batch = problem.tokens > 0 ? (problem.tokens + plan.length - 1) / plan.length : 1;
+    plan.per_batch = plan.stretches(problem.tokens);
     plan.count = plan.per_batch * problem.sequences;
   }
   return plan;
 }
 
-// Calls body(kFlux, heads) for each class of heads that there is.
+// Calls body(kFlux, heads, problem) for each class of heads that there is; classes may run at once.
 template <typename body_type>
 void for_flux_classes(const Problem& p, const Contents& contents, const body_type& body) {
-  int least = 0;
-  for (const int flux : kFluxClasses) {
-    HeadList heads{};
-    int64_t cell_rows = 0;
-    for (int64_t h = 0; h < p.kv_heads; ++h) {
-      const int in_flux = cells_in_flux(p.cells[h].resolution);
-      if (in_flux > least && in_flux <= flux) {
-        heads.head[heads.count] = static_cast<uint16_t>(h);
-        heads.cell_rows[heads.count++] = cell_rows;
-      }
-      cell_rows += contents.cell_rows(p, p.cells[h].resolution);
-    }
-    if (heads.count > 0) body(flux, heads);
-    least = flux;
+  constexpr int kClasses = sizeof(kFluxClasses) / sizeof(kFluxClasses[0]);
+  static_assert(kClasses <= Branches::kMost, "a stream for each class");
+  HeadList classes[kClasses] = {};
+  int64_t cell_rows = 0;
+  for (int64_t h = 0; h < p.kv_heads; ++h) {
+    const auto holds = [&](int flux) { return cells_in_flux(p.cells[h].resolution) <= flux; };
+    HeadList& heads = classes[std::find_if(kFluxClasses, kFluxClasses + kClasses, holds) - kFluxClasses];
+    heads.head[heads.count] = static_cast<uint16_t>(h);
+    heads.cell_rows[heads.count++] = cell_rows;
+    cell_rows += contents.cell_rows(p, p.cells[h].resolution);
+  }
+  const auto is_used = [](const HeadList& heads) { return heads.count > 0; };
+  const Branches branches(p.stream, static_cast<int>(std::count_if(classes, classes + kClasses, is_used)));
+  // Those with most work first.
+  for (int i = kClasses - 1, branch = 0; i >= 0; --i) {
+    if (classes[i].count == 0) continue;
+    Problem problem = p;
+    problem.stream = branches.stream(branch++);
+    body(kFluxClasses[i], classes[i], problem);
   }
 }
 
@@ -318,9 +398,23 @@ inline bool aligned(const View& view) {
 }
 
 inline int64_t shared_memory_limit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return once_per_device([] {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+  });
+}
+
+// Lets a launch over heads have as much shared memory as bytes_for(resolution) says that one needs; returns it.
+template <typename kernel_type, typename bytes_type>
+uint32_t allow_shared_memory(kernel_type* kernel, const Problem& p, const HeadList& heads,
+                             const bytes_type& bytes_for) {
+  uint32_t bytes = 0;
+  for (int i = 0; i < heads.count; ++i) {
+    bytes = std::max<uint32_t>(bytes, bytes_for(static_cast<int>(p.cells[heads.head[i]].resolution)));
+  }
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   return bytes;
 }
 

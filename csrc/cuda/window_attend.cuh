@@ -20,15 +20,16 @@ struct Attend {
   using Sums = float[kDim / 8][4];
 
   int lane, g, q, slots, ring_rows;
-  // Shared memory of the keys and of the values: cells, number c in row c mod ring_rows; the cells that go on in this
-  // patch, as they were when it began (not permuted); the patch's own tokens.
-  uint32_t ring[2], started[2], tokens[2];
+  // Shared memory. Of the keys, and `side_bytes` further on of the values: cells, number c in row c mod ring_rows; the
+  // cells that go on in this patch, as they were when it began (not permuted). The patch's own tokens, by side.
+  uint32_t ring, started, side_bytes, tokens[2];
   int row;       // of the trailing cell's slot before the patch
   int going_on;  // cells that go on in this patch
   int ended;     // the slots of cells that ended before the walk hold them, not what was before them
   int masked;    // columns that are shut
   bool irregular;
-  uint32_t rows[kSteps][4];  // of one query head: query, or the gradient of the output
+  uint32_t places[(kColumns + kWarp - 1) / kWarp];  // of the columns lane, lane + 32, ..
+  uint32_t rows[kSteps][4];                         // of one query head: query, or the gradient of the output
   Weights weights;
 
   __device__ __forceinline__ Attend(int slots_, int ring_rows_)
@@ -56,13 +57,14 @@ struct Attend {
   // Writes rows from .. to - 1, times a number each, through 16 rows of shared memory.
   __device__ __forceinline__ void store_rows(const Sums& sums, const float (&times)[2], const View& view, int64_t batch,
                                              int64_t head, int64_t first, int from, int to, int dim, uint32_t staged) {
+    const uint32_t place = made_anew(Row::at(staged, lane % 16, lane / 16));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int tile = 0; tile < kDim / 8; ++tile) {
-        store_shared_word(staged + Row::element(g + 8 * half, 8 * tile + 2 * q),
-                          pack<storage>(sums[tile][2 * half] * times[half], sums[tile][2 * half + 1] * times[half]));
-      }
+    for (int m = 0; m < kDim / 16; ++m) {
+      const uint32_t words[4] = {pack<storage>(sums[2 * m][0] * times[0], sums[2 * m][1] * times[0]),
+                                 pack<storage>(sums[2 * m][2] * times[1], sums[2 * m][3] * times[1]),
+                                 pack<storage>(sums[2 * m + 1][0] * times[0], sums[2 * m + 1][1] * times[0]),
+                                 pack<storage>(sums[2 * m + 1][2] * times[1], sums[2 * m + 1][3] * times[1])};
+      store_matrices((place ^ (m % 4 << 5)) + 128 * (m / 4), words);
     }
     __syncwarp();
     constexpr int kRowsAtOnce = kWarp / Row::kChunks;
@@ -72,15 +74,26 @@ struct Attend {
     for (int n = 0; n < kPatch / kRowsAtOnce; ++n, at += kRowsAtOnce * view.token) {
       const int token = first_token + n * kRowsAtOnce;
       if (token >= from && token < to && chunk * 8 < dim) {
-        *reinterpret_cast<uint4*>(at) = load_shared(Row::at(staged, token, chunk));
+        store_global(at, load_shared(Row::at(staged, token, chunk)));
       }
     }
     __syncwarp();
   }
 
-  // The products of `rows` with eight rows; this thread's is number `number` of its eight.
-  __device__ __forceinline__ void product(float (&sum)[4], uint32_t address, int number) const {
-    const uint32_t even = address + (((2 * q) ^ (number & 7)) << 4), odd = even ^ 16;
+  // Finds where lies what the slots of columns `first` and further on held when the patch began: the address of a row,
+  // with the order of its chunks in bits 4 to 6. A lane finds some, and hands them to the others.
+  __device__ __forceinline__ void find_places(int first) {
+#pragma unroll
+    for (int i = 0; i < (kColumns + kWarp - 1) / kWarp; ++i) {
+      const int column = min(first + i * kWarp + lane, slots - 1);  // those past the last are masked later
+      int at = wrap(row + column, ring_rows);
+      if (column < ended) at = wrap(at + slots, ring_rows);
+      places[i] = column < going_on ? started + column * Row::kBytes : Row::at(ring, at, 0);
+    }
+  }
+  // The products of `rows` with eight rows, of which this thread's lies at `place`.
+  __device__ __forceinline__ void product(float (&sum)[4], uint32_t place) const {
+    const uint32_t even = place ^ (2 * q << 4), odd = even ^ 16;
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum[e] = 0.f;
 #pragma unroll
@@ -92,25 +105,12 @@ struct Attend {
   }
   __device__ __forceinline__ void token_products(Raw& sums, int side) const {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) product(sums[tile], tokens[side] + (8 * tile + g) * Row::kBytes, g);
+    for (int tile = 0; tile < 2; ++tile) product(sums[tile], Row::at(tokens[side], 8 * tile + g, 0));
   }
-  // The ring's row of what the slot of a column held when the patch began, if it lies there.
-  __device__ __forceinline__ int ring_row(int column) const {
-    const int before = wrap(row + column, ring_rows);
-    return column < ended ? wrap(before + slots, ring_rows) : before;
-  }
-  // Where it lies, its chunks not yet permuted; returns by which row they are.
-  __device__ __forceinline__ int column_row(uint32_t& address, int side, int column) const {
-    const int at = ring_row(column);
-    address = column < going_on ? started[side] + column * Row::kBytes : ring[side] + at * Row::kBytes;
-    return column < going_on ? 0 : at;
-  }
-  __device__ __forceinline__ void column_products(Scores& sums, int side, int first) const {
+  __device__ __forceinline__ void column_products(Scores& sums, int side) const {
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
-      uint32_t address;
-      const int number = column_row(address, side, first + 8 * tile + g);
-      product(sums[tile], address, number);
+      product(sums[tile], side * side_bytes + __shfl_sync(kAllLanes, places[tile / 4], tile % 4 * 8 + g));
     }
   }
   // With r = 1: whether the row's token, or one of the patch before it, has replaced the column's cell.
@@ -118,7 +118,8 @@ struct Attend {
     const int column = 8 * tile + 2 * q + e % 2;
     return kSliding && tile < 2 && column <= g + 8 * (e / 2) && column >= ended;
   }
-  // From products with what the slots held to products with what they hold at the row's token.
+  // From products with what the slots held to products with what they hold at the row's token; `use` as for pair().
+  template <int use>
   __device__ __forceinline__ void advance(Scores& sums, const Raw& raw) const {
     if constexpr (kSliding) {
 #pragma unroll
@@ -133,8 +134,8 @@ struct Attend {
         for (int half = 0; half < 2; ++half) {
           float sum = 0.f;
 #pragma unroll
-          for (int tile = 0; tile < 2; ++tile) {
-            const float2 weight = __half22float2(weights.weight[j][tile][half]);
+          for (int tile = 0; tile <= half; ++tile) {
+            const float2 weight = weights.template pair<use>(j, half, tile);
             sum += weight.x * raw[tile][2 * half];
             sum += weight.y * raw[tile][2 * half + 1];
           }
@@ -172,6 +173,7 @@ struct Attend {
   }
   // The adjoint of advance(): splits weights of what the slots hold at the row's token into those of the patch's
   // tokens, which are added to, and of what the slots held.
+  template <int use>
   __device__ __forceinline__ void split(Scores& sums, Raw& shares) const {
     if constexpr (kSliding) {
 #pragma unroll
@@ -189,8 +191,8 @@ struct Attend {
         for (int half = 0; half < 2; ++half) {
           const float share = __shfl_sync(kAllLanes, sums[j / 8][2 * half + j % 2], (lane & ~3) | (j % 8 / 2));
 #pragma unroll
-          for (int tile = 0; tile < 2; ++tile) {
-            const float2 weight = __half22float2(weights.weight[j][tile][half]);
+          for (int tile = 0; tile <= half; ++tile) {
+            const float2 weight = weights.template pair<use>(j, half, tile);
             shares[tile][2 * half] += share * weight.x;
             shares[tile][2 * half + 1] += share * weight.y;
           }
@@ -220,10 +222,9 @@ struct Attend {
       mma<storage>(out[2 * d + 1], a, b[2], b[3]);
     }
   }
-  __device__ __forceinline__ void gather_columns(Sums& out, const uint32_t (&a)[4], int side, int first) const {
-    uint32_t address;
-    const int number = column_row(address, side, first + lane % 16);
-    gather(out, a, address + (((lane / 16) ^ (number & 7)) << 4));
+  __device__ __forceinline__ void gather_columns(Sums& out, const uint32_t (&a)[4], int side, int m) const {
+    const uint32_t place = __shfl_sync(kAllLanes, places[m / 2], m % 2 * 16 + lane % 16);
+    gather(out, a, side * side_bytes + (place ^ (lane / 16 << 4)));
   }
   __device__ __forceinline__ void gather_tokens(Sums& out, const uint32_t (&a)[4], int side) const {
     gather(out, a, tokens[side] + lane % 16 * Row::kBytes + (((lane / 16) ^ (lane & 7)) << 4));

@@ -38,7 +38,8 @@ struct BackLayout {
   // Rows of a patch's weights, 16 tokens each: of the cells in grad_rows, of the cells that go on and of the patch's
   // tokens.
   int piece_started, piece_tokens, piece_rows;
-  uint32_t ring, started, tokens, grads, grads_started, ends, sums, pieces, gates, weights, decays, patches, bytes;
+  uint32_t ring, started, side_bytes, tokens, grads, grads_started, sums, pieces, gates, weights, decays, patches,
+      barriers, bytes;
 
   template <typename config>
   __host__ __device__ static BackLayout make(int slots, int resolution, int group) {
@@ -55,18 +56,16 @@ struct BackLayout {
     l.piece_tokens = l.piece_started + 8;
     l.piece_rows = l.piece_tokens + kPatch;
     uint32_t at = 0;
-    l.ring = at;  // [side][cell]
-    at += 2 * l.ring_rows * config::kRow;
-    l.started = at;  // [tile mod 2][patch][side][2]
-    at += config::kSliding ? 0 : 2 * config::kPatches * 4 * config::kRow;
+    l.ring = at;                                  // of each side: [cell],
+    l.started = at + l.ring_rows * config::kRow;  // [tile mod 2][patch][2]
+    l.side_bytes = (l.ring_rows + (config::kSliding ? 0 : 4 * config::kPatches)) * config::kRow;
+    at += 2 * l.side_bytes;
     l.tokens = at;  // the patches' own: [patch][side][token]
     at += config::kPatches * 2 * kPatch * config::kRow;
     l.grads = at;  // float: [slice][cell][element]
     at += config::kSlices * l.grad_rows * kSlice * 4;
     l.grads_started = at;  // float: [slice][patch][2][element]
     at += config::kSliding ? 0 : config::kSlices * 8 * kSlice * 4;
-    l.ends = at;  // gradients of what cells in flux hold at a patch's end, float: [slice][cell][element]
-    at += config::kSlices * in_flux * kSlice * 4;
     l.sums = at;  // of the tokens, over the heads of a group, float: [slice][patch][16][lane]
     at += group > 1 ? config::kSlices * config::kPatches * 16 * kWarp * 4 : 0;
     l.pieces = at;  // [key, value][patch][row][token]
@@ -79,6 +78,8 @@ struct BackLayout {
     at += config::kPatches * in_flux * 4;
     l.patches = at = rounded(at, 16);  // [patch]
     at += config::kPatches * sizeof(PatchPlace);
+    l.barriers = at;
+    at += 16;
     l.bytes = (at + 15) / 16 * 16;
     return l;
   }
@@ -87,8 +88,6 @@ struct BackLayout {
 // Offset in bytes of half of a row of weights: chunks are permuted so that eight rows' same half lies in different
 // banks.
 __device__ __forceinline__ uint32_t piece_at(int row, int half) { return row * 32 + ((half ^ ((row >> 2) & 1)) << 4); }
-
-enum Barrier { kFull = 1, kEmpty = 2 };
 
 // One block's walk backward. Tiles and tokens are counted from the sequence's first of this call, cells from one that
 // lies before all that the walk meets, as plain ints.
@@ -113,11 +112,10 @@ struct WalkBack {
                       int tile_tokens)
       : tile(tile_tokens) {
     const int head_index = blockIdx.x % heads.count;
-    const int64_t x = blockIdx.x / heads.count;
-    const Sequence s(p, plan.find(p, x));
-    const int64_t number = x - plan.first(p, s.index);
     head = heads.head[head_index];
     cells = p.laws[head].cells;
+    const Stretch own(p, plan, cells, blockIdx.x / heads.count);
+    const Sequence& s = own.sequence;
     group = static_cast<int>(p.query_heads / p.kv_heads);
     slots = static_cast<int>(cells.slots);
     resolution = static_cast<int>(cells.resolution);
@@ -126,20 +124,17 @@ struct WalkBack {
     row = s.row;
     position = s.position;
     length = static_cast<int>(s.length);
-    from_begin = number == 0;
-    const int64_t grid = grid_begin(cells, position), begin = from_begin ? position : grid + number * plan.length;
-    const bool last = (number + 1) * plan.length >= s.length;
-    const int64_t own_to = last ? s.end() : grid + (number + 1) * plan.length;
-    const int64_t later = own_to + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
-    to_end = last || later >= s.end();
+    from_begin = own.number == 0;
+    const int64_t later = own.end + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
+    to_end = own.last || later >= s.end();
     const int64_t to = to_end ? s.end() : later;
-    lead = static_cast<int>(grid - position);
-    first_tile = static_cast<int>((begin - grid) / tile);
-    last_tile = number * plan.length < s.length ? static_cast<int>((to - 1 - grid) / tile) : first_tile - 1;
-    own_begin = static_cast<int>(begin - position);
-    own_end = static_cast<int>(own_to - position);
+    lead = static_cast<int>(own.grid - position);
+    first_tile = static_cast<int>((own.begin - own.grid) / tile);
+    last_tile = own.exists ? static_cast<int>((to - 1 - own.grid) / tile) : first_tile - 1;
+    own_begin = static_cast<int>(own.begin - position);
+    own_end = static_cast<int>(own.end - position);
     walk_end = static_cast<int>(to - position);
-    const int64_t token = grid + static_cast<int64_t>(first_tile) * tile;
+    const int64_t token = own.grid + static_cast<int64_t>(first_tile) * tile;
     base = cells.trailing(token) - slots;
     first_offset = static_cast<int>(token - cells.centre(base + slots));
     const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
@@ -179,9 +174,12 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   if (threadIdx.x == 0) {
     walk = WalkBack(p, contents, plan, heads, config::kTile);
     layout = BackLayout::make<config>(walk.slots, walk.resolution, walk.group);
+    barrier_init(shared_address(shared_memory) + layout.barriers, config::kAttending);
+    barrier_init(shared_address(shared_memory) + layout.barriers + 8, kThreads - config::kAttending);
   }
   __syncthreads();
   const uint32_t shared = shared_address(shared_memory);
+  const uint32_t written = shared + layout.barriers, read = written + 8;  // a tile's weights
   const bool attends = warp < kPatches;
   const int slice = warp - kPatches;
   const int side = slice >= config::kSlices / 2;
@@ -210,7 +208,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll 1
     for (int i = thread; i < (until - from) * 2 * Row::kChunks; i += threads) {
       const int chunk = i % Row::kChunks, at = i / Row::kChunks % 2, cell = from + i / Row::kChunks / 2;
-      const uint32_t to_row = Row::at(shared + layout.ring + at * ring_rows * kRow, cell % ring_rows, chunk);
+      const uint32_t to_row = Row::at(shared + layout.ring + at * layout.side_bytes, cell % ring_rows, chunk);
       const View& view = at ? p.value : p.key;
       if (kSliding && cell >= walk.given) {
         const int t = cell - walk.given;  // every token is a cell
@@ -237,7 +235,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         const bool exists = t + kPatch > 0 && t < walk.length && row % 2 < goes_on(offset);
         const int64_t from = walk.started_row + static_cast<int64_t>(tile * kPatches + patch) * 2 * p.kv_heads;
         copy_async_or_zero(
-            shared + layout.started + ((tile & 1) * kPatches * 4 + row) * kRow + chunk * 16,
+            shared + layout.started + row / 2 % 2 * layout.side_bytes +
+                (((tile & 1) * kPatches + patch) * 2 + row % 2) * kRow + chunk * 16,
             static_cast<const uint4*>(contents.started) + (exists ? (2 * from + row % 4) * Row::kChunks + chunk : 0),
             exists);
       }
@@ -246,7 +245,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const auto oldest = [&](int tile) { return walk.trailing(tile, 0, nullptr) - slots; };
 
   // Before the first tile: what it and the next one need; no weights. Columns past the last slot meet rows of zeros.
-  for (int i = threadIdx.x; i < 2 * ring_rows * Row::kChunks; i += kThreads) {
+  for (int i = threadIdx.x; i < static_cast<int>(2 * layout.side_bytes / 16); i += kThreads) {
     store_shared(shared + layout.ring + 16 * i, make_uint4(0, 0, 0, 0));
   }
   for (int i = threadIdx.x; i < 2 * kPatches * layout.piece_rows * 2; i += kThreads) {
@@ -267,16 +266,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   if (attends) {
     take_registers<config::kAttendRegisters>();
     Attend<config> attend(slots, ring_rows);
-    for (int i = 0; i < 2; ++i) {
-      attend.ring[i] = shared + layout.ring + i * ring_rows * kRow;
-      attend.tokens[i] = shared + layout.tokens + (2 * warp + i) * kPatch * kRow;
-    }
+    attend.ring = shared + layout.ring;
+    attend.side_bytes = layout.side_bytes;
+    for (int i = 0; i < 2; ++i) attend.tokens[i] = shared + layout.tokens + (2 * warp + i) * kPatch * kRow;
     float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + warp * kFlux * kPatch;
     float* const end_weights = reinterpret_cast<float*>(shared_memory + layout.weights) + warp * kFlux * kPatch;
     PatchPlace& place = reinterpret_cast<PatchPlace*>(shared_memory + layout.patches)[warp];
     float* const end_decays = reinterpret_cast<float*>(shared_memory + layout.decays) + warp * kFlux;
-    const uint32_t pieces[2] = {shared + layout.pieces + warp * layout.piece_rows * 32,
-                                shared + layout.pieces + (kPatches + warp) * layout.piece_rows * 32};
+    const uint32_t pieces = shared + layout.pieces + warp * layout.piece_rows * 32;  // of the keys
+    const uint32_t of_values = kPatches * layout.piece_rows * 32;
     const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to walk.base 2
     const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;
     const auto load_tokens = [&](int tile) {
@@ -299,6 +297,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     };
     load_tokens(last_tile);
     int made_for = -1;  // the regular patch that weights are of: its offset from the trailing cell's centre
+    int parity = 0;
     for (int tile = last_tile; tile >= first_tile; --tile) {
       const int t = walk.tile_token(tile) + warp * kPatch;
       int offset;
@@ -316,9 +315,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
       attend.ended = irregular ? walk.given - cell : 0;
       attend.going_on = goes_on(offset);
-      for (int i = 0; i < 2; ++i) {
-        attend.started[i] = shared + layout.started + ((tile & 1) * kPatches * 4 + warp * 4 + i * 2) * kRow;
-      }
+      attend.started = shared + layout.started + ((tile & 1) * kPatches + warp) * 2 * kRow;
+      attend.find_places(0);
       const int from = walk.own_begin - t, until = walk.walk_end - t;  // of the patch's tokens
       for (int i = 0; i < group; ++i) {
         const int64_t query_head = static_cast<int64_t>(walk.head) * group + i, row = walk.row + t;
@@ -327,35 +325,43 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           typename Attend<config>::Scores score, grad;
           typename Attend<config>::Raw raw, shares = {}, grad_shares = {};
           attend.load_rows(p.query, walk.batch, query_head, row, from, until, static_cast<int>(p.key_dim), query_sign);
-          wait_copies<0>();
-          __syncwarp();
-          attend.token_products(raw, 0);
-          attend.column_products(score, 0, 0);
-          attend.advance(score, raw);
-          attend.mask(score, 0);
-          attend.load_rows(gradients.grad_out, walk.batch, query_head, row, from, until, static_cast<int>(p.value_dim),
-                           0);
-          attend.token_products(raw, 1);
-          attend.column_products(grad, 1, 0);
-          attend.advance(grad, raw);
+          const int64_t scalar = (walk.batch * p.query_heads + query_head) * p.tokens + row + g;
+          float lse[2], grad_lse[2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half;
             const bool valid = token >= from && token < until;
-            const int64_t scalar = (walk.batch * p.query_heads + query_head) * p.tokens + row + token;
-            const float lse = valid ? static_cast<const float*>(gradients.lse)[scalar] * 1.44269504f : 0.f;
+            lse[half] = valid ? static_cast<const float*>(gradients.lse)[scalar + 8 * half] * 1.44269504f : 0.f;
+            grad_lse[half] =
+                gradients.grad_lse && valid ? static_cast<const float*>(gradients.grad_lse)[scalar + 8 * half] : 0.f;
+          }
+          wait_copies<0>();
+          __syncwarp();
+          attend.token_products(raw, 0);
+          attend.column_products(score, 0);
+          attend.template advance<-1>(score, raw);
+          attend.mask(score, 0);
+          attend.load_rows(gradients.grad_out, walk.batch, query_head, row, from, until, static_cast<int>(p.value_dim),
+                           0);
+          attend.token_products(raw, 1);
+          attend.column_products(grad, 1);
+          attend.template advance<0>(grad, raw);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int token = g + 8 * half;
+            const bool valid = token >= from && token < until;
             float delta = 0.f;
 #pragma unroll
             for (int tile = 0; tile < kColumns / 8; ++tile) {
 #pragma unroll
               for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                score[tile][e] = valid ? exp2_fast(score[tile][e] * factor - lse) : 0.f;
+                score[tile][e] = valid ? exp2_fast(score[tile][e] * factor - lse[half]) : 0.f;
                 delta += score[tile][e] * grad[tile][e];
               }
             }
             delta += __shfl_xor_sync(kAllLanes, delta, 1);
             delta += __shfl_xor_sync(kAllLanes, delta, 2);
-            if (gradients.grad_lse && valid) delta -= static_cast<const float*>(gradients.grad_lse)[scalar];
+            delta -= grad_lse[half];
 #pragma unroll
             for (int tile = 0; tile < kColumns / 8; ++tile) {
 #pragma unroll
@@ -364,8 +370,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               }
             }
           }
-          attend.split(score, shares);
-          attend.split(grad, grad_shares);
+          attend.template split<1>(score, shares);
+          attend.template split<2>(grad, grad_shares);
 #pragma unroll
           for (int m = 0; m < kColumns / 16; ++m) {
             attend.pack_pair(key_weights[m], grad[2 * m], grad[2 * m + 1]);
@@ -377,7 +383,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         {
           typename Attend<config>::Sums out = {};
 #pragma unroll
-          for (int m = 0; m < kColumns / 16; ++m) attend.gather_columns(out, key_weights[m], 0, 16 * m);
+          for (int m = 0; m < kColumns / 16; ++m) attend.gather_columns(out, key_weights[m], 0, m);
           attend.gather_tokens(out, key_weights[kColumns / 16], 0);
           __syncwarp();  // the values have been read
           attend.store_rows(out, {1.f, 1.f}, gradients.query, walk.batch, query_head, row, from,
@@ -388,7 +394,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             load_tokens(tile - 1);
           }
         }
-        if (i > 0 || tile < last_tile) barrier_sync(kEmpty, kThreads);
+        if (i > 0 || tile < last_tile) {
+          barrier_wait(read, parity);
+          parity ^= 1;
+        }
         if (make && i == 0) Weights::make_end(gates, end_decays, end_weights);
         const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
         if (lane == 0) place = {before_row, own_row, walk.given - cell, attend.going_on};
@@ -396,39 +405,51 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         const int clear = irregular ? grad_rows : grad_rows - slots + attend.going_on;
 #pragma unroll 1
         for (int n = lane; n < 4 * clear; n += kWarp) {
-          store_shared(pieces[n & 1] + piece_at(wrap(own_row + n / 4, grad_rows), n / 2 % 2), make_uint4(0, 0, 0, 0));
+          store_shared(pieces + (n & 1) * of_values + piece_at(wrap(own_row + n / 4, grad_rows), n / 2 % 2),
+                       make_uint4(0, 0, 0, 0));
         }
         if (attend.going_on == 1 && lane < 4) {
-          store_shared(pieces[lane & 1] + piece_at(layout.piece_started + 2 * warp + 1, lane / 2),
+          store_shared(pieces + (lane & 1) * of_values + piece_at(layout.piece_started + 2 * warp + 1, lane / 2),
                        make_uint4(0, 0, 0, 0));
         }
         __syncwarp();
 #pragma unroll
         for (int m = 0; m <= kColumns / 16; ++m) {
+          if (slots < kColumns) __syncwarp();  // columns past the last share rows
           const int column = 16 * m + 8 * (lane / 16) + lane % 8;
           int to_row = wrap(before_row + column, grad_rows);
           if (column < attend.ended) to_row = wrap(to_row + slots, grad_rows);
           if (column < attend.going_on) to_row = layout.piece_started + 2 * warp + column;
-          if (column >= slots) to_row = layout.piece_tokens + lane % 8;  // written over in the end
+          if (column >= slots) to_row = layout.piece_tokens + column % 16;  // written over in the end
           if (m == kColumns / 16) to_row = layout.piece_tokens + column - kColumns;
           const uint32_t at = piece_at(to_row, lane / 8 % 2);
-          store_matrices_transposed(pieces[0] + at, key_weights[m]);
-          store_matrices_transposed(pieces[1] + at, value_weights[m]);
+          store_matrices_transposed(pieces + at, key_weights[m]);
+          store_matrices_transposed(pieces + of_values + at, value_weights[m]);
         }
-        barrier_arrive(kFull, kThreads);
+        barrier_arrive(written);
       }
     }
     return;
   }
 
   give_registers<config::kSumRegisters>();
-  float* const grads = reinterpret_cast<float*>(shared_memory + layout.grads) + slice * grad_rows * kSlice;
-  float* const grads_started = reinterpret_cast<float*>(shared_memory + layout.grads_started) + slice * 8 * kSlice;
-  float* const ends = reinterpret_cast<float*>(shared_memory + layout.ends) + slice * kFlux * kSlice;
+  float* const all_grads = reinterpret_cast<float*>(shared_memory + layout.grads) + slice * grad_rows * kSlice;
+  float* const all_grads_started = reinterpret_cast<float*>(shared_memory + layout.grads_started) + slice * 8 * kSlice;
   float* const sums_before =
       reinterpret_cast<float*>(shared_memory + layout.sums) + slice * kPatches * 16 * kWarp + lane;
-  const auto at = [](int row, int element) { return row * kSlice + (element ^ ((row & 3) << 3)); };
-  for (int row = 0; row < grad_rows; ++row) grads[at(row, lane)] = 0.f;
+  // Of the columns of a product, eight of each of kSlice / 8 tiles, a lane has 8 elements in a row: first 8 q.
+  const auto at = [](int row, int element) { return row * kSlice + (element ^ ((row & 1) << 2)); };
+  using Eight = float[8];
+  const auto load_eight = [&](const float* rows, int row, Eight& x) {
+    const float4 low = *reinterpret_cast<const float4*>(rows + at(row, 8 * q));
+    const float4 high = *reinterpret_cast<const float4*>(rows + at(row, 8 * q + 4));
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+  };
+  const auto store_eight = [&](float* rows, int row, const Eight& x) {
+    *reinterpret_cast<float4*>(rows + at(row, 8 * q)) = make_float4(x[0], x[1], x[2], x[3]);
+    *reinterpret_cast<float4*>(rows + at(row, 8 * q + 4)) = make_float4(x[4], x[5], x[6], x[7]);
+  };
+  for (int row = 0; row < grad_rows; ++row) all_grads[at(row, lane)] = 0.f;
   if (walk.to_end && grad_state && has_element) {
     // The newest cells of the slots; one of r = 1 begins with its centre, all others before it.
     const int64_t newest = walk.cells.trailing(walk.end() - 1) + (kSliding ? 0 : 1);
@@ -436,7 +457,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const int64_t cell = newest - i;
       const int slot = static_cast<int>(walk.cells.slot(cell));
       if (walk.end() <= walk.cells.slot_opening(slot)) continue;
-      grads[at(static_cast<int>(cell - walk.base) % grad_rows, lane)] =
+      all_grads[at(static_cast<int>(cell - walk.base) % grad_rows, lane)] =
           static_cast<const float*>(grad_state)[state_at(slot)];
     }
   }
@@ -446,15 +467,21 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const View& to_view = side ? gradients.value : gradients.key;
   const storage* const first_row =
       row_of<const storage>(rows_view, walk.batch, static_cast<int64_t>(walk.head) * group, walk.row) + first_element +
-      2 * q;
-  storage* const first_to = row_of<storage>(to_view, walk.batch, walk.head, walk.row) + first_element + 2 * q;
-  const uint32_t pieces = shared + layout.pieces + side * kPatches * layout.piece_rows * 32;
+      8 * q;
+  storage* const first_to = row_of<storage>(to_view, walk.batch, walk.head, walk.row) + first_element + 8 * q;
+  const uint32_t all_pieces = shared + layout.pieces + side * kPatches * layout.piece_rows * 32;
   const uint32_t patch_pieces = layout.piece_rows * 32;
-  const int begin = walk.own_begin, end = walk.walk_end, width = dim - first_element;
+  const int begin = walk.own_begin, end = walk.walk_end;
+  const bool has_eight = first_element + 8 * q < dim;
   // Of the left side of a product: this lane's row of 16, its half.
   const uint32_t left = piece_at(lane % 16, lane / 16);
+  int parity = 0;
   for (int tile = last_tile; tile >= first_tile; --tile) {
     const int t = walk.tile_token(tile);
+    const int zero = made_anew(0, tile);
+    float* const grads = all_grads + zero;
+    float* const grads_started = all_grads_started + zero;
+    const uint32_t pieces = all_pieces + zero;
     for (int i = 0; i < group; ++i) {
       uint32_t b[kPatches][kSlice / 8][2];
       const storage* from = first_row + i * rows_view.head + (t + g) * rows_view.token;
@@ -463,17 +490,20 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int half = 0; half < 2; ++half, from += 8 * rows_view.token) {
           const int token = t + w * kPatch + g + 8 * half;
-          const int elements = token >= begin && token < end ? width : 0;
-#pragma unroll
-          for (int n = 0; n < kSlice / 8; ++n) {
-            b[w][n][half] = 8 * n < elements ? *reinterpret_cast<const uint32_t*>(from + 8 * n) : 0u;
-          }
+          const bool exists = has_eight && token >= begin && token < end;
+          const uint4 words = exists ? load_global(from) : make_uint4(0, 0, 0, 0);
+          b[w][0][half] = words.x;
+          b[w][1][half] = words.y;
+          b[w][2][half] = words.z;
+          b[w][3][half] = words.w;
         }
       }
-      barrier_sync(kFull, kThreads);
+      barrier_wait(written, parity);
+      parity ^= 1;
       const bool is_last = i + 1 == group;
       if (is_last && tile - 2 >= first_tile) {
-        const int thread = static_cast<int>(threadIdx.x) - config::kAttending, threads = kThreads - config::kAttending;
+        const int thread = static_cast<int>(threadIdx.x) - config::kAttending + zero,
+                  threads = kThreads - config::kAttending;
         load_cells(oldest(tile - 2), oldest(tile - 1), thread, threads);
         load_started(tile - 2, thread, threads);
         commit_copies();
@@ -492,36 +522,28 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int n = 0; n < kSlice / 8; ++n) mma<storage>(sums[n], a, b[w][n][0], b[w][n][1]);
       };
-      // What the slots held when the patches began, of walk.cells,
-      for (int row = 0; row < grad_rows; row += 16) {
+      const auto add = [&](float* rows, int row, int piece, int halves, bool fresh) {
         float sums[kSlice / 8][4] = {};
+        if (!fresh) {
+          for (int half = 0; half < halves; ++half) {
+            Eight x;
+            load_eight(rows, row + g + 8 * half, x);
 #pragma unroll
-        for (int w = 0; w < kPatches; ++w) multiply(sums, w, row);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int n = 0; n < kSlice / 8; ++n) {
-            float2* const to = reinterpret_cast<float2*>(grads + at(row + g + 8 * half, 8 * n + 2 * q));
-            float2 sum = *to;
-            sum.x += sums[n][2 * half];
-            sum.y += sums[n][2 * half + 1];
-            *to = sum;
+            for (int e = 0; e < 8; ++e) sums[e / 2][2 * half + e % 2] = x[e];
           }
         }
-      }
-      // and of cells that went on.
-      if constexpr (!kSliding) {
-        float sums[kSlice / 8][4] = {};
 #pragma unroll
-        for (int w = 0; w < kPatches; ++w) multiply(sums, w, layout.piece_started);
+        for (int w = 0; w < kPatches; ++w) multiply(sums, w, piece);
+        for (int half = 0; half < halves; ++half) {
+          Eight x;
 #pragma unroll
-        for (int n = 0; n < kSlice / 8; ++n) {
-          float2* const to = reinterpret_cast<float2*>(grads_started + g * kSlice + 8 * n + 2 * q);
-          float2 sum = make_float2(0.f, 0.f);
-          if (i > 0) sum = *to;
-          *to = make_float2(sum.x + sums[n][0], sum.y + sums[n][1]);
+          for (int e = 0; e < 8; ++e) x[e] = sums[e / 2][2 * half + e % 2];
+          store_eight(rows, row + g + 8 * half, x);
         }
-      }
+      };
+      // What the slots held when the patches began, of cells, and of cells that went on.
+      for (int row = 0; row < grad_rows; row += 16) add(grads, row, row, 2, false);
+      if constexpr (!kSliding) add(grads_started, 0, layout.piece_started, 1, i == 0);
       __syncwarp();
 
       // Back over the patches.
@@ -544,46 +566,52 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half;
             if (token < place.ended) continue;
+            const int row = wrap(place.own + token, grad_rows);
+            Eight held;
+            load_eight(grads, row, held);
 #pragma unroll
-            for (int n = 0; n < kSlice / 8; ++n) {
-              float2* const held =
-                  reinterpret_cast<float2*>(grads + at(wrap(place.own + token, grad_rows), 8 * n + 2 * q));
-              sums[n][2 * half] += held->x;
-              sums[n][2 * half + 1] += held->y;
-              *held = make_float2(0.f, 0.f);
+            for (int e = 0; e < 8; ++e) {
+              sums[e / 2][2 * half + e % 2] += held[e];
+              held[e] = 0.f;
             }
+            store_eight(grads, row, held);
           }
         } else {
           // From what the cells in flux hold at the patch's end to what they held when it began.
           const float* const decays = reinterpret_cast<const float*>(shared_memory + layout.decays) + w * kFlux;
           const float* const weights =
               reinterpret_cast<const float*>(shared_memory + layout.weights) + w * kFlux * kPatch;
+          int before[kFlux], own[kFlux];
+          float at_begin[kFlux], held[kFlux];
 #pragma unroll
           for (int j = 0; j < kFlux; ++j) {
-            const int before = wrap(place.before + j, grad_rows), own = wrap(place.own + j, grad_rows);
-            const float end = grads[at(own, lane)];
-            float begin = decays[j] * end;
-            ends[j * kSlice + lane] = end;
-            if (j < place.going_on) {
-              grads[at(own, lane)] = begin + grads_started[(2 * w + j) * kSlice + lane];
-            } else if (j >= place.ended) {
-              grads[at(own, lane)] = 0.f;
-              grads[at(before, lane)] += begin;
-            } else {
-              grads[at(own, lane)] = begin;
+            before[j] = at(wrap(place.before + j, grad_rows), lane);
+            own[j] = wrap(place.own + j, grad_rows);
+            at_begin[j] = decays[j] * grads[at(own[j], lane)];
+            held[j] = grads[before[j]];
+          }
+#pragma unroll
+          for (int j = 0; j < kFlux; ++j) {
+            const float low = weights[j * kPatch + g], high = weights[j * kPatch + g + 8];
+            Eight end;
+            load_eight(grads, own[j], end);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+              sums[e / 2][e % 2] += low * end[e];
+              sums[e / 2][2 + e % 2] += high * end[e];
             }
           }
           __syncwarp();
 #pragma unroll
           for (int j = 0; j < kFlux; ++j) {
-            const float low = weights[j * kPatch + g], high = weights[j * kPatch + g + 8];
-#pragma unroll
-            for (int n = 0; n < kSlice / 8; ++n) {
-              const float2 end = *reinterpret_cast<const float2*>(ends + j * kSlice + 8 * n + 2 * q);
-              sums[n][0] += low * end.x;
-              sums[n][1] += low * end.y;
-              sums[n][2] += high * end.x;
-              sums[n][3] += high * end.y;
+            float& now = grads[at(own[j], lane)];
+            if (j < place.going_on) {
+              now = at_begin[j] + grads_started[at(2 * w + j, lane)];
+            } else if (j >= place.ended) {
+              now = 0.f;
+              grads[before[j]] = held[j] + at_begin[j];
+            } else {
+              now = at_begin[j];
             }
           }
           __syncwarp();
@@ -592,17 +620,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int half = 0; half < 2; ++half, to += 8 * to_view.token) {
           const int token = t + w * kPatch + g + 8 * half;
-          if (token < begin || token >= walk.own_end) continue;
-#pragma unroll
-          for (int n = 0; n < kSlice / 8; ++n) {
-            if (8 * n < width) {
-              *reinterpret_cast<uint32_t*>(to + 8 * n) = pack<storage>(sums[n][2 * half], sums[n][2 * half + 1]);
-            }
-          }
+          if (!has_eight || token < begin || token >= walk.own_end) continue;
+          store_global(to, make_uint4(pack<storage>(sums[0][2 * half], sums[0][2 * half + 1]),
+                                      pack<storage>(sums[1][2 * half], sums[1][2 * half + 1]),
+                                      pack<storage>(sums[2][2 * half], sums[2][2 * half + 1]),
+                                      pack<storage>(sums[3][2 * half], sums[3][2 * half + 1])));
         }
       }
       wait_copies<0>();
-      if (!is_last || tile > first_tile) barrier_arrive(kEmpty, kThreads);
+      if (!is_last || tile > first_tile) barrier_arrive(read);
     }
   }
 
@@ -612,13 +638,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const int cell = walk.trailing(first_tile, 0, &offset);
     for (int j = 0; j < goes_on(offset); ++j) {
       if (cell + j < walk.given) continue;
-      grads[at((cell + j - slots) % grad_rows, lane)] += grads[at((cell + j) % grad_rows, lane)];
+      all_grads[at((cell + j - slots) % grad_rows, lane)] += all_grads[at((cell + j) % grad_rows, lane)];
     }
   }
   for (int i = 0; i < slots; ++i) {
     const int cell = walk.given - 1 - i, slot = static_cast<int>(walk.cells.slot(walk.base + cell));
     const bool open = walk.position > walk.cells.slot_opening(slot);
-    static_cast<float*>(grad_given)[state_at(slot)] = open ? grads[at(cell % grad_rows, lane)] : 0.f;
+    static_cast<float*>(grad_given)[state_at(slot)] = open ? all_grads[at(cell % grad_rows, lane)] : 0.f;
   }
 }
 
@@ -669,7 +695,7 @@ void with_back_config(const Problem& p, int flux, const body_type& body) {
 }
 
 template <typename config>
-int64_t back_bytes(const Problem& p, int resolution) {
+uint32_t back_bytes(const Problem& p, int resolution) {
   const int group = static_cast<int>(p.query_heads / p.kv_heads);
   return BackLayout::make<config>(static_cast<int>(p.slots), resolution, group).bytes;
 }
@@ -706,29 +732,26 @@ int64_t window_backward_workspace(const Problem& p) {
 }
 
 void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
-  const WalkPlan plan = make_plan(p);
+  const WalkPlan forward = make_plan(p, Task::contents), back = make_plan(p, Task::backward);
   const Contents contents = make_contents(p, workspace);
-  for_flux_classes(p, contents, [&](int flux, const HeadList& heads) {
+  for_flux_classes(p, contents, [&](int flux, const HeadList& heads, const Problem& problem) {
     with_back_config(p, flux, [&](auto config_tag) {
       using config = decltype(config_tag);
       using storage = typename config::storage;
       if (p.state_key) {
-        launch("window_given", window_given<storage, config::kDim>, p.sequences * heads.count, 256, 0, p.stream, p,
-               contents, heads);
+        launch("window_given", window_given<storage, config::kDim>, p.sequences * heads.count, 256, 0, problem.stream,
+               problem, contents, heads);
       }
       if constexpr (!config::kSliding) {
         using walk = Config<storage, config::kDim, config::kFlux, 32, false, true>;
         if (p.tokens > 0) {
-          launch_walk<walk>("window_walk of contents", p, Outputs{}, contents, plan, heads, nullptr);
+          launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents, forward, heads, nullptr);
         }
       }
-      int64_t bytes = 0;
-      for (int i = 0; i < heads.count; ++i) {
-        bytes = std::max(bytes, back_bytes<config>(p, static_cast<int>(p.cells[heads.head[i]].resolution)));
-      }
-      cudaFuncSetAttribute(window_back<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-      launch("window_back", window_back<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
-             gradients, contents, plan, heads);
+      const uint32_t bytes = allow_shared_memory(window_back<config>, p, heads,
+                                                 [&](int resolution) { return back_bytes<config>(p, resolution); });
+      launch("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes, problem.stream,
+             problem, gradients, contents, back, heads);
     });
   });
 }

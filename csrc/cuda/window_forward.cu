@@ -66,6 +66,7 @@ const char* window_refusal(const Problem& p) {
   if (p.sharpness < kLeastSharpness && p.longest_window > p.slots) return "the sharpness is below 6";
   if (p.slots < 16) return "there are fewer than 16 slots";
   if (p.kv_heads > kMaxWindowHeads) return "there are more than 256 key/value heads";
+  if (p.query_heads > INT32_MAX) return "there are more than 2^31 query heads";
   const int64_t limit = shared_memory_limit();
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     const int64_t r = p.cells[h].resolution;
@@ -78,15 +79,15 @@ const char* window_refusal(const Problem& p) {
   return nullptr;
 }
 
-int64_t window_forward_workspace(const Problem& p) { return repair_workspace(p, make_plan(p)); }
+int64_t window_forward_workspace(const Problem& p) { return repair_workspace(p, make_plan(p, Task::forward)); }
 
 void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
-  const WalkPlan plan = make_plan(p);
+  const WalkPlan plan = make_plan(p, Task::forward);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   if (p.tokens > 0) {
-    for_flux_classes(p, Contents{}, [&](int flux, const HeadList& heads) {
+    for_flux_classes(p, Contents{}, [&](int flux, const HeadList& heads, const Problem& problem) {
       with_config(p, flux, [&](auto config) {
-        launch_walk<decltype(config)>("window_walk", p, outputs, Contents{}, plan, heads, unsound);
+        launch_walk<decltype(config)>("window_walk", problem, outputs, Contents{}, plan, heads, unsound);
       });
     });
   }

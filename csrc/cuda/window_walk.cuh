@@ -28,7 +28,7 @@ struct Config {
 // Shared memory of a walk, by offsets in bytes.
 struct Layout {
   int ring_rows;
-  uint32_t tiles, ring, started, carried, added, ends, gates, decays, table, cells, bytes;
+  uint32_t tiles, ring, started, side_bytes, carried, added, ends, gates, decays, table, cells, bytes;
 
   template <typename config>
   __host__ __device__ static Layout make(int slots, int resolution) {
@@ -39,12 +39,11 @@ struct Layout {
     uint32_t at = 0;
     l.tiles = at;  // tokens: [stage][side][token]
     at += config::kStages * 2 * config::kTile * config::kRow;
-    l.ring = at;  // cells: [side][cell]
-    at += 2 * l.ring_rows * config::kRow;
     const int in_flux = config::kSliding ? 0 : config::kFlux;
-    l.started = at;  // cells at the beginning of a patch in which they go on:
-                     // [side][warp][2]
-    at += config::kSliding ? 0 : 2 * config::kWarps * 2 * config::kRow;
+    l.ring = at;                                  // of each side: cells,
+    l.started = at + l.ring_rows * config::kRow;  // cells at the beginning of a patch in which they go on, [warp][2]
+    l.side_bytes = (l.ring_rows + (config::kSliding ? 0 : 2 * config::kWarps)) * config::kRow;
+    at += 2 * l.side_bytes;
     l.carried = at;  // and at the end of a tile, for the next: [tile mod
                      // 2][side][cell mod 2]; neither permuted
     at += config::kSliding ? 0 : 2 * 2 * 2 * config::kRow;
@@ -90,7 +89,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const int ring_rows = layout.ring_rows;
 
   const uint32_t shared = shared_address(shared_memory);
-  const uint32_t ring_side = ring_rows * config::kRow, started_side = kWarps * 2 * config::kRow;
+  const uint32_t side_bytes = layout.side_bytes;
   float* const added = reinterpret_cast<float*>(shared_memory + layout.added);
   float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + warp * kFlux * kPatch;
   uint4* const end_weights = reinterpret_cast<uint4*>(shared_memory + layout.ends) + warp * Weights::kFluxTiles * kWarp;
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     table[i] = static_cast<const float*>(p.gates)[p.laws[head].gates + i];
   }
   // Contents before the walk: as given, else zeros. Cell number c lies in row c mod ring_rows.
-  for (uint32_t i = threadIdx.x; i < 2 * ring_side / 16; i += config::kThreads) {
+  for (uint32_t i = threadIdx.x; i < 2 * side_bytes / 16; i += config::kThreads) {
     store_shared(shared + layout.ring + 16 * i, make_uint4(0, 0, 0, 0));
   }
   if (p.state_key && walk.from_begin) {
@@ -113,7 +112,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
       if (slot < 0 || d >= dim) continue;
       const float* const state = static_cast<const float*>(side ? p.state_value : p.state_key);
-      *reinterpret_cast<storage*>(shared_memory + layout.ring + side * ring_side + Row::element(row, d)) =
+      *reinterpret_cast<storage*>(shared_memory + layout.ring + side * side_bytes + Row::element(row, d)) =
           to_storage<storage>(state[((walk.sequence * p.kv_heads + head) * slots + slot) * dim + d]);
     }
   }
@@ -147,8 +146,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;  // the scale below is its absolute value
   const int group = static_cast<int>(p.query_heads / p.kv_heads);
   const auto load_query = [&](auto& attend, int patch, int i) {
-    attend.load_rows(p.query, walk.batch, static_cast<int64_t>(head) * group + i, walk.row + patch,
-                     walk.own_begin - patch, walk.own_end - patch, static_cast<int>(p.key_dim), query_sign);
+    attend.load_rows(p.query, walk.batch, head * group + i, walk.row + patch, walk.own_begin - patch,
+                     walk.own_end - patch, static_cast<int>(p.key_dim), query_sign);
   };
   // Rows of both sides of what cells hold in the end, from the walk's first cell on, and of what goes on in patches.
   const int64_t cell_row = config::kContents
@@ -161,22 +160,21 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
                         : 0;
 
   Attend<config> attend(slots, ring_rows);
-  for (int side = 0; side < 2; ++side) {
-    attend.ring[side] = shared + layout.ring + side * ring_side;
-    attend.started[side] = shared + layout.started + side * started_side + 2 * warp * config::kRow;
-  }
-  int made_for = -1;  // the regular patch that weights are of: its offset from the trailing cell's centre
-  bool sound = true;
-  // Of the tile and of this warp's patch: the trailing cell, the offset from its centre.
+  attend.ring = shared + layout.ring;
+  attend.started = shared + layout.started + 2 * warp * config::kRow;
+  attend.side_bytes = side_bytes;
+  int made_for = -1;         // the regular patch that weights are of: its offset from the trailing cell's centre
+  const auto report = [&] {  // a token is not finite
+    if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 1;
+  };
+  // Of the tile: the trailing cell, the offset from its centre. The ring counts cells from `slots` before the first:
+  // the row is that of what the trailing cell's slot held before.
   int tile_cell = 0, tile_offset = walk.offset, tile_row = 0;
-  int cell = (walk.offset + warp * kPatch) / resolution, offset = (walk.offset + warp * kPatch) % resolution;
-  // The ring counts cells from `slots` before the first: this row is that of the trailing cell's slot before the patch.
-  int first_row = cell % ring_rows;
   const int cells_per_tile = kTile / resolution, tokens_left = kTile % resolution;
 
   const auto owns = [&](int time) { return time >= walk.own_begin && time < walk.own_end; };
   const auto store_row = [](void* rows, int64_t row, int chunk, const uint4& words) {
-    static_cast<uint4*>(rows)[row * Row::kChunks + chunk] = words;
+    store_global(static_cast<uint4*>(rows) + row * Row::kChunks + chunk, words);
   };
   fetch(0, 0);
   for (int time = 0, stage = 0; time < walk.own_end; time += kTile, stage ^= 1) {
@@ -185,6 +183,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     if (time + kTile < walk.own_end) fetch(time + kTile, stage ^ 1);
 
     const int patch = time + warp * kPatch;
+    int offset = tile_offset + warp * kPatch % resolution, cell = tile_cell + warp * kPatch / resolution;
+    if (offset >= resolution) {
+      offset -= resolution;
+      ++cell;
+    }
     const bool irregular = cell - slots < walk.first || patch < walk.begin;
     if (!config::kSliding && (irregular || made_for != offset)) {
       const Cells cells = p.laws[head].cells;
@@ -205,8 +208,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         const int chunk = item % Row::kChunks, row = item / Row::kChunks % kTile, side = item / Row::kChunks / kTile;
         if (time + row < walk.begin) continue;
         const uint4 words = load_shared(Row::at(tile_base + side * kTile * config::kRow, row, chunk));
-        sound = sound && finite<storage>(words);
-        store_shared(Row::at(shared + layout.ring + side * ring_side,
+        if (!finite<storage>(words)) report();
+        store_shared(Row::at(shared + layout.ring + side * side_bytes,
                              wrap(wrap(tile_row + row, ring_rows) + slots, ring_rows), chunk),
                      words);
       }
@@ -233,7 +236,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               if (j < kFlux) {
                 added[((warp * 2 + side) * kFlux + j) * config::kAddedStride + d] = sum[e];
               } else if (sum[e] != 0.f) {
-                sound = false;  // weights of zero, so a token is not finite
+                report();  // the weights are zero
               }
             }
           }
@@ -253,7 +256,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           const int number = lap + item / (2 * Row::kChunks), c = tile_cell + number;
           const int centre = c * resolution - walk.offset - time, last = centre + resolution - 1;
           const int lobe = centre - resolution + 1;
-          const uint32_t ring = shared + layout.ring + side * ring_side;
+          const uint32_t ring = shared + layout.ring + side * side_bytes;
           const uint32_t carried = shared + layout.carried + (2 * side + (c & 1)) * config::kRow + chunk * 16;
           const uint32_t carried_tile = 4 * config::kRow;
           const int before_row = wrap(tile_row + number, ring_rows), own_row = wrap(before_row + slots, ring_rows);
@@ -274,7 +277,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           };
           unpack_words();
           const int end_patch = min(last / kPatch, kWarps - 1);
-          const uint32_t started = shared + layout.started + side * started_side + chunk * 16;
+          const uint32_t started = shared + layout.started + side * side_bytes + chunk * 16;
           for (int w = max(lobe, 0) / kPatch; w <= end_patch; ++w) {
             const int j = c - patch_cells[w];
             if (lobe < w * kPatch) {
@@ -310,7 +313,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     __syncthreads();
 
     // Attend.
-    attend.row = first_row;
+    attend.row = wrap(tile_row + cell - tile_cell, ring_rows);
     attend.irregular = irregular;
     attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
     attend.going_on = config::kSliding ? 0 : offset >= 2 ? 2 : 1;
@@ -320,27 +323,18 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     tile_cell += cells_per_tile;
     tile_row += cells_per_tile;
     tile_offset += tokens_left;
-    cell += cells_per_tile;
-    offset += tokens_left;
-    first_row += cells_per_tile;
     if (tile_offset >= resolution) {
       tile_offset -= resolution;
       ++tile_cell;
       ++tile_row;
     }
-    if (offset >= resolution) {
-      offset -= resolution;
-      ++cell;
-      ++first_row;
-    }
-    first_row = wrap(first_row, ring_rows);
     tile_row = wrap(tile_row, ring_rows);
     if (config::kContents || patch + kPatch <= walk.own_begin || patch >= walk.own_end) continue;
     if constexpr (!config::kContents) {
       const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to base 2
       const uint32_t staged = shared + layout.added + warp * kPatch * config::kRow;
       for (int i = 0; i < group; ++i) {
-        const int64_t query_head = static_cast<int64_t>(head) * group + i;
+        const int query_head = head * group + i;
         if (i > 0) load_query(attend, patch, i);
         typename Attend<config>::Sums out = {};
         typename Attend<config>::Raw raw, shares = {};
@@ -348,8 +342,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         attend.token_products(raw, 0);
         for (int first = 0; first < (config::kMore ? slots : 1); first += config::kColumns) {
           typename Attend<config>::Scores score;
-          attend.column_products(score, 0, first);
-          if (first == 0) attend.advance(score, raw);
+          if (config::kMore || i == 0) attend.find_places(first);
+          attend.column_products(score, 0);
+          if (first == 0) attend.template advance<-1>(score, raw);
           attend.mask(score, first);
           float before[2];
 #pragma unroll
@@ -387,13 +382,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               for (int e = 0; e < 4; ++e) shares[tile][e] *= before[e / 2];
             }
           } else {
-            attend.split(score, shares);
+            attend.template split<0>(score, shares);
           }
 #pragma unroll
           for (int m = 0; m < config::kColumns / 16; ++m) {
             uint32_t weights[4];
             attend.pack_pair(weights, score[2 * m], score[2 * m + 1]);
-            attend.gather_columns(out, weights, 1, first + 16 * m);
+            attend.gather_columns(out, weights, 1, m);
           }
         }
         uint32_t weights[4];
@@ -417,18 +412,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
     }
   }
-  if (!sound && !config::kContents) unsound[walk.stretch * p.kv_heads + head] = 1;
 }
 
 template <typename config>
 void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Contents& contents,
                  const WalkPlan& plan, const HeadList& heads, uint8_t* unsound) {
-  uint32_t bytes = 0;
-  for (int i = 0; i < heads.count; ++i) {
-    const int resolution = static_cast<int>(p.cells[heads.head[i]].resolution);
-    bytes = std::max(bytes, Layout::make<config>(static_cast<int>(p.slots), resolution).bytes);
-  }
-  cudaFuncSetAttribute(window_walk<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const uint32_t bytes = allow_shared_memory(window_walk<config>, p, heads, [&](int resolution) {
+    return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes;
+  });
   launch(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p, outputs, contents,
          plan, heads, unsound);
 }

@@ -70,15 +70,21 @@ struct Warp {
 
 struct Barrier {
   std::vector<int> waiting;
-  int count, arrived = 0;  // and do not wait
-  races::Arrived ordered;
+  int count;
   bool value, result;
   Place place;
+};
+
+struct Turns {
+  int count, arrived = 0, over = 0;
+  std::vector<int> waiting;
+  races::Arrived ordered, before;  // by this turn, and by the turn before it
 };
 
 Thread threads[kMaxThreads];
 Warp warps[kMaxThreads / kLanes];
 Barrier barriers[kBarriers];
+std::map<const void*, Turns> turns;
 Thread* current = nullptr;
 char* stacks = nullptr;  // of all threads
 int alive = 0;
@@ -115,15 +121,13 @@ void release(Barrier& barrier) {
     warps[threads[i].warp].runnable |= 1u << threads[i].lane;
     met |= 1u << threads[i].warp;
   }
-  races::sync_warps(met, barrier.count == 0, barrier.ordered);
+  races::sync_warps(met);
   barrier.waiting.clear();
-  barrier.arrived = 0;
-  barrier.ordered = {};
   barrier.result = barrier.value;
 }
 
 void release_if_all(Barrier& barrier) {
-  const int met = static_cast<int>(barrier.waiting.size()) + barrier.arrived;
+  const int met = static_cast<int>(barrier.waiting.size());
   if (met > 0 && met == (barrier.count ? barrier.count : alive)) release(barrier);
 }
 
@@ -163,6 +167,11 @@ std::string who_waits() {
     text += "; " + std::to_string(barriers[id].waiting.size()) + " threads wait at barrier " + std::to_string(id) +
             " (" + name_of(barriers[id].place) + ")";
   }
+  for (const auto& [barrier, turn] : turns) {
+    if (turn.waiting.empty()) continue;
+    text += "; " + std::to_string(turn.waiting.size()) + " threads wait for a turn at which " +
+            std::to_string(turn.arrived) + " of " + std::to_string(turn.count) + " arrived";
+  }
   for (const Warp& warp : warps) {
     for (int l = 0; l < kLanes; ++l) {
       if (!(warp.meeting >> l & 1)) continue;
@@ -181,6 +190,7 @@ void run_block(int count) {
   races::begin_block();
   alive = count;
   for (Barrier& barrier : barriers) barrier = {};
+  turns.clear();
   for (Warp& warp : warps) warp = Warp{};
   for (int i = 0; i < count; ++i) {
     Thread& t = threads[i];
@@ -262,7 +272,7 @@ void run_grid(Index grid, Index block, size_t bytes, void (*kernel)(const void*)
 namespace {
 Barrier& come_to_barrier(int id, int count, Place place) {
   Barrier& barrier = barriers[id];
-  if (barrier.waiting.empty() && barrier.arrived == 0) {
+  if (barrier.waiting.empty()) {
     barrier.count = count;
     barrier.value = false;
     barrier.place = place;
@@ -275,13 +285,6 @@ Barrier& come_to_barrier(int id, int count, Place place) {
 }
 }  // namespace
 
-void arrive_at_barrier(int id, int count, Place place) {
-  Barrier& barrier = come_to_barrier(id, count, place);
-  ++barrier.arrived;
-  races::arrive(barrier.ordered, current->warp);
-  release_if_all(barrier);
-}
-
 bool wait_at_barrier(int id, int count, bool value, Place place) {
   Barrier& barrier = come_to_barrier(id, count, place);
   Thread* const self = current;
@@ -291,6 +294,41 @@ bool wait_at_barrier(int id, int count, bool value, Place place) {
   release_if_all(barrier);
   leave();
   return barrier.result;
+}
+
+namespace {
+Turns& turns_of(const void* barrier) {
+  const auto found = turns.find(barrier);
+  if (found == turns.end()) fail("a barrier in shared memory without a count");
+  return found->second;
+}
+}  // namespace
+
+void init_turns(void* barrier, int count) {
+  turns[barrier] = Turns{};
+  turns[barrier].count = count;
+}
+
+void arrive_at_turn(void* barrier) {
+  Turns& t = turns_of(barrier);
+  races::arrive(t.ordered, current->warp);
+  if (++t.arrived < t.count) return;
+  t.arrived = 0;
+  ++t.over;
+  t.before = t.ordered;
+  for (const int i : t.waiting) warps[threads[i].warp].runnable |= 1u << threads[i].lane;
+  t.waiting.clear();
+}
+
+void wait_for_turn(void* barrier, int parity) {
+  Turns& t = turns_of(barrier);
+  Thread* const self = current;
+  while ((t.over & 1) == parity) {
+    t.waiting.push_back(static_cast<int>(self - threads));
+    warps[self->warp].runnable &= ~(1u << self->lane);
+    leave();
+  }
+  races::join(t.before, self->warp);
 }
 
 void meet(unsigned mask, const char* name, void* mine, const void* body, void (*run)(const void*, void* const*)) {

@@ -38,7 +38,11 @@ void run_grid(Index grid, Index block, size_t shared_bytes, void (*kernel)(const
 
 // Waits for `count` of the block's threads, all that have not ended if 0, at barrier `id`; whether one brought `value`.
 bool wait_at_barrier(int id, int count, bool value, Place place);
-void arrive_at_barrier(int id, int count, Place place);  // without waiting
+
+// A barrier in shared memory: `count` threads arrive in each turn, others wait until the turn of a parity is over.
+void init_turns(void* barrier, int count);
+void arrive_at_turn(void* barrier);
+void wait_for_turn(void* barrier, int parity);
 
 // Every lane of `mask` brings a `mine`; the last to come runs body(lanes), which may read and write all of them.
 void meet(unsigned mask, const char* name, void* mine, const void* body, void (*run)(const void*, void* const*));

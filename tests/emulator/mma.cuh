@@ -73,6 +73,11 @@ inline uint4 load_global(const void* from) {
   return *static_cast<const uint4*>(from);
 }
 
+inline void store_global(void* to, uint4 x) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) emulator::fail("store_global: the address is not aligned");
+  *static_cast<uint4*>(to) = x;
+}
+
 inline int hidden(int x) { return x; }
 
 inline uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
@@ -122,21 +127,27 @@ inline uint32_t transpose(uint32_t x) {
 inline void store_shared_word(uint32_t address, uint32_t x) {
   *reinterpret_cast<uint32_t*>(emulator::shared_at(address, 4)) = x;
 }
-inline void store_matrices_transposed(uint32_t address, const uint32_t (&x)[4]) {
+template <bool transposed>
+inline void store_matrices_any(uint32_t address, const uint32_t (&x)[4]) {
   struct Lane {
     uint32_t address;
     const uint32_t* x;
   } mine{address, x};
-  emulator::together(kAllLanes, "stmatrix", mine, [](Lane* const* lanes) {
+  emulator::together(kAllLanes, transposed ? "stmatrix.trans" : "stmatrix", mine, [](Lane* const* lanes) {
     for (int m = 0; m < 4; ++m) {
       for (int row = 0; row < 8; ++row) {
         auto* const to = reinterpret_cast<uint16_t*>(emulator::shared_at(lanes[8 * m + row]->address, 16));
         for (int column = 0; column < 8; ++column) {
-          to[column] = static_cast<uint16_t>(lanes[4 * column + row / 2]->x[m] >> row % 2 * 16);
+          const int g = transposed ? column : row, d = transposed ? row : column;
+          to[column] = static_cast<uint16_t>(lanes[4 * g + d / 2]->x[m] >> d % 2 * 16);
         }
       }
     }
   });
+}
+inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) { store_matrices_any<false>(address, x); }
+inline void store_matrices_transposed(uint32_t address, const uint32_t (&x)[4]) {
+  store_matrices_any<true>(address, x);
 }
 
 template <int>
@@ -144,9 +155,11 @@ inline void give_registers() {}
 template <int>
 inline void take_registers() {}
 
-#define barrier_sync(id, threads) \
-  static_cast<void>(::emulator::wait_at_barrier(id, threads, false, {__FILE__, __LINE__}))
-#define barrier_arrive(id, threads) ::emulator::arrive_at_barrier(id, threads, {__FILE__, __LINE__})
+inline void barrier_init(uint32_t barrier, int count) { emulator::init_turns(emulator::shared_at(barrier, 8), count); }
+inline void barrier_arrive(uint32_t barrier) { emulator::arrive_at_turn(emulator::shared_at(barrier, 8)); }
+inline void barrier_wait(uint32_t barrier, int parity) {
+  emulator::wait_for_turn(emulator::shared_at(barrier, 8), parity);
+}
 
 inline void copy_async_or_zero(uint32_t to, const void* from, bool valid) {
   emulator::copy_async(emulator::shared_at(to, 16), valid ? from : nullptr, 16);

@@ -9,6 +9,7 @@
 #include <iterator>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "emulator.h"
 
@@ -22,16 +23,21 @@ constexpr int kWarps = 32;
 
 // Who accessed a byte last, and in which epoch of its warp: numbers that only grow; a warp takes the next at a barrier.
 struct Access {
-  enum By : uint64_t { lane, warp, block };  // `thread` alone, or several of its warp or block
+  enum By : uint64_t { lane, warp, block };  // `thread` alone, or several of its warp, or of several warps
 
-  uint64_t epoch : 51;
+  uint64_t epoch : 51;  // the latest
   uint64_t thread : 10;
   uint64_t by : 2;
   uint64_t others : 1;  // so did another block of the launch
 };
+// Of a byte that several warps read: each warp's reads, as far as they may be unordered with what follows.
+struct Readers {
+  Access by_warp[kWarps];
+};
 struct Cell {
   Access write, read;
   uint32_t write_place, read_place;  // after __executable_start
+  uint32_t readers;                  // where several warps read: number in `readers`
 };
 struct Region {
   const unsigned char* begin;
@@ -42,7 +48,8 @@ struct Region {
 
 bool enabled = false;
 bool reports = false;  // what composes a report may be compiled with -fsanitize=thread, too
-uint64_t counter = 0, launch_begin = 0, block_begin = 0, last_full = 0;
+uint64_t counter = 0, launch_begin = 0, block_begin = 0;
+std::vector<Readers> readers;  // of the block that runs
 uint64_t now[kWarps];
 uint64_t known[kWarps][kWarps];  // [warp][other]: what other did in epochs below lies before what warp does now
 std::map<const unsigned char*, Region> regions;
@@ -76,19 +83,28 @@ std::string line_of(uint32_t place) {
 bool ordered(const Access& a, unsigned me, bool shared) {
   if (a.epoch < launch_begin) return true;
   if (a.epoch < block_begin) return shared;
-  if (a.by == Access::block) return a.epoch < last_full;
   if (a.by == Access::lane && a.thread == me) return true;
   const unsigned warp = static_cast<unsigned>(a.thread) / kLanes, mine = me / kLanes;
   return a.epoch < (warp == mine ? now[warp] : known[mine][warp]);
+}
+
+bool several_warps(const Access& a) { return a.epoch >= block_begin && a.by == Access::block; }
+
+// Of the reads of a byte, one that is not ordered with what comes now, or null.
+const Access* unordered_read(const Cell& cell, unsigned me, bool shared) {
+  if (!several_warps(cell.read)) return ordered(cell.read, me, shared) ? nullptr : &cell.read;
+  for (const Access& a : readers[cell.readers].by_warp) {
+    if (!ordered(a, me, shared)) return &a;
+  }
+  return nullptr;
 }
 
 [[noreturn]] void report(const void* at, const Access& a, bool wrote, uint32_t before, bool writes, uint32_t place) {
   reports = true;
   const ptrdiff_t in_shared = static_cast<const unsigned char*>(at) - shared_memory;
   const bool shared = in_shared >= 0 && in_shared < static_cast<ptrdiff_t>(kMaxSharedBytes);
-  std::string who = a.by == Access::block  ? "several threads"
-                    : a.by == Access::warp ? "several lanes of warp " + std::to_string(a.thread / kLanes)
-                                           : "thread " + std::to_string(a.thread);
+  std::string who = a.by == Access::warp ? "several lanes of warp " + std::to_string(a.thread / kLanes)
+                                         : "thread " + std::to_string(a.thread);
   if (a.epoch < block_begin || a.others) who += " of another block";
   fail(std::string("race at ") +
        (shared ? "byte " + std::to_string(in_shared) + " of shared memory" : "global or static shared memory") + ": " +
@@ -96,16 +112,30 @@ bool ordered(const Access& a, unsigned me, bool shared) {
        (wrote ? " wrote in " : " read in ") + line_of(before));
 }
 
-void set_read(Access& a, unsigned me, bool shared) {
+void set_read(Cell& cell, unsigned me, bool shared) {
   const uint64_t epoch = now[me / kLanes];
+  Access& a = cell.read;
   const bool in_launch = a.epoch >= launch_begin, in_block = a.epoch >= block_begin;
   const uint64_t others = !shared && in_launch && (a.others || !in_block);
-  if (!in_block || ordered(a, me, shared)) {
-    a = {epoch, me, Access::lane, others};
-    return;
+  const auto add = [&](Access& to) {
+    const bool alone = to.epoch < block_begin || ordered(to, me, shared);
+    to = {epoch, me, alone ? Access::lane : Access::warp, 0};
+  };
+  if (!several_warps(a)) {
+    if (!in_block || ordered(a, me, shared)) {
+      a = {epoch, me, Access::lane, others};
+      return;
+    }
+    if (a.thread / kLanes == me / kLanes) {
+      a = {epoch, me, Access::warp, others};
+      return;
+    }
+    cell.readers = static_cast<uint32_t>(readers.size());
+    readers.push_back({});
+    readers.back().by_warp[a.thread / kLanes] = a;
   }
-  const bool one_warp = a.by != Access::block && a.thread / kLanes == me / kLanes;
-  a = {std::max<uint64_t>(a.epoch, epoch), me, one_warp ? Access::warp : Access::block, others};
+  add(readers[cell.readers].by_warp[me / kLanes]);
+  a = {epoch, me, Access::block, others};
 }
 
 }  // namespace
@@ -132,7 +162,8 @@ void begin_launch() {
   reports = false;
 }
 void begin_block() {
-  block_begin = last_full = ++counter;
+  block_begin = ++counter;
+  readers.clear();
   ++counter;
   for (int w = 0; w < kWarps; ++w) {
     now[w] = counter;
@@ -145,16 +176,19 @@ void arrive(Arrived& arrived, int warp) {
   arrived.before[warp] = now[warp] + 1;
   now[warp] = ++counter;
 }
+void join(const Arrived& arrived, int warp) {
+  for (int v = 0; v < kWarps; ++v) {
+    if (v != warp) known[warp][v] = std::max(known[warp][v], arrived.before[v]);
+  }
+}
 
-void sync_warps(uint32_t warps, bool all, const Arrived& arrived) {
+void sync_warps(uint32_t warps) {
   uint64_t joined[kWarps] = {};
-  std::copy_n(arrived.before, kWarps, joined);
   for (int w = 0; w < kWarps; ++w) {
     if (!(warps >> w & 1)) continue;
     for (int v = 0; v < kWarps; ++v) joined[v] = std::max(joined[v], known[w][v]);
     joined[w] = now[w] + 1;
   }
-  if (all) last_full = ++counter;
   ++counter;
   for (int w = 0; w < kWarps; ++w) {
     if (!(warps >> w & 1)) continue;
@@ -189,13 +223,13 @@ void access(const void* memory, size_t bytes, bool writes, const void* from, siz
       report(begin + i, cell.write, true, cell.write_place, writes, place);
     }
     if (!writes) {
-      set_read(cell.read, me, region->shared);
+      set_read(cell, me, region->shared);
       cell.read_place = place;
       continue;
     }
     const bool read_by_others = cell.read.others && cell.read.epoch >= launch_begin;
-    if (read_by_others || !ordered(cell.read, me, region->shared)) {
-      report(begin + i, cell.read, false, cell.read_place, true, place);
+    if (const Access* const read = read_by_others ? &cell.read : unordered_read(cell, me, region->shared)) {
+      report(begin + i, *read, false, cell.read_place, true, place);
     }
     cell.write = {now[me / kLanes], me, Access::lane, 0};
     cell.write_place = place;

@@ -18,12 +18,13 @@ void forget(const void* memory);
 void begin_launch();
 void begin_block();
 void sync_warp(int warp);
-// What is ordered before a barrier by those that arrive at it without waiting, by warp.
+void sync_warps(uint32_t warps);  // at a barrier that they all wait at
+// What is ordered before those who wait for others that arrive, by warp.
 struct Arrived {
   uint64_t before[32] = {};
 };
 void arrive(Arrived& arrived, int warp);
-void sync_warps(uint32_t warps, bool all, const Arrived& arrived);  // at a barrier; all: of the block
+void join(const Arrived& arrived, int warp);
 void access(const void* memory, size_t bytes, bool writes, const void* place = nullptr, size_t alignment = 1);
 
 }  // namespace emulator::races

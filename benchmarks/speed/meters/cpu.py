@@ -37,7 +37,7 @@ class CpuMeter:
         self.fresh.set_forkserver_preload(["benchmarks.speed.__main__", "blurry_attn"])
 
     def hardware(self) -> dict[str, object]:
-        return {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "threads": self.threads}
+        return {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "threads": self.threads}
 
     def ceilings(self) -> dict[str, float]:
         return {}
@@ -71,7 +71,7 @@ def _send_peak(sender: Connection, provider: str, case: Case, mode: str, threads
         sender.send(error)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -80,7 +80,7 @@ def _cpu_model() -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """``VmRSS`` (now) or ``VmHWM`` (peak since it was reset) of this process, in bytes."""
     for line in (PROC / "status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -95,6 +95,6 @@ def _peak(provider: str, case: Case, mode: str, threads: int) -> int:
     one_call(prepare(small), mode, *small.inputs("cpu"))
     attend, inputs = prepare(case), case.inputs("cpu")
     (PROC / "clear_refs").write_text("5")  # resets VmHWM
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     one_call(attend, mode, *inputs)
-    return max(0, _resident("VmHWM") - before)
+    return max(0, resident("VmHWM") - before)

@@ -31,7 +31,7 @@ class CudaMeter:
         self.flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
 
     def hardware(self) -> dict[str, object]:
-        return {"gpu": torch.cuda.get_device_name(), "driver": f"driver {_driver()}"}
+        return {"gpu": torch.cuda.get_device_name(), "driver": f"driver {driver()}"}
 
     def ceilings(self) -> dict[str, float]:
         source, target = self.flush.chunk(2)
@@ -70,7 +70,7 @@ class CudaMeter:
         return statistics.median(self.measure(call)["seconds"] for _ in range(CEILING_ROUNDS))
 
 
-def _driver() -> str:
+def driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

@@ -1,0 +1,1 @@
+"""Decoding after a long history: a state of slots against a cache of all keys and values."""
