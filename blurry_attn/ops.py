@@ -172,7 +172,8 @@ def backend(query: Tensor, key: Tensor, value: Tensor, window: BlurryWindow) -> 
     For eager code: a graph cannot hold the answer.
 
     Returns:
-        ``"window"``: the parallel form; or ``"scan: "`` and the reason why it is not taken.
+        ``"window"``: the parallel form of "fejer"; ``"patches"``: that of "dirichlet"; or ``"scan: "`` and the reason
+        why it is not taken.
 
     Raises:
         as :func:`blurry_window_attention`.

@@ -168,6 +168,8 @@ CUDA_PACKED = ("tests/test_cuda.py::test_packed_over_many_stretches", STATES[1])
 WALK = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and fresh")
 WALK_STATES = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and state")
 WALK_NAN = ("tests/test_cuda.py::test_window_kernels_contain_what_is_not_finite",)
+PATCHES = ("tests/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and fresh")
+PATCHES_STATES = ("tests/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and state")
 
 CUDA = [
     *faults(
@@ -281,5 +283,44 @@ CUDA = [
          "if (walk.to_end && grad_state && !has_element) {", WALK),
         ("CUDA window: shut slots get a gradient", "open ? grads[at(cell % grad_rows, lane)] : 0.f;",
          "grads[at(cell % grad_rows, lane)] + !open;", WALK_STATES),
+    ),
+    *faults(
+        "csrc/cuda/dirichlet.cuh",
+        ("CUDA patches: low parts of the end weights dropped",
+         "row[kLow + i / 2] = pack<storage>(first - rounded.x, second - rounded.y);", "row[kLow + i / 2] = 0;",
+         PATCHES),
+        ("CUDA patches: opening token not written whole", "return t == opening ? 1.f : gates[", "return gates[",
+         PATCHES),
+        ("CUDA patches: tokens before the state taken", "if (t < walk.begin || t >= walk.end || t < opening)",
+         "if (t >= walk.end || t < opening)", PATCHES_STATES),
+        ("CUDA patches: table used while slots open", "time + kPatch <= walk.end && time > walk.settled",
+         "time + kPatch <= walk.end", PATCHES),
+        ("CUDA patches: walk begins a patch late", "? own.begin : own.begin - period;",
+         "? own.begin : own.begin - period + 16;", PATCHES),
+        ("CUDA patches: phase ignored", "first_time = floor_div(from - cells.phase, kPatch) * kPatch + cells.phase;",
+         "first_time = floor_div(from - cells.phase, kPatch) * kPatch;", PATCHES),
+        ("CUDA patches: later tokens seen", "if (b < 2 || reached) y += gates[c].x[e]", "y += gates[c].x[e]", PATCHES),
+        ("CUDA patches: what a slot held dropped", "for (int e = 0; e < 4; ++e) x[e] *= left[e / 2];",
+         "for (int e = 0; e < 4; ++e) x[e] = 0.f;", PATCHES),
+        ("CUDA patches: rows of another resolution", "first[h] = static_cast<int32_t>(rows);", "first[h] = 0;",
+         PATCHES),
+    ),
+    *faults(
+        "csrc/cuda/dirichlet_forward.cu",
+        ("CUDA patches: shut slots seen", "x = open ? x * walk.factor : -INFINITY;", "x = x * walk.factor + !open;",
+         PATCHES),
+        ("CUDA patches: what is not finite not noticed", "sound = sound && check == 0.f;", "", WALK_NAN),
+        ("CUDA patches: state of too few tokens", "int64_t from = sequence.end() - period;",
+         "int64_t from = sequence.end() - period + 1;", PATCHES),
+    ),
+    *faults(
+        "csrc/cuda/dirichlet_backward.cu",
+        ("CUDA patches: delta without lse", "delta = -lses[kPatch + g + 8 * half];", "delta = 0.f;", PATCHES),
+        ("CUDA patches: scale dropped in backward", "walk.scale * probability * (grad - delta)",
+         "probability * (grad - delta)", PATCHES),
+        ("CUDA patches: stale gradient of slots", "grads[n][j / 2][2 + j % 2] *= decay;", "", PATCHES),
+        ("CUDA patches: gradient of the state ignored", "if (walk.to_end && grad_state) {",
+         "if (walk.to_end && grad_state && slots == 0) {", PATCHES),
+        ("CUDA patches: shut slots get a gradient", "walk.given_before(slot) ? grad : 0.f;", "grad;", PATCHES_STATES),
     ),
 ]  # fmt: skip

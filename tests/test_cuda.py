@@ -84,16 +84,24 @@ WALKS = {  # slots, resolutions, phase, (query heads, head_dim, value_dim), toke
 }
 
 
-@pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("walk", WALKS)
-def test_window_kernels(walk, dtype, stated, device):
-    """Held to the rule of half precision: at most twice (gradients: three times) plain PyTorch's error."""
-    slots, resolutions, phase, (heads, dim, value_dim), tokens = WALKS[walk]
-    window = BlurryWindow(slots, tuple(slots * r for r in resolutions), phase=phase)
-    inputs = make_inputs(2, heads, len(resolutions), tokens, dim, value_dim, dtype, device)
-    assert backend(*inputs, window) == "window"
-    state = make_state(window, [11, 10**10 + 7], len(resolutions), dim, value_dim, dtype, device) if stated else None
+PATCHES = {  # the same for "dirichlet"
+    "aligned": (64, (8, 4), None, (2, 64, 64), 5000),
+    "sliding": (32, (1, 8), None, (4, 64, 64), 700),
+    "coarse": (32, (16, 32), None, (2, 64, 64), 4500),
+    "few slots": (5, (3, 8), (2, 3), (4, 64, 40), 3000),
+    "odd": (40, (5, 7, 11, 13), None, (4, 40, 64), 777),
+    "phases": (16, (8, 9, 24), (3, 4, 23), (3, 64, 64), 600),
+    "wide": (48, (8, 4), None, (6, 128, 96), 500),
+    "wide and few": (17, (12,), 5, (1, 72, 128), 500),
+}
+
+
+def hold_to_half_precision(window, backend_name, heads, dims, tokens, dtype, stated, device):
+    """At most twice (gradients: three times) plain PyTorch's error; the same bits in every run."""
+    kv_heads = len(window.window)
+    inputs = make_inputs(2, heads, kv_heads, tokens, *dims, dtype, device)
+    assert backend(*inputs, window) == backend_name
+    state = make_state(window, [11, 10**10 + 7], kv_heads, *dims, dtype, device) if stated else None
     found = run(blurry_window_attention, *inputs, window, state=state)
     assert_same_bits(run(blurry_window_attention, *inputs, window, state=state), found)
     on_cpu = state and state.to(CPU)
@@ -106,21 +114,41 @@ def test_window_kernels(walk, dtype, stated, device):
     few = min(tokens, 400)  # plain PyTorch is slow: its error is that of the first tokens
     plain = run(oracle, *(x[:, :, :few].cpu() for x in inputs), window, state=on_cpu, gradients=False)
     allowed = relative_error(plain["out"], exact["out"][:, :, :few])
+    grown = window.kernel == "dirichlet" and max(window.resolutions(kv_heads)) >= 16
     assert torch.equal(found.pop("position").cpu(), exact["position"])
     for name, x in found.items():
         error = relative_error(x, exact[name])
         if name in ("end_key", "end_value"):
-            assert error <= 1e-5, f"{name}: {error:.2e}"
+            assert error <= (1e-4 if grown else 1e-5), f"{name}: {error:.2e}"
         else:
             factor = 3 if name.startswith("grad_") else 2
             assert error <= factor * allowed, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
 
 
+@pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("walk", WALKS)
+def test_window_kernels(walk, dtype, stated, device):
+    slots, resolutions, phase, (heads, *dims), tokens = WALKS[walk]
+    window = BlurryWindow(slots, tuple(slots * r for r in resolutions), phase=phase)
+    hold_to_half_precision(window, "window", heads, dims, tokens, dtype, stated, device)
+
+
+@pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("walk", PATCHES)
+def test_patch_kernels(walk, dtype, stated, device):
+    slots, resolutions, phase, (heads, *dims), tokens = PATCHES[walk]
+    window = BlurryWindow(slots, tuple(slots * r for r in resolutions), "dirichlet", phase=phase)
+    hold_to_half_precision(window, "patches", heads, dims, tokens, dtype, stated, device)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("which", ["key", "value"])
-def test_window_kernels_contain_what_is_not_finite(which, bad, device):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_window_kernels_contain_what_is_not_finite(kernel, which, bad, device):
     """It reaches what the law says and nothing else; the rest is as right as ever."""
-    window = BlurryWindow(16, (16, 64, 128))
+    window = BlurryWindow(16, (16, 64, 128), kernel)
     inputs = make_inputs(2, 3, 3, 700, 64, dtype=torch.bfloat16)
     inputs[("query", "key", "value").index(which)][1, :, 205, 7] = bad
     expected = run(blurry_window_attention, *inputs, window, gradients=False)
@@ -133,11 +161,12 @@ def test_window_kernels_contain_what_is_not_finite(which, bad, device):
 
 
 def test_backend(device):
-    """What the window kernels do not take, they name."""
+    """What the kernels on tensor cores do not take, they name."""
     inputs = make_inputs(1, 2, None, 8, 64, dtype=torch.bfloat16, device=device)
     window = BlurryWindow(32, 256)
     assert backend(*inputs, window) == "window"
-    assert "fejer" in backend(*inputs, BlurryWindow(32, 256, "dirichlet"))
+    assert backend(*inputs, BlurryWindow(32, 256, "dirichlet")) == "patches"
+    assert "64 slots" in backend(*inputs, BlurryWindow(65, 65, "dirichlet"))
     assert "dtype" in backend(*(x.float() for x in inputs), window)
     assert "slots" in backend(*inputs, BlurryWindow(4, 32))
     assert "head sizes" in backend(*(x[..., :60] for x in inputs), window)

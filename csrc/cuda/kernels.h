@@ -83,6 +83,16 @@ const char* window_backward_refusal(const Problem& problem, const Gradients& gra
 int64_t window_backward_workspace(const Problem& problem);
 void window_backward(const Problem& problem, const Gradients& gradients, void* workspace);
 
+// "dirichlet" in chunks (dirichlet_forward.cu), for bfloat16 and float16, in the same way.
+const char* dirichlet_refusal(const Problem& problem);
+int64_t dirichlet_forward_workspace(const Problem& problem);
+void dirichlet_forward(const Problem& problem, const Outputs& outputs, void* workspace);
+
+// Its backward (dirichlet_backward.cu).
+const char* dirichlet_backward_refusal(const Problem& problem, const Gradients& gradients);
+int64_t dirichlet_backward_workspace(const Problem& problem);
+void dirichlet_backward(const Problem& problem, const Gradients& gradients, void* workspace);
+
 // One token per sequence (step.cu): problem.tokens is 1; updates the slots and the positions in place.
 void step(const Problem& problem, const View& out, void* state_key, void* state_value, int64_t* position);
 

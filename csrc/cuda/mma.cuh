@@ -83,6 +83,13 @@ __device__ __forceinline__ void store_global(void* to, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+// x, of which the compiler no longer knows how it was made: what follows from it in a loop is made anew there, which
+// costs less than the registers that would hold it.
+__device__ __forceinline__ int hidden(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Addresses in shared memory, in bytes.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

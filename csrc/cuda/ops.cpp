@@ -105,8 +105,8 @@ void check_values(const Call& call) {
   if (call.position) check_positions(call.position->cpu());
 }
 
-// The window kernels read rows of whole, aligned 16 bytes. Other tensors are copied for them, so that a layout never
-// changes a bit.
+// The kernels on tensor cores read rows of whole, aligned 16 bytes. Other tensors are copied for them, so that a layout
+// never changes a bit.
 at::Tensor in_rows(const at::Tensor& tensor, bool wanted) {
   const int64_t size = 16 / tensor.element_size();
   const bool aligned = (tensor.stride(3) == 1 || tensor.size(3) == 1) && tensor.stride(0) % size == 0 &&
@@ -115,8 +115,7 @@ at::Tensor in_rows(const at::Tensor& tensor, bool wanted) {
   return aligned || !wanted ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 bool wants_rows(const Call& call) {
-  return call.kernel == Kernel::fejer &&
-         (call.query.scalar_type() == at::kBFloat16 || call.query.scalar_type() == at::kHalf);
+  return call.query.scalar_type() == at::kBFloat16 || call.query.scalar_type() == at::kHalf;
 }
 Call with_rows(Call call) {
   const bool wanted = wants_rows(call);
@@ -162,6 +161,40 @@ at::Tensor workspace(const Call& call, int64_t bytes) {
   return at::empty({bytes}, call.query.options().dtype(at::kByte));
 }
 
+// The kernels that take a problem.
+struct Path {
+  const char* name;
+  const char* (*backward_refusal)(const cuda::Problem&, const cuda::Gradients&);
+  int64_t (*forward_workspace)(const cuda::Problem&);
+  void (*forward)(const cuda::Problem&, const cuda::Outputs&, void*);
+  int64_t (*backward_workspace)(const cuda::Problem&);
+  void (*backward)(const cuda::Problem&, const cuda::Gradients&, void*);
+  const char* refusal = nullptr;  // why it is none but the scan
+};
+constexpr Path kScan{
+    "scan", nullptr, cuda::forward_workspace, cuda::scan_forward, cuda::backward_workspace, cuda::scan_backward};
+constexpr Path kWindow{"window",
+                       cuda::window_backward_refusal,
+                       cuda::window_forward_workspace,
+                       cuda::window_forward,
+                       cuda::window_backward_workspace,
+                       cuda::window_backward};
+constexpr Path kPatches{"patches",
+                        cuda::dirichlet_backward_refusal,
+                        cuda::dirichlet_forward_workspace,
+                        cuda::dirichlet_forward,
+                        cuda::dirichlet_backward_workspace,
+                        cuda::dirichlet_backward};
+Path path_of(const cuda::Problem& problem) {
+  const bool fejer = problem.kernel == Kernel::fejer;
+  Path path = fejer ? kWindow : kPatches;
+  if (const char* const refusal = (fejer ? cuda::window_refusal : cuda::dirichlet_refusal)(problem)) {
+    path = kScan;
+    path.refusal = refusal;
+  }
+  return path;
+}
+
 ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
                            at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
                            double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
@@ -180,13 +213,9 @@ ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const
     outputs.state_key = end_key.mutable_data_ptr();
     outputs.state_value = end_value.mutable_data_ptr();
   }
-  if (cuda::window_refusal(problem)) {
-    const at::Tensor memory = workspace(call, cuda::forward_workspace(problem));
-    cuda::scan_forward(problem, outputs, memory.mutable_data_ptr());
-  } else {
-    const at::Tensor memory = workspace(call, cuda::window_forward_workspace(problem));
-    cuda::window_forward(problem, outputs, memory.mutable_data_ptr());
-  }
+  const Path path = path_of(problem);
+  const at::Tensor memory = workspace(call, path.forward_workspace(problem));
+  path.forward(problem, outputs, memory.mutable_data_ptr());
   return {out, lse, end_key, end_value, return_state ? call.positions_after() : call.none(at::kLong)};
 }
 
@@ -225,13 +254,10 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
     gradients.state_key = grad_key_in.mutable_data_ptr();
     gradients.state_value = grad_value_in.mutable_data_ptr();
   }
-  if (cuda::window_backward_refusal(problem, gradients)) {
-    const at::Tensor memory = workspace(call, cuda::backward_workspace(problem));
-    cuda::scan_backward(problem, gradients, memory.mutable_data_ptr());
-  } else {
-    const at::Tensor memory = workspace(call, cuda::window_backward_workspace(problem));
-    cuda::window_backward(problem, gradients, memory.mutable_data_ptr());
-  }
+  Path path = path_of(problem);
+  if (!path.refusal && path.backward_refusal(problem, gradients)) path = kScan;
+  const at::Tensor memory = workspace(call, path.backward_workspace(problem));
+  path.backward(problem, gradients, memory.mutable_data_ptr());
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
 }
 
@@ -241,8 +267,8 @@ std::string backend_cuda(const at::Tensor& query, const at::Tensor& key, const a
       with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, 1, {}, {}, {}, {}));
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
-  const char* const refusal = cuda::window_refusal(make_problem(call));
-  return refusal ? std::string("scan: ") + refusal : "window";
+  const Path path = path_of(make_problem(call));
+  return path.refusal ? std::string("scan: ") + path.refusal : path.name;
 }
 
 at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,

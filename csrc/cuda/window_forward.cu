@@ -2,41 +2,11 @@
 #include <algorithm>
 #include <numeric>
 
-#include "step.cuh"
+#include "repair.cuh"
 #include "window_walk.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
-
-// A walk cannot keep a token that is not finite from its neighbours in a patch: such sequences are done again, token by
-// token.
-template <typename storage>
-__global__ void __launch_bounds__(kStepThreads)
-    window_repair(Problem p, Outputs outputs, WalkPlan plan, const uint8_t* unsound, float* contents) {
-  const Sequence sequence(p, blockIdx.x / p.kv_heads);
-  const int64_t head = blockIdx.x % p.kv_heads;
-  bool sound = true;
-  for (int64_t x = plan.first(p, sequence.index), i = 0; i < plan.stretches(sequence.length); ++i) {
-    sound = sound && !unsound[(x + i) * p.kv_heads + head];
-  }
-  if (sound) return;
-  const int64_t lane = sequence.index * p.kv_heads + head;
-  float* const keys = contents + lane * p.slots * (p.key_dim + p.value_dim);
-  float* const values = keys + p.slots * p.key_dim;
-  const auto given = [](const void* state, int64_t i) { return state ? static_cast<const float*>(state)[i] : 0.f; };
-  const int64_t key_size = p.slots * p.key_dim, value_size = p.slots * p.value_dim;
-  for (int64_t i = threadIdx.x; i < key_size; i += blockDim.x) keys[i] = given(p.state_key, lane * key_size + i);
-  for (int64_t i = threadIdx.x; i < value_size; i += blockDim.x) {
-    values[i] = given(p.state_value, lane * value_size + i);
-  }
-  __syncthreads();
-  const StepShape<float, 1> shape(p);
-  for (int64_t t = 0; t < sequence.length; ++t) {
-    const auto when = [&] { return sequence.position + t; };
-    step_token<storage, true>(p, shape, when, sequence.batch, head, sequence.row + t, keys, values, outputs.out,
-                              static_cast<float*>(outputs.lse), shared_memory);
-  }
-}
 
 // The state after the last token, in float32. What is left of a slot after four laps is less than float32 shows.
 template <typename storage>
@@ -109,15 +79,11 @@ const char* window_refusal(const Problem& p) {
   return nullptr;
 }
 
-int64_t window_forward_workspace(const Problem& p) {
-  return (make_plan(p, Task::forward).count * p.kv_heads + 15) / 16 * 16 +
-         p.sequences * p.kv_heads * p.slots * (p.key_dim + p.value_dim) * static_cast<int64_t>(sizeof(float));
-}
+int64_t window_forward_workspace(const Problem& p) { return repair_workspace(p, make_plan(p, Task::forward)); }
 
 void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   const WalkPlan plan = make_plan(p, Task::forward);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
-  float* const contents = reinterpret_cast<float*>(unsound + (plan.count * p.kv_heads + 15) / 16 * 16);
   if (p.tokens > 0) {
     for_flux_classes(p, Contents{}, [&](int flux, const HeadList& heads, const Problem& problem) {
       with_config(p, flux, [&](auto config) {
@@ -127,11 +93,7 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   }
   for_half(p.dtype, [&](auto storage_tag) {
     using storage = decltype(storage_tag);
-    if (p.tokens > 0) {
-      const StepShape<float, 1> shape(p);
-      launch("window_repair", window_repair<storage>, p.sequences * p.kv_heads, shape.threads(), shape.shared_bytes(),
-             p.stream, p, outputs, plan, unsound, contents);
-    }
+    if (p.tokens > 0) launch_repair<storage>(p, outputs, plan, workspace);
     if (!outputs.state_key) return;
     const auto state = [&](const View& tokens, int64_t dim, const void* given, void* end) {
       const int tiles = static_cast<int>((p.slots * dim + 255) / 256);

@@ -218,13 +218,16 @@ Case draw(const Options& o, uint64_t seed) {
   for (const DType dtype : {DType::bfloat16, DType::float16, DType::float32, DType::float64}) {
     if (o.dtype == name_of(dtype)) c.dtype = dtype;
   }
-  p.kernel = !window && random.chance(40) ? Kernel::dirichlet : Kernel::fejer;
+  p.kernel = random.chance(40) ? Kernel::dirichlet : Kernel::fejer;
   if (!o.kernel.empty()) p.kernel = o.kernel == "dirichlet" ? Kernel::dirichlet : Kernel::fejer;
   p.kv_heads = random.one_of({1, 1, 2, 3});
   p.query_heads = p.kv_heads * (step ? random.one_of({1, 1, 2, 3, 8, 33}) : random.one_of({1, 1, 2, 3}));
   p.slots = window
                 ? random.one_of<int64_t>({16, 17, 24, 31, 32, 32, 33, 48, 63, 64, 64, 65, 80, random.between(16, 80)})
                 : random.one_of<int64_t>({2, 3, 5, 16, 33, random.between(2, 40), random.between(41, 160)});
+  if (window && p.kernel == Kernel::dirichlet) {
+    p.slots = random.one_of<int64_t>({2, 7, 16, 16, 17, 32, 33, 48, 64, 64, random.between(2, 65)});
+  }
   if (step && random.chance(50)) p.slots = random.one_of<int64_t>({32, 64, 64, 128, random.between(41, 300)});
   if (o.slots) p.slots = o.slots;
   const bool mixed = random.chance(60);
@@ -285,8 +288,8 @@ Case draw(const Options& o, uint64_t seed) {
   c.wants_state = step || random.chance(50);
   c.with_grad_lse = random.chance(50);
   c.with_grad_state = random.chance(50);
-  c.bad_token =
-      !step && p.tokens > 0 && p.kernel == Kernel::fejer && random.chance(p.cells[0].resolution == 1 ? 30 : 8);
+  c.bad_token = !step && p.tokens > 0 && (window || p.kernel == Kernel::fejer) &&
+                random.chance(p.cells[0].resolution == 1 ? 30 : 8);
   c.backward = !step && !c.bad_token;
   for (Order& order : c.order) {
     order = random.one_of({Order::dense, Order::dense, Order::tokens_first, Order::gaps});
@@ -552,9 +555,14 @@ void run_attention(Case& c, Checks& checks) {
 
   cuda::Outputs outputs{out.view, lse.data(), nullptr, nullptr};
   if (c.wants_state) outputs.state_key = end_key.data(), outputs.state_value = end_value.data();
-  const bool forward_window = c.kind == "window" && !cuda::window_refusal(problem);
-  Buffer workspace(forward_window ? cuda::window_forward_workspace(problem) : cuda::forward_workspace(problem));
-  (forward_window ? cuda::window_forward : cuda::scan_forward)(problem, outputs, workspace.data());
+  const bool window = c.kind == "window", chunks = window && p.kernel == Kernel::dirichlet;
+  const bool forward_window = window && !(chunks ? cuda::dirichlet_refusal : cuda::window_refusal)(problem);
+  const auto forward_bytes = !forward_window ? cuda::forward_workspace
+                             : chunks        ? cuda::dirichlet_forward_workspace
+                                             : cuda::window_forward_workspace;
+  const auto forward = !forward_window ? cuda::scan_forward : chunks ? cuda::dirichlet_forward : cuda::window_forward;
+  Buffer workspace(forward_bytes(problem));
+  forward(problem, outputs, workspace.data());
   if (!workspace.guarded()) checks.fail("forward: the workspace was written out of bounds");
   const Numbers got_lse = lse.numbers();
   checks.tokens("out", out.numbers(), want.out, p.query_heads, limit, .3 * Checks::rms(want.out));
@@ -578,9 +586,16 @@ void run_attention(Case& c, Checks& checks) {
   gradients.key = grad_key.view;
   gradients.value = grad_value.view;
   if (p.given) gradients.state_key = grad_given_key.data(), gradients.state_value = grad_given_value.data();
-  const bool backward_window = c.kind == "window" && !cuda::window_backward_refusal(problem, gradients);
-  Buffer memory(backward_window ? cuda::window_backward_workspace(problem) : cuda::backward_workspace(problem));
-  (backward_window ? cuda::window_backward : cuda::scan_backward)(problem, gradients, memory.data());
+  const bool backward_window =
+      window && !(chunks ? cuda::dirichlet_backward_refusal : cuda::window_backward_refusal)(problem, gradients);
+  const auto backward_bytes = !backward_window ? cuda::backward_workspace
+                              : chunks         ? cuda::dirichlet_backward_workspace
+                                               : cuda::window_backward_workspace;
+  const auto backward = !backward_window ? cuda::scan_backward
+                        : chunks         ? cuda::dirichlet_backward
+                                         : cuda::window_backward;
+  Buffer memory(backward_bytes(problem));
+  backward(problem, gradients, memory.data());
   if (!memory.guarded()) checks.fail("backward: the workspace was written out of bounds");
   // Gradients of query and key are differences, which say nothing where they are much smaller than their parts.
   const double parts = .1 * std::fabs(p.scale) * std::sqrt(static_cast<double>(p.value_dim));

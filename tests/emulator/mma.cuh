@@ -78,6 +78,8 @@ inline void store_global(void* to, uint4 x) {
   *static_cast<uint4*>(to) = x;
 }
 
+inline int hidden(int x) { return x; }
+
 inline uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 inline uint4 load_shared(uint32_t address) { return *reinterpret_cast<const uint4*>(emulator::shared_at(address, 16)); }
 inline void store_shared(uint32_t address, uint4 x) { *reinterpret_cast<uint4*>(emulator::shared_at(address, 16)) = x; }

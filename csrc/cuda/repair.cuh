@@ -1,0 +1,56 @@
+// Walks in patches cannot keep a token that is not finite from its neighbours in a patch: such sequences are done
+// again, token by token.
+#pragma once
+
+#include "step.cuh"
+#include "window.cuh"
+
+namespace blurry_attn::cuda {
+namespace {
+
+extern __shared__ __align__(128) unsigned char shared_memory[];
+
+template <typename storage>
+__global__ void __launch_bounds__(kStepThreads)
+    window_repair(Problem p, Outputs outputs, WalkPlan plan, const uint8_t* unsound, float* contents) {
+  const Sequence sequence(p, blockIdx.x / p.kv_heads);
+  const int64_t head = blockIdx.x % p.kv_heads;
+  bool sound = true;
+  for (int64_t x = plan.first(p, sequence.index), i = 0; i < plan.stretches(sequence.length); ++i) {
+    sound = sound && !unsound[(x + i) * p.kv_heads + head];
+  }
+  if (sound) return;
+  const int64_t lane = sequence.index * p.kv_heads + head;
+  float* const keys = contents + lane * p.slots * (p.key_dim + p.value_dim);
+  float* const values = keys + p.slots * p.key_dim;
+  const auto given = [](const void* state, int64_t i) { return state ? static_cast<const float*>(state)[i] : 0.f; };
+  const int64_t key_size = p.slots * p.key_dim, value_size = p.slots * p.value_dim;
+  for (int64_t i = threadIdx.x; i < key_size; i += blockDim.x) keys[i] = given(p.state_key, lane * key_size + i);
+  for (int64_t i = threadIdx.x; i < value_size; i += blockDim.x) {
+    values[i] = given(p.state_value, lane * value_size + i);
+  }
+  __syncthreads();
+  const StepShape<float, 1> shape(p);
+  for (int64_t t = 0; t < sequence.length; ++t) {
+    const auto when = [&] { return sequence.position + t; };
+    step_token<storage, true>(p, shape, when, sequence.batch, head, sequence.row + t, keys, values, outputs.out,
+                              static_cast<float*>(outputs.lse), shared_memory);
+  }
+}
+
+// Scratch memory of a walk with repair: a mark per stretch and head, then contents.
+inline int64_t marks(const Problem& p, const WalkPlan& plan) { return (plan.count * p.kv_heads + 15) / 16 * 16; }
+inline int64_t repair_workspace(const Problem& p, const WalkPlan& plan) {
+  return marks(p, plan) +
+         p.sequences * p.kv_heads * p.slots * (p.key_dim + p.value_dim) * static_cast<int64_t>(sizeof(float));
+}
+template <typename storage>
+void launch_repair(const Problem& p, const Outputs& outputs, const WalkPlan& plan, void* workspace) {
+  const StepShape<float, 1> shape(p);
+  uint8_t* const unsound = static_cast<uint8_t*>(workspace);
+  launch("window_repair", window_repair<storage>, p.sequences * p.kv_heads, shape.threads(), shape.shared_bytes(),
+         p.stream, p, outputs, plan, unsound, reinterpret_cast<float*>(unsound + marks(p, plan)));
+}
+
+}  // namespace
+}  // namespace blurry_attn::cuda
