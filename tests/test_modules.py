@@ -327,7 +327,7 @@ def test_parameters():
             ValueError,
             "embed_dim // num_heads must be even with rope_base",
         ),
-        ((16, 4, BlurryWindow(4, 8)), {"rope_base": 0.0}, ValueError, "rope_base must be positive or None, got 0.0"),
+        ((16, 4, BlurryWindow(4, 8)), {"rope_base": 0.0}, ValueError, "rope_base must be positive and finite, or None"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
