@@ -38,7 +38,7 @@ build/cuda-objects/%.sm_$(1).o: csrc/cuda/%.cu $(CUDA_HEADERS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize fuzz mutants emulate cuda-objects lint format build tools clang system clean
+.PHONY: help demo test slow sanitize fuzz mutants emulate cuda-objects lint format build tools clang system clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ demo: $(VENV)/.built  ## train the default language model, print a sample, name 
 test: $(VENV)/.built  ## build, then run all tests: pytest and ctest
 	$(BIN)/python -m pytest
 	$(call ctest,default)
+
+slow: $(VENV)/.built  ## run the tests that take minutes or gigabytes
+	$(BIN)/python -m pytest -m slow -rA
 
 sanitize: $(VENV)/.installed  ## run the C++ tests under Address- and UndefinedBehaviorSanitizer, the CPU kernels under ThreadSanitizer, and make fuzz
 	$(call ctest,sanitize)

@@ -242,7 +242,7 @@ class BlurryState:
             KeyError: an entry is missing.
             TypeError, ValueError: entries that do not fit together, or are not those of a state.
         """
-        for name in (*_CHILDREN, "window"):
+        for name in ("window", *_CHILDREN):
             if name not in state_dict:
                 raise KeyError(f"state_dict must have the entry {name!r}, got {', '.join(state_dict) or 'none'}")
         try:

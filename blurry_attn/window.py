@@ -71,7 +71,7 @@ class BlurryWindow:
                 raise ValueError(f"window must be a positive multiple of slots ({self.slots}), got {window}")
             if window // self.slots > MAX_RESOLUTION:
                 raise ValueError(f"window must be at most {MAX_RESOLUTION} * slots, got {window}")
-        if self.kernel not in KERNELS:
+        if not isinstance(self.kernel, str) or self.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {KERNELS}, got {self.kernel!r}")
         if self.kernel == "dirichlet":
             if self.sharpness is not None:

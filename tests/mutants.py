@@ -1,6 +1,6 @@
 """Mutation check: single faults, put into the sources one by one, each of which the tests must catch.
 
-    python tests/mutants.py                           the CPU faults: build, test, report
+    python tests/mutants.py                           the CPU and the Python faults: build, test, report
     python tests/mutants.py --cuda-build DIR          build one extension per CUDA fault; needs nvcc and no card
     python tests/mutants.py --cuda-run DIR            test those with the installed package, where a card is
     python tests/mutants.py --merge FILE              take over the rows of a table written elsewhere
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from faults import CPU, CUDA, QUICK, Edit, Fault
+from faults import CPU, CUDA, PYTHON, QUICK, Edit, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "mutants.md"
@@ -145,7 +145,7 @@ def rows(table: Path) -> dict[str, str]:
 def write(table: Path, found: dict[str, str]) -> None:
     """Writes the rows of the faults that there are, in their order, those in `found` in place of older ones."""
     known = rows(table) | found
-    lines = [known[fault.name] for fault in (*CPU, *CUDA) if fault.name in known]
+    lines = [known[fault.name] for fault in (*CPU, *PYTHON, *CUDA) if fault.name in known]
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(HEAD + "".join(f"{line}\n" for line in lines))
 
@@ -157,15 +157,22 @@ def report(fault: Fault, caught: str | None, seconds: float, table: Path) -> boo
     return caught is not None
 
 
+def is_built(fault: Fault) -> bool:
+    """Whether the fault is in the extension."""
+    return fault.file.startswith("csrc/")
+
+
 def check_cpu(faults: list[Fault], python: str, table: Path) -> bool:
     copy = Copy(ROOT / "build" / "mutants", python, BLURRY_CUDA="0")
     copy.build()
     check_unmutated(faults, copy.folder, copy.folder, "not cuda", python)
-    all_caught = True
+    all_caught, was_built = True, False
     for fault in faults:
         start = time.perf_counter()
         with copy.mutated(fault):
-            copy.build()
+            if is_built(fault) or was_built:
+                copy.build()
+            was_built = is_built(fault)
             caught = run_tests(fault.tests, copy.folder, copy.folder, "not cuda", python)
         all_caught &= report(fault, caught, time.perf_counter() - start, table)
     return all_caught
@@ -232,7 +239,7 @@ def main() -> None:
     options = parser.parse_args()
     faults = [
         fault
-        for fault in (CUDA if options.cuda_build or options.cuda_run else CPU)
+        for fault in (CUDA if options.cuda_build or options.cuda_run else (*CPU, *PYTHON))
         if options.only in f"{fault.name} {fault.file}"
     ]
     if options.merge:

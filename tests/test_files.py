@@ -1,4 +1,4 @@
-"""Checkpoints: what was cut off, altered or written by another program is refused by name; a kill leaves a whole file."""
+"""Checkpoints: what was cut off, altered or written by another program is refused; a kill leaves a whole file."""
 
 from __future__ import annotations
 

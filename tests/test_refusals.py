@@ -32,7 +32,8 @@ INTEGERS = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 4, 5, 8, 12, 2**20, 2**20 + 1, 2
 NO_TENSOR = (None, 3, 0.5, "x", b"x", [1.0], np.ones(3), object())
 ANYTHING = (*NO_TENSOR, *INTEGERS, 2**70, 10**400, -(10**400), True, math.nan, math.inf, -math.inf, 1.5, 1e308, 1j,
             "8", (), (0,), (4, "8"), [4, 8], (8, 16), (8, 2**70), np.int64(4), np.float32(2), np.array([1, 2]),
-            torch.tensor(4), torch.tensor([1.0, 2.0]), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))  # fmt: skip
+            torch.tensor(4), torch.tensor([1.0, 2.0]), torch.zeros(2, 3),
+            torch.zeros(2, 3, dtype=torch.bool))  # fmt: skip
 
 
 def one(*choices):
@@ -76,7 +77,8 @@ CHANGES = {
         lambda x: x.flip(0),
     ),
 }  # fmt: skip
-NAMES = {"query": "query|key|value", "state.key": "state.key|state.value"}  # one is held against the other
+# One is held against the other.
+NAMES = {"query": "query|key|value", "cu_seqlens": "cu_seqlens|state", "state.key": "state.key|state.value"}
 
 
 def valid(packed: bool, dtype: torch.dtype, tokens: int = 20) -> dict:
