@@ -163,5 +163,5 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     known = hashlib.sha256(json.dumps(sorted(header.items())).encode())
     for name, tensor in sorted(tensors.items()):
         known.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        known.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        known.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return known.hexdigest()
