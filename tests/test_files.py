@@ -125,16 +125,19 @@ def write(step):
         torch.nn.init.constant_(parameter, step)
     checkpoint.save(folder, model, optimizer, TrainConfig(), "digest", step)
 
+begin = time.monotonic()
 write(0)
-last = unfinished = 0
-for attempt in range(60):
+duration = time.monotonic() - begin
+last = attempts = unfinished = 0
+while attempts < 30 or (min(last, 2 * unfinished) < 10 and time.monotonic() - begin < 90):
+    attempts += 1
     child = os.fork()
     if child == 0:
         step = last
         while True:
             step += 1
             write(step)
-    time.sleep(chance.uniform(0, 0.08))
+    time.sleep(chance.uniform(0, 4 * duration))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     unfinished += any(file.name.startswith(".") for file in folder.iterdir())
@@ -151,6 +154,6 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new(tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     written, unfinished, files = map(int, done.stdout.split())
-    assert written > 30  # kills came between writes,
-    assert unfinished > 5  # and in the midst of one,
+    assert written >= 10  # kills came between writes,
+    assert unfinished >= 5  # and in the midst of one,
     assert files == 1  # and the next write clears what that left.
