@@ -45,6 +45,22 @@ NAN = ("tests/test_nan.py::test_nan_lives_exactly_as_long_as_the_law_says",)
 STEP = ("tests/test_step.py",)
 ERRORS = ("tests/test_errors.py",)
 LOGITS = ("tests/test_accuracy.py::test_large_logits",)
+WINDOWS = ("tests/test_window.py",)
+STATE = ("tests/test_state.py",)
+REFUSALS = ("tests/test_refusals.py",)
+MODULES = ("tests/test_modules.py",)
+SWAP = ("tests/test_swap.py",)
+RAGGED = ("tests/test_ragged.py",)
+EXPORT = ("tests/test_export.py",)
+OPERATORS = ("tests/test_operators.py",)
+PACKAGING = ("tests/test_packaging.py",)
+HUB = ("tests/test_transformers.py",)
+PIECES = ("tests/test_distributed.py", "-k", "pieces or number or length")
+DTENSORS = ("tests/test_distributed.py", "-k", "dtensors or share")
+LAYERS = ("tests/test_distributed.py", "-k", "layer_by_heads")
+FILES = ("tests/test_files.py",)
+LM = ("tests/test_lm.py",)
+REFERENCE = ("tests/test_golden.py", "-k", "reference-torch")
 
 
 def faults(file: str, *entries: tuple[str, str, str, tuple[str, ...]]) -> list[Fault]:
@@ -145,6 +161,11 @@ CPU = [
         ("window of no tokens accepted", "window[h] >= slots && ", "", ERRORS),
         ("falling cu_seqlens accepted", "ends[i] >= ends[i - 1],", "true,", ERRORS),
         ("cu_seqlens that end early accepted", "ends.back() == tokens,", "ends.back() <= tokens,", ERRORS),
+        ("position beyond 2^62 accepted", "data[i] <= kMaxPosition,", "true,", REFUSALS),
+        ("scale beyond float32 accepted", "std::abs(scale) <= std::numeric_limits<float>::max(),", "true,", REFUSALS),
+        ("too many slots accepted", "slots <= kMaxSlots,", "true,", REFUSALS),
+        ("step into an expanded state", "at::has_internal_overlap(tensor) != at::MemOverlap::Yes,", "true,", REFUSALS),
+        ("step into a state whose key is its value", "shared != at::MemOverlapStatus::Full &&", "", REFUSALS),
         ("negative position accepted", "data[i] >= 0,", "true,", ERRORS),
         ("step of two tokens accepted", "call.tokens() == 1,", "call.tokens() >= 1,", ERRORS),
         ("returned position does not count the given one", "return position ? position->add(tokens()) : at::full(",
@@ -160,23 +181,6 @@ CPU = [
         ("step: values not written back", "state_value.copy_(end_value);", "", STEP),
     ),
 ]  # fmt: skip
-
-WINDOWS = ("tests/test_window.py",)
-STATE = ("tests/test_state.py",)
-REFUSALS = ("tests/test_refusals.py",)
-MODULES = ("tests/test_modules.py",)
-SWAP = ("tests/test_swap.py",)
-RAGGED = ("tests/test_ragged.py",)
-EXPORT = ("tests/test_export.py",)
-OPERATORS = ("tests/test_operators.py",)
-PACKAGING = ("tests/test_packaging.py",)
-HUB = ("tests/test_transformers.py",)
-PIECES = ("tests/test_distributed.py", "-k", "pieces or number or length")
-DTENSORS = ("tests/test_distributed.py", "-k", "dtensors or share")
-LAYERS = ("tests/test_distributed.py", "-k", "layer_by_heads")
-FILES = ("tests/test_files.py",)
-LM = ("tests/test_lm.py",)
-REFERENCE = ("tests/test_golden.py", "-k", "reference-torch")
 
 PYTHON = [
     *faults(
@@ -253,7 +257,7 @@ PYTHON = [
          "self.value[index], self.position[: len(self.key[index])], self.window", ("tests/test_decoding.py",)),
         ("state: unlike dtypes joined", "if state.key.dtype != states[0].key.dtype:", "if False:", REFUSALS),
         ("state: unlike windows joined", "if state.window != states[0].window:", "if False:", REFUSALS),
-        ("state: sparse slots accepted", "if getattr(self, name).layout != torch.strided:", "if False:", REFUSALS),
+        ("state: sparse slots accepted", "if getattr(self, name).layout != torch.strided:", "if False:", STATE),
         ("state: position and value exchanged in trees", "key, value, position = children",
          "value, key, position = children", EXPORT),
     ),
@@ -291,13 +295,14 @@ PYTHON = [
          "projections = (module.q_proj, module.v_proj, module.k_proj)", MODULES),
         ("modules: output bias not taken over", "module.out_proj.bias.copy_(mha.out_proj.bias)", "pass", MODULES),
         ("modules: infinite rope_base accepted", "if not 0 < rope_base <= sys.float_info.max:", "if not 0 < rope_base:",
-         REFUSALS),
+         MODULES),
     ),
     *faults(
         "blurry_attn/swap.py",
         ("swap: any mask counts as causal", "return bool((mask == is_seen).all())", "return True", SWAP),
         ("swap: a learned mask counts as causal", "if mask.requires_grad or ", "if ", SWAP),
-        ("swap: a mask of the upper left counts as causal", "== query_length == key_length", "== query_length", SWAP),
+        ("swap: a CausalBias of any size counts as causal",
+         "return mask.seq_len_q == mask.seq_len_kv == query_length == key_length", "return True", SWAP),
         ("swap: calls that are not causal left as they are", """        elif not is_causal:
             raise ValueError(""", """        elif is_causal is None:
             raise ValueError(""", SWAP),
