@@ -6,6 +6,7 @@ JOBS ?= $(shell nproc)
 export MAX_JOBS ?= $(JOBS)
 
 SYSTEM_PACKAGES := ca-certificates ccache cmake g++ libgtest-dev python3-dev python3-venv
+FUZZ_PACKAGES := clang libclang-rt-dev
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -16,11 +17,16 @@ CUDA_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.h csrc/cuda/*.cuh)
 CUDA_OBJECTS = $(foreach arch,$(CUDA_ARCHITECTURES),$(patsubst \
   csrc/cuda/%.cu,build/cuda-objects/%.sm_$(arch).o,$(wildcard csrc/cuda/*.cu)))
 
-# Configures, builds and runs the C++ tests of a CMake preset.
-define ctest
+# Configures and builds a CMake preset.
+define cmake
 PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset $(1) \
   -DTorch_ROOT="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset $(1) --parallel $(JOBS)
+endef
+
+# Runs the C++ tests of a CMake preset, too.
+define ctest
+$(call cmake,$(1))
 PATH="$(CURDIR)/$(BIN):$$PATH" ctest --preset $(1) --parallel $(JOBS)
 endef
 
@@ -32,7 +38,7 @@ build/cuda-objects/%.sm_$(1).o: csrc/cuda/%.cu $(CUDA_HEADERS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize mutants emulate cuda-objects lint format build tools system clean
+.PHONY: help demo test slow sanitize fuzz mutants emulate cuda-objects api lint format build tools clang system clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,8 +51,20 @@ test: $(VENV)/.built  ## build, then run all tests: pytest and ctest
 	$(BIN)/python -m pytest
 	$(call ctest,default)
 
-sanitize: $(VENV)/.installed  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+slow: $(VENV)/.built  ## run the tests that take minutes or gigabytes
+	$(BIN)/python -m pytest -m slow -rA
+
+sanitize: $(VENV)/.installed  ## run the C++ tests under Address- and UndefinedBehaviorSanitizer, the CPU kernels under ThreadSanitizer, and make fuzz
 	$(call ctest,sanitize)
+	$(call ctest,threads)
+	$(MAKE) --no-print-directory fuzz
+
+SECONDS ?= 60
+fuzz: $(VENV)/.installed | clang  ## have libFuzzer look for calls of the CPU kernels that fail, for SECONDS=60
+	$(call cmake,fuzz)
+	@mkdir -p build/fuzz/corpus
+	cd build/fuzz && nice tests/fuzz/fuzz_kernels -max_total_time=$(SECONDS) -max_len=256 -len_control=0 -timeout=60 \
+	  -print_final_stats=1 -verbosity=0 corpus
 
 mutants: $(VENV)/.built  ## put single faults into the CPU sources, one by one: the tests must catch each
 	$(BIN)/python tests/mutants.py
@@ -60,6 +78,9 @@ emulate:  ## run the CUDA kernels on the CPU against the law in float64, on rand
 cuda-objects:  ## compile the CUDA kernels, warnings being errors, for two generations of cards; needs nvcc alone
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory -j2 $(CUDA_OBJECTS); \
 	else echo "cuda-objects: no nvcc here, nothing is compiled"; fi
+
+api: $(VENV)/.built  ## write docs/api.md from the docstrings
+	$(BIN)/python docs/api.py
 
 lint: $(VENV)/.installed  ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -90,6 +111,13 @@ tools:
 system:  ## install the system packages that building and testing need (Debian and Ubuntu, as root)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES)
+
+clang: | tools
+	@if echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' \
+	  | clang++ -fsanitize=fuzzer -x c++ - -o /dev/null 2>/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  $(MAKE) --no-print-directory system SYSTEM_PACKAGES="$(FUZZ_PACKAGES)"; \
+	else echo 'missing: Clang with libFuzzer; on Debian type: sudo apt-get install $(FUZZ_PACKAGES)' >&2; exit 1; fi
 
 $(VENV)/.installed: $(wildcard requirements/*.txt) | tools
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,25 @@ def build_cuda() -> bool:
         missing.append("the CUDA toolkit (nvcc on PATH, or CUDA_HOME)")
     if wish == "1" and missing:
         raise SystemExit(f"blurry_attn: BLURRY_CUDA=1 needs {' and '.join(missing)}")
-    return wish != "0" and not missing
+    if wish == "0" or missing:
+        return False
+    check_nvcc()
+    return True
+
+
+def check_nvcc() -> None:
+    """The toolkit and torch must agree in CUDA's major version; torch says so too, at the end of a traceback."""
+    nvcc = os.path.join(str(cpp_extension.CUDA_HOME), "bin", "nvcc")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.\d+", said)
+    if release is None:
+        raise SystemExit(f"blurry_attn: {nvcc} does not say which CUDA it is of; BLURRY_CUDA=0 builds without CUDA")
+    if release[1] != str(torch.version.cuda).split(".")[0]:
+        raise SystemExit(
+            f"blurry_attn: {nvcc} is of CUDA {release[0].removeprefix('release ')}, and torch {torch.__version__} was "
+            f"built for CUDA {torch.version.cuda}: their major versions must agree. Set CUDA_HOME to such a toolkit, "
+            "or BLURRY_CUDA=0 to build without CUDA"
+        )
 
 
 def use_ccache() -> None:

@@ -6,7 +6,12 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError("blurry_attn needs torch, and this Python has none; install torch, then blurry_attn") from None
 
 _INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import cast
 
 import torch
@@ -78,15 +79,18 @@ class BlurryWindowAttention(nn.Module):
             ``(..., Hq, T, Dv)``.
 
         Raises:
-            NotImplementedError: ``attn_mask``, ``dropout_p > 0`` or nested tensors.
+            TypeError: an argument that is not a tensor.
+            NotImplementedError: ``attn_mask``, ``dropout_p`` other than 0, or nested tensors.
             ValueError: ``is_causal=False``, a key length unlike the query's, or shapes that do not fit together.
         """
         for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
             if x.is_nested:
                 raise NotImplementedError(f"{name} must not be a nested tensor: pack sequences with cu_seqlens")
         if attn_mask is not None:
             raise NotImplementedError("attn_mask must be None: blurry window attention has no other mask than its own")
-        if dropout_p > 0:
+        if dropout_p != 0:
             raise NotImplementedError(f"dropout_p must be 0: attention weights cannot be dropped, got {dropout_p}")
         if not is_causal:
             raise ValueError("is_causal must be True: blurry window attention is causal")
@@ -131,6 +135,7 @@ class BlurrySelfAttention(nn.Module):
         rope_base: base of the rotary embedding of query and key; None for none.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: numbers that do not divide, or a window made for another number of heads.
     """
 
@@ -150,14 +155,19 @@ class BlurrySelfAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if not isinstance(window, BlurryWindow):
             raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
+        for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if not isinstance(number, int):
+                raise TypeError(f"{name} must be an int, got {number!r}")
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a positive multiple of num_heads ({num_heads}), got {embed_dim}")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads ({num_heads}), got {num_kv_heads}")
         head_dim = embed_dim // num_heads
         if rope_base is not None:
-            if rope_base <= 0:
-                raise ValueError(f"rope_base must be positive or None, got {rope_base}")
+            if isinstance(rope_base, bool) or not isinstance(rope_base, (int, float)):
+                raise TypeError(f"rope_base must be a float or None, got {rope_base!r}")
+            if not 0 < rope_base <= sys.float_info.max:
+                raise ValueError(f"rope_base must be positive and finite, or None, got {rope_base}")
             if head_dim % 2:
                 raise ValueError(f"embed_dim // num_heads must be even with rope_base, got {head_dim}")
         window.phases(num_kv_heads)
@@ -263,6 +273,8 @@ class BlurrySelfAttention(nn.Module):
             NotImplementedError: a gradient would be required (call it under ``torch.no_grad()``), or a nested tensor.
             TypeError, ValueError: an argument of another type or shape.
         """
+        if not isinstance(state, BlurryState):
+            raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
         self._check(x, state)
         if x.shape[1] != 1:
             raise ValueError(f"x must hold one token per sequence (B, 1, E), got {tuple(x.shape)}")
@@ -276,11 +288,15 @@ class BlurrySelfAttention(nn.Module):
         )
 
     def _check(self, x: Tensor, state: BlurryState | None) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if x.is_nested:
             raise NotImplementedError("x must not be a nested tensor: pad it and pass key_padding_mask")
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must be (B, T, {self.embed_dim}), got {tuple(x.shape)}")
         if state is not None:
+            if not isinstance(state, BlurryState):
+                raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
             if state.window != self.window:
                 raise ValueError(f"state must have the window of this module ({self.window!r}), got {state.window!r}")
             if state.batch_size != x.shape[0]:
@@ -288,6 +304,8 @@ class BlurrySelfAttention(nn.Module):
 
     @staticmethod
     def _check_mask(mask: Tensor, x: Tensor) -> None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"key_padding_mask must be a tensor, got {type(mask).__name__}")
         if mask.shape != x.shape[:2]:
             raise ValueError(f"key_padding_mask must be (B, T) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
         if mask.device != x.device:

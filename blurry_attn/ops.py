@@ -26,9 +26,7 @@ def _check_arguments(query: Tensor, key: Tensor, value: Tensor, window: BlurryWi
                 f"{name} must have 4 dimensions (batch, heads, tokens, head_dim), "
                 f"got {tensor.dim()} in shape {tuple(tensor.shape)}"
             )
-        if tensor.layout != torch.strided:
-            raise NotImplementedError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-        _check_device(name, tensor, query)
+        _check_place(name, tensor, query)
     if not isinstance(window, BlurryWindow):
         raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
     if query.shape[1] != key.shape[1] and not enable_gqa:
@@ -37,7 +35,11 @@ def _check_arguments(query: Tensor, key: Tensor, value: Tensor, window: BlurryWi
         )
 
 
-def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+def _check_place(name: str, tensor: Tensor, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise NotImplementedError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.device != query.device:
         raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
 
@@ -45,7 +47,10 @@ def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
 def _check_state(state: BlurryState, window: BlurryWindow, query: Tensor) -> None:
     if not isinstance(state, BlurryState):
         raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
-    _check_device("state.key", state.key, query)
+    _check_place("state.key", state.key, query)  # the others lie where it does
+    for name, tensor in (("state.value", state.value), ("state.position", state.position)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if state.window is not window and state.window != window:
         raise ValueError(f"state must have been made with the same window: {state.window}, got {window}")
 
@@ -78,7 +83,14 @@ def _is_distributed(*tensors: Tensor) -> bool:
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
-    return 1 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
+    if scale is None:
+        return 1 / math.sqrt(max(head_dim, 1))
+    if not hasattr(scale, "__float__"):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    try:
+        return float(scale)
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # a long int; a tensor or an array of several numbers
+        raise ValueError(f"scale must be one finite number, got {scale!r}") from None
 
 
 def blurry_window_attention(
@@ -128,8 +140,8 @@ def blurry_window_attention(
     _check_arguments(query, key, value, window, enable_gqa)
     if state is not None:
         _check_state(state, window, query)
-    if isinstance(cu_seqlens, Tensor):
-        _check_device("cu_seqlens", cu_seqlens, query)
+    if cu_seqlens is not None:
+        _check_place("cu_seqlens", cu_seqlens, query)
     if _is_distributed(query, key, value):
         from . import sharding
 
@@ -211,7 +223,7 @@ def blurry_window_step(
     if not isinstance(state, BlurryState):
         raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
     _check_arguments(query, key, value, state.window, enable_gqa)
-    _check_device("state.key", state.key, query)
+    _check_state(state, state.window, query)
     if _is_distributed(query, key, value):
         from . import sharding
 

@@ -60,6 +60,8 @@ class BlurryState:
         for name in ("key", "value", "position"):
             if not isinstance(getattr(self, name), Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(getattr(self, name)).__name__}")
+            if getattr(self, name).layout != torch.strided:
+                raise TypeError(f"{name} must be a dense tensor, got layout {getattr(self, name).layout}")
         if not isinstance(self.window, BlurryWindow):
             raise TypeError(f"window must be a BlurryWindow, got {type(self.window).__name__}")
         for name, slots in (("key", self.key), ("value", self.value)):
@@ -104,6 +106,11 @@ class BlurryState:
         dtype: torch.dtype = torch.float32,
     ) -> BlurryState:
         """The state before the first token: ``batch`` sequences at position 0, all slots shut and zero."""
+        if not isinstance(window, BlurryWindow):
+            raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
+        for name, size in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+            if size < 0:
+                raise ValueError(f"{name} must not be negative, got {size}")
         value_dim = head_dim if value_dim is None else value_dim
         return cls(
             torch.zeros(batch, kv_heads, window.slots, head_dim, device=device, dtype=dtype),
@@ -178,17 +185,27 @@ class BlurryState:
         """One state of the sequences of all ``states``, in their order; new memory.
 
         Raises:
-            ValueError: no states, or of unlike windows.
+            TypeError: something that is no state, or of another dtype.
+            ValueError: no states, or of unlike windows, shapes or devices.
         """
         if not states:
             raise ValueError("states must hold at least one state")
         for state in states:
+            if not isinstance(state, BlurryState):
+                raise TypeError(f"states must be BlurryStates, got {type(state).__name__}")
             if state.window != states[0].window:
                 raise ValueError(f"states must have the same window: {states[0].window}, got {state.window}")
+            if state.key.dtype != states[0].key.dtype:
+                raise TypeError(f"states must have the same dtype: {states[0].key.dtype}, got {state.key.dtype}")
+            if state._place() != states[0]._place():
+                raise ValueError(f"states must have the same sizes and device: {states[0]!r}, got {state!r}")
         key, value, position = (
             torch.cat([getattr(state, name) for state in states]) for name in ("key", "value", "position")
         )
         return cls(key, value, position, states[0].window)
+
+    def _place(self) -> tuple[object, ...]:
+        return self.key.shape[1:], self.value.shape[1:], self.key.device
 
     def crop(self, length: int) -> NoReturn:
         """Refused: a state cannot go back to ``length`` tokens.
@@ -223,11 +240,17 @@ class BlurryState:
 
         Raises:
             KeyError: an entry is missing.
-            TypeError, ValueError: entries that do not fit together.
+            TypeError, ValueError: entries that do not fit together, or are not those of a state.
         """
-        window = BlurryWindow(**json.loads(bytes(state_dict["window"].tolist())))
+        for name in ("window", *_CHILDREN):
+            if name not in state_dict:
+                raise KeyError(f"state_dict must have the entry {name!r}, got {', '.join(state_dict) or 'none'}")
+        try:
+            window = BlurryWindow(**json.loads(bytes(state_dict["window"].tolist())))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"window must be the text that state_dict() makes of a window: {error}") from None
         key, value = (
-            slots.float() if slots.dtype in (torch.bfloat16, torch.float16) else slots
+            slots.float() if isinstance(slots, Tensor) and slots.dtype in (torch.bfloat16, torch.float16) else slots
             for slots in (state_dict["key"], state_dict["value"])
         )
         return cls(key, value, state_dict["position"], window)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 KERNELS = ("fejer", "dirichlet")
 DEFAULT_SHARPNESS = 6.0
 MAX_DIRICHLET_RESOLUTION = 32
+MAX_SLOTS = MAX_RESOLUTION = 2**20
 
 
 def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    return int(value.__index__())
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an int, got {value!r}")
 
 
 def _per_head(name: str, value: object) -> int | tuple[int, ...]:
     """An int, or a non-empty tuple of ints (any sequence is taken)."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if not value:
             raise ValueError(f"{name} must be an int or a non-empty tuple of ints, got an empty one")
         return tuple(_integer(f"{name}[{i}]", entry) for i, entry in enumerate(value))
@@ -34,8 +39,9 @@ class BlurryWindow:
     ``r = window // slots`` tokens per slot the same state reaches r times as far, r times as blurred.
 
     Args:
-        slots: N >= 2, slots per key/value head.
-        window: P in tokens, a multiple of ``slots``; an int for all heads, or a tuple with one entry per kv head.
+        slots: N, slots per key/value head; 2 to 2^20.
+        window: P in tokens, a multiple of ``slots``, P/N <= 2^20; an int for all heads, or a tuple with one entry per
+            kv head.
         kernel: ``"fejer"`` (at most two slots take a token) or ``"dirichlet"`` (all do; P/N <= 32).
         sharpness: of the fejer gate, finite and >= 1; 6 when None. Must be None for ``"dirichlet"``.
         phase: where the slots' centres lie, in tokens, 0 <= phase < P/N: None staggers the heads that share a
@@ -57,11 +63,15 @@ class BlurryWindow:
         set_field(self, "slots", _integer("slots", self.slots))
         if self.slots < 2:
             raise ValueError(f"slots must be at least 2, got {self.slots}")
+        if self.slots > MAX_SLOTS:
+            raise ValueError(f"slots must be at most {MAX_SLOTS}, got {self.slots}")
         set_field(self, "window", _per_head("window", self.window))
         for window in self._entries(self.window):
             if window < self.slots or window % self.slots:
                 raise ValueError(f"window must be a positive multiple of slots ({self.slots}), got {window}")
-        if self.kernel not in KERNELS:
+            if window // self.slots > MAX_RESOLUTION:
+                raise ValueError(f"window must be at most {MAX_RESOLUTION} * slots, got {window}")
+        if not isinstance(self.kernel, str) or self.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {KERNELS}, got {self.kernel!r}")
         if self.kernel == "dirichlet":
             if self.sharpness is not None:
@@ -75,7 +85,7 @@ class BlurryWindow:
         elif self.sharpness is not None:
             if isinstance(self.sharpness, bool) or not isinstance(self.sharpness, (int, float)):
                 raise TypeError(f"sharpness must be a float or None, got {self.sharpness!r}")
-            if not math.isfinite(self.sharpness) or self.sharpness < 1:
+            if not 1 <= self.sharpness <= sys.float_info.max:
                 raise ValueError(f"sharpness must be finite and at least 1, got {self.sharpness!r}")
             set_field(self, "sharpness", float(self.sharpness))
         if self.phase is not None:

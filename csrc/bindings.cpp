@@ -20,7 +20,12 @@ namespace blurry_attn {
 namespace {
 
 Cells make_cells(int64_t slots, int64_t window, int64_t phase) {
-  if (slots < 2) throw std::invalid_argument("slots must be at least 2, got " + std::to_string(slots));
+  if (slots < 2 || slots > kMaxSlots) {
+    throw std::invalid_argument("slots must be in 2 .. 2^20, got " + std::to_string(slots));
+  }
+  if (window / slots > kMaxResolution) {
+    throw std::invalid_argument("window must be at most 2^20 * slots, got " + std::to_string(window));
+  }
   if (window < slots || window % slots) {
     throw std::invalid_argument("window must be a positive multiple of slots, got " + std::to_string(window));
   }
@@ -35,7 +40,8 @@ py::array_t<double> gate_table(const std::string& kernel, int64_t slots, int64_t
   if (kernel != "fejer" && kernel != "dirichlet") {
     throw std::invalid_argument("kernel must be 'fejer' or 'dirichlet', got '" + kernel + "'");
   }
-  if (start < 0 || length < 0) throw std::invalid_argument("start and length must not be negative");
+  if (start < 0 || start > kMaxPosition) throw std::invalid_argument("start must be in 0 .. 2^62");
+  if (length < 0 || length > kMaxPosition / kMaxSlots) throw std::invalid_argument("length must be in 0 .. 2^42");
   const Cells cells = make_cells(slots, window, phase);
   const auto table = gates(kernel == "fejer" ? Kernel::fejer : Kernel::dirichlet, cells, sharpness, start, length);
   return py::array_t<double>({length, slots}, table.data());

@@ -1,9 +1,11 @@
 #include "call.h"
 
 #include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <limits>
 
 namespace blurry_attn {
 
@@ -93,9 +95,12 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
                     "'");
   const bool fejer = kernel == "fejer";
   TORCH_CHECK_VALUE(slots >= 2, "slots must be at least 2, got ", slots);
+  TORCH_CHECK_VALUE(slots <= kMaxSlots, "slots must be at most ", kMaxSlots, ", got ", slots);
   TORCH_CHECK_VALUE(!fejer || (std::isfinite(sharpness) && sharpness >= 1),
                     "sharpness must be finite and at least 1, got ", sharpness);
   TORCH_CHECK_VALUE(std::isfinite(scale), "scale must be finite, got ", scale);
+  TORCH_CHECK_VALUE(query.scalar_type() == at::kDouble || std::abs(scale) <= std::numeric_limits<float>::max(),
+                    "scale must be finite in float32, got ", scale);
   TORCH_CHECK_VALUE(static_cast<int64_t>(window.size()) == heads, "window must have one entry per kv head (", heads,
                     "), got ", window.size());
   TORCH_CHECK_VALUE(static_cast<int64_t>(phase.size()) == heads, "phase must have one entry per kv head (", heads,
@@ -106,6 +111,8 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
     TORCH_CHECK_VALUE(window[h] >= slots && window[h] % slots == 0, "window must be a positive multiple of slots (",
                       slots, "), got ", window[h]);
     const int64_t resolution = window[h] / slots;
+    TORCH_CHECK_VALUE(resolution <= kMaxResolution, "window must be at most ", kMaxResolution, " * slots, got ",
+                      window[h], " with ", slots, " slots");
     TORCH_CHECK_VALUE(fejer || resolution <= kMaxDirichletResolution, "window must be at most ",
                       kMaxDirichletResolution, " * slots with kernel 'dirichlet', got ", window[h], " with ", slots,
                       " slots");
@@ -163,6 +170,19 @@ void check_step(const Call& call) {
   TORCH_CHECK_VALUE(call.tokens() == 1, "query must have one token in a step, got ", call.tokens());
 }
 
+void check_is_writable(const at::Tensor& state_key, const at::Tensor& state_value, const at::Tensor& position) {
+  const auto check = [](const at::Tensor& tensor, const char* name) {
+    TORCH_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, name,
+                      " must have memory for every element to be updated in place, got an expanded tensor; clone() it");
+  };
+  check(state_key, "state.key");
+  check(state_value, "state.value");
+  check(position, "state.position");
+  const at::MemOverlapStatus shared = at::get_overlap_status(state_key, state_value);
+  TORCH_CHECK_VALUE(shared != at::MemOverlapStatus::Full && shared != at::MemOverlapStatus::Partial,
+                    "state.value must not share memory with state.key to be updated in place");
+}
+
 std::vector<int64_t> checked_cu_seqlens(const at::Tensor& cu_seqlens, int64_t tokens) {
   const at::Tensor numbers = cu_seqlens.to(at::kLong).contiguous();
   const int64_t* data = numbers.const_data_ptr<int64_t>();
@@ -180,6 +200,7 @@ void check_positions(const at::Tensor& position) {
   const int64_t* data = position.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < position.numel(); ++i) {
     TORCH_CHECK_VALUE(data[i] >= 0, "state.position must not be negative, got ", data[i]);
+    TORCH_CHECK_VALUE(data[i] <= kMaxPosition, "state.position must be at most 2^62, got ", data[i]);
   }
 }
 

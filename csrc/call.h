@@ -57,8 +57,10 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
 void check_gradients(const Call& call, const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                      const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
                      const at::Tensor& out, const at::Tensor& lse);
-// Of a step: one token, a state that can be written in place.
+// Of a step: one token.
 void check_step(const Call& call);
+// Of a step: a state whose every number has a place of its own, so that it can be written.
+void check_is_writable(const at::Tensor& state_key, const at::Tensor& state_value, const at::Tensor& position);
 
 // cu_seqlens and positions as numbers, their values checked. `cu_seqlens` on the host.
 std::vector<int64_t> checked_cu_seqlens(const at::Tensor& cu_seqlens, int64_t tokens);

@@ -17,6 +17,9 @@ namespace blurry_attn {
 enum class Kernel : int { fejer, dirichlet };
 
 constexpr int64_t kMaxDirichletResolution = 32;
+// Tables of gates stay small, and no time overflows.
+constexpr int64_t kMaxSlots = int64_t(1) << 20, kMaxResolution = int64_t(1) << 20;
+constexpr int64_t kMaxPosition = int64_t(1) << 62;
 
 BLURRY_HOST_DEVICE constexpr int64_t floor_div(int64_t a, int64_t b) {  // b > 0
   return a >= 0 ? a / b : -((b - 1 - a) / b);

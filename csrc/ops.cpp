@@ -224,6 +224,7 @@ at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Te
   const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, {}, state_key,
                                state_value, position);
   check_step(call);
+  check_is_writable(state_key, state_value, position);
   // One token is a forward of length 1 whose scan touches each slot once; the state is replaced when it is done.
   const at::Tensor out = call.empty_out(), lse = call.empty_lse();
   const at::Tensor end_key = call.empty_state_key(), end_value = call.empty_state_value();

@@ -45,6 +45,22 @@ NAN = ("tests/test_nan.py::test_nan_lives_exactly_as_long_as_the_law_says",)
 STEP = ("tests/test_step.py",)
 ERRORS = ("tests/test_errors.py",)
 LOGITS = ("tests/test_accuracy.py::test_large_logits",)
+WINDOWS = ("tests/test_window.py",)
+STATE = ("tests/test_state.py",)
+REFUSALS = ("tests/test_refusals.py",)
+MODULES = ("tests/test_modules.py",)
+SWAP = ("tests/test_swap.py",)
+RAGGED = ("tests/test_ragged.py",)
+EXPORT = ("tests/test_export.py",)
+OPERATORS = ("tests/test_operators.py",)
+PACKAGING = ("tests/test_packaging.py",)
+HUB = ("tests/test_transformers.py",)
+PIECES = ("tests/test_distributed.py", "-k", "pieces or number or length")
+DTENSORS = ("tests/test_distributed.py", "-k", "dtensors or share")
+LAYERS = ("tests/test_distributed.py", "-k", "layer_by_heads")
+FILES = ("tests/test_files.py",)
+LM = ("tests/test_lm.py",)
+REFERENCE = ("tests/test_golden.py", "-k", "reference-torch")
 
 
 def faults(file: str, *entries: tuple[str, str, str, tuple[str, ...]]) -> list[Fault]:
@@ -145,6 +161,11 @@ CPU = [
         ("window of no tokens accepted", "window[h] >= slots && ", "", ERRORS),
         ("falling cu_seqlens accepted", "ends[i] >= ends[i - 1],", "true,", ERRORS),
         ("cu_seqlens that end early accepted", "ends.back() == tokens,", "ends.back() <= tokens,", ERRORS),
+        ("position beyond 2^62 accepted", "data[i] <= kMaxPosition,", "true,", REFUSALS),
+        ("scale beyond float32 accepted", "std::abs(scale) <= std::numeric_limits<float>::max(),", "true,", REFUSALS),
+        ("too many slots accepted", "slots <= kMaxSlots,", "true,", REFUSALS),
+        ("step into an expanded state", "at::has_internal_overlap(tensor) != at::MemOverlap::Yes,", "true,", REFUSALS),
+        ("step into a state whose key is its value", "shared != at::MemOverlapStatus::Full &&", "", REFUSALS),
         ("negative position accepted", "data[i] >= 0,", "true,", ERRORS),
         ("step of two tokens accepted", "call.tokens() == 1,", "call.tokens() >= 1,", ERRORS),
         ("returned position does not count the given one", "return position ? position->add(tokens()) : at::full(",
@@ -158,6 +179,207 @@ CPU = [
          "problem.sequences.push_back({s, 0, call.tokens(), 0 * position});", VALUES),
         ("step: position not advanced", "position.add_(1);", "", STEP),
         ("step: values not written back", "state_value.copy_(end_value);", "", STEP),
+    ),
+]  # fmt: skip
+
+PYTHON = [
+    *faults(
+        "blurry_attn/window.py",
+        ("window: heads not staggered", "resolutions[:head].count(resolution) * resolution //", "0 * resolution //",
+         WINDOWS),
+        ("window: true taken for 1", "if not isinstance(value, bool):", "if True:", WINDOWS),
+        ("window: too many slots accepted", "if self.slots > MAX_SLOTS:", "if False:", WINDOWS),
+        ("window: too long accepted", "if window // self.slots > MAX_RESOLUTION:", "if False:", REFUSALS),
+        ("window: infinite sharpness accepted", "if not 1 <= self.sharpness <= sys.float_info.max:",
+         "if not 1 <= self.sharpness:", WINDOWS),
+        ("window: phase of a whole resolution accepted", "if not 0 <= phase < window // self.slots:",
+         "if not 0 <= phase <= window // self.slots:", WINDOWS),
+        ("window: phases of part of the heads made anew", "self.sharpness, self.phases(kv_heads)[heads]",
+         "self.sharpness, None", LAYERS),
+        ("window: value_dim ignored in its size", "(head_dim if value_dim is None else value_dim))", "head_dim)",
+         WINDOWS),
+    ),
+    *faults(
+        "blurry_attn/ops.py",
+        ("ops: fewer kv heads without enable_gqa", "if query.shape[1] != key.shape[1] and not enable_gqa:", "if False:",
+         ERRORS),
+        ("ops: a given scale ignored", "return float(scale)", "return 1 / math.sqrt(max(head_dim, 1))", VALUES),
+        ("ops: default scale of one over the head size", "return 1 / math.sqrt(max(head_dim, 1))",
+         "return 1 / max(head_dim, 1)", VALUES),
+        ("ops: state of another window taken", "state.window is not window and state.window != window", "False",
+         ERRORS),
+        ("ops: inputs on other devices taken", "if tensor.device != query.device:", "if False:", REFUSALS),
+        ("ops: sparse inputs taken", "if tensor.layout != torch.strided:", "if False:", REFUSALS),
+        ("ops: lse and state exchanged", """    results = [out]
+    if return_lse:
+        results.append(lse)
+    if return_state:
+        results.append(BlurryState._unchecked(state_key, state_value, position, window))
+""", """    results = [out]
+    if return_state:
+        results.append(BlurryState._unchecked(state_key, state_value, position, window))
+    if return_lse:
+        results.append(lse)
+""", VALUES),
+        ("ops: key and value of the returned state exchanged", "BlurryState._unchecked(state_key, state_value,",
+         "BlurryState._unchecked(state_value, state_key,", VALUES),
+        ("ops: fake output as wide as the key", "out = query.new_empty(*query.shape[:3], value.shape[3])",
+         "out = query.new_empty(*query.shape[:3], key.shape[3])", OPERATORS),
+        ("ops: fake state of the batch in packed calls",
+         "sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1", "sequences = query.shape[0]",
+         OPERATORS),
+        ("ops: fake lse in the inputs' dtype", "lse = query.new_empty(query.shape[:3], dtype=_state_dtype(query))",
+         "lse = query.new_empty(query.shape[:3])", OPERATORS),
+        ("ops: fake gradients as the query", "tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))",
+         "tuple(tensor.new_empty(tensor.shape) for tensor in (query, query, value))", OPERATORS),
+    ),
+    *faults(
+        "blurry_attn/reference.py",
+        ("reference: opening not written whole", "row.append(1.0 if token == opens else math.nan)",
+         "row.append(gate(token, slot, window, head_window, phase) if token == opens else math.nan)", REFERENCE),
+        ("reference: shut slots of the given state read", "torch.where(is_open, x, torch.zeros_like(x))", "x",
+         STATES),
+    ),
+    *faults(
+        "blurry_attn/state.py",
+        ("state: frequency window not shifted", "return spectrum * shift.to(spectrum.dtype)", "return spectrum", STATE),
+        ("state: reconstruct a token off", "newest = (position - 1 - phases -", "newest = (position - phases -", STATE),
+        ("state: lags beyond the history answered", "torch.minimum(windows.view(-1, 1), position))",
+         "windows.view(-1, 1))", STATE),
+        ("state: shut slots read", "known = torch.where(is_open, slots, 0.0)", "known = slots", STATE),
+        ("state: oldest slot without the cell before the first", "oldest = [self.slots - 1 if phase > 0 else 0 for",
+         "oldest = [0 for", STATE),
+        ("state: clone shares the value", "self.key.clone(), self.value.clone(),", "self.key.clone(), self.value,",
+         STATE),
+        ("state: detach keeps the key's history", "BlurryState(self.key.detach(), self", "BlurryState(self.key, self",
+         STATE),
+        ("state: index drops the positions", "self.value[index], self.position[index], self.window",
+         "self.value[index], self.position[: len(self.key[index])], self.window", ("tests/test_decoding.py",)),
+        ("state: unlike dtypes joined", "if state.key.dtype != states[0].key.dtype:", "if False:", REFUSALS),
+        ("state: unlike windows joined", "if state.window != states[0].window:", "if False:", REFUSALS),
+        ("state: sparse slots accepted", "if getattr(self, name).layout != torch.strided:", "if False:", STATE),
+        ("state: position and value exchanged in trees", "key, value, position = children",
+         "value, key, position = children", EXPORT),
+    ),
+    *faults(
+        "blurry_attn/ragged.py",
+        ("packing: positions count from one", "is_kept.cumsum(1) - 1", "is_kept.cumsum(1)", RAGGED),
+        ("packing: padding not zeroed", "tokens = tokens.masked_fill(self._padding(tokens), 0)", "pass", RAGGED),
+        ("packing: padding of results not zeroed", "padded = padded.masked_fill(self._padding(padded), 0)", "pass",
+         RAGGED),
+        ("packing: kept tokens out of order", ".argsort(stable=True)", ".argsort(stable=True, descending=True)",
+         RAGGED),
+        ("packing: state of the padding kept", "return state[: self.mask.shape[0]]", "return state", RAGGED),
+    ),
+    *faults(
+        "blurry_attn/modules.py",
+        ("rotary: turned backwards", "first * cos - second * sin, second * cos + first * sin",
+         "first * cos + second * sin, second * cos - first * sin", MODULES),
+        ("rotary: angles in float32", "device=x.device, dtype=torch.float64) / dim)", "device=x.device) / dim)",
+         MODULES),
+        ("modules: positions begin anew after a state", "tokens if state is None else tokens + state.position",
+         "tokens if state is None else tokens + 0 * state.position", MODULES),
+        ("modules: padded positions begin anew after a state", "positions = positions + state.position.unsqueeze(1)",
+         "positions = positions + 0 * state.position.unsqueeze(1)", MODULES),
+        ("modules: a step's position one late", "self._project(x, state.position.unsqueeze(1))",
+         "self._project(x, state.position.unsqueeze(1) + 1)", MODULES),
+        ("modules: key not rotated", "rotary(query, positions, self.rope_base), rotary(key, positions, self.rope_base)",
+         "rotary(query, positions, self.rope_base), key", MODULES),
+        ("modules: dropout below zero accepted", "if dropout_p != 0:", "if dropout_p > 0:", REFUSALS),
+        ("modules: not causal accepted", """        if not is_causal:
+            raise ValueError(""", """        if is_causal is None:
+            raise ValueError(""", MODULES),
+        ("modules: scale dropped", "self.window, scale=scale, enable_gqa=enable_gqa",
+         "self.window, enable_gqa=enable_gqa", MODULES),
+        ("modules: key's and value's weights exchanged", "projections = (module.q_proj, module.k_proj, module.v_proj)",
+         "projections = (module.q_proj, module.v_proj, module.k_proj)", MODULES),
+        ("modules: output bias not taken over", "module.out_proj.bias.copy_(mha.out_proj.bias)", "pass", MODULES),
+        ("modules: infinite rope_base accepted", "if not 0 < rope_base <= sys.float_info.max:", "if not 0 < rope_base:",
+         MODULES),
+    ),
+    *faults(
+        "blurry_attn/swap.py",
+        ("swap: any mask counts as causal", "return bool((mask == is_seen).all())", "return True", SWAP),
+        ("swap: a learned mask counts as causal", "if mask.requires_grad or ", "if ", SWAP),
+        ("swap: a CausalBias of any size counts as causal",
+         "return mask.seq_len_q == mask.seq_len_kv == query_length == key_length", "return True", SWAP),
+        ("swap: calls that are not causal left as they are", """        elif not is_causal:
+            raise ValueError(""", """        elif is_causal is None:
+            raise ValueError(""", SWAP),
+        ("swap: dropout ignored", "None, dropout_p, True, scale, enable_gqa)", "None, 0.0, True, scale, enable_gqa)",
+         SWAP),
+        ("swap: fast path stays on", "mha.set_fastpath_enabled(False)", "pass", SWAP),
+        ("swap: fast path stays off", "            if cls.users == 0:\n                mha",
+         "            if False:\n                mha", SWAP),
+        ("swap: FlexAttention let through", "if func is _FLEX:", "if False:", SWAP),
+    ),
+    *faults(
+        "blurry_attn/distributed.py",
+        ("distributed: rank's own piece counted", "lengths[: dist.get_rank(group)]",
+         "lengths[: dist.get_rank(group) + 1]", PIECES),
+        ("distributed: decay of a piece ignored", "carried = piece[..., :-1] + _kept(piece[..., -1:], carried)",
+         "carried = piece[..., :-1] + carried", PIECES),
+        ("distributed: gradient skips a rank", "for later in range(len(gathered) - 1, rank, -1):",
+         "for later in range(len(gathered) - 1, rank + 1, -1):", PIECES),
+        ("distributed: echo cut off a lap early", "reach = max(reach, laps * period)",
+         "reach = max(reach, (laps - 1) * period)", PIECES),
+        ("distributed: the given state's positions ignored", "position = position + state.position", "pass", PIECES),
+        ("distributed: kept reads what is gone", "torch.where(decay == 0, 0.0, decay * slots)", "decay * slots",
+         PIECES),
+        ("distributed: every rank has the first heads' windows", "slice(rank * kv_heads, (rank + 1) * kv_heads)",
+         "slice(0, kv_heads)", LAYERS),
+    ),
+    *faults(
+        "blurry_attn/sharding.py",
+        ("sharding: every rank has the first heads' windows", "window=window.of_heads(kv_heads, own),",
+         "window=window.of_heads(kv_heads, slice(0, own.stop - own.start)),", DTENSORS),
+        ("sharding: a shared kv head's gradient not summed", "kv_grad=at(Partial()) if is_shared else by_head",
+         "kv_grad=at(Replicate()) if is_shared else by_head", DTENSORS),
+        ("sharding: heads cut along tokens accepted", "if TOKENS in dims:", "if False:", DTENSORS),
+        ("sharding: uneven shards accepted", "if x.shape[dim] % parts[dim]:", "if False:", DTENSORS),
+        ("sharding: state keeps the window of a part",
+         "results = (*results[:-1], _with_window(results[-1], window))", "pass", DTENSORS),
+    ),
+    *faults(
+        "blurry_attn/integrations/transformers.py",
+        ("transformers: scale ignored", "out, _ = _attend(query, key, value, window, scaling, ",
+         "out, _ = _attend(query, key, value, window, None, ", HUB),
+        ("transformers: a layer's sliding window ignored", "window = BlurryWindow(sliding_window, sliding_window)",
+         "pass", HUB),
+        ("transformers: padding attended", "packing = Packing(segments == 0)", "packing = Packing(segments < 0)", HUB),
+        ("transformers: packed rows run together", "segments = nn.functional.pad(starts.cumsum(1), (1, 0)) + 1", "pass",
+         HUB),
+        ("transformers: soft-capping ignored", '_REFUSED = ("softcap", ', "_REFUSED = (", HUB),
+        ("transformers: keys that were lost not noticed", "if self.awaits_attention:", "if False:", HUB),
+        ("transformers: beams not reordered", "        self.batch_select_indices(beam_idx)", "        pass", HUB),
+        ("transformers: a name taken twice", 'is_taken and getattr(known, "args", None) != (window,)', "False", HUB),
+        ("transformers: the cache counts no tokens", "self.tokens += query.shape[2]", "pass", HUB),
+    ),
+    *faults(
+        "blurry_attn/lm/checkpoint.py",
+        ("checkpoint: checksum not compared", 'if header.pop("checksum", None) != _checksum(tensors, header):',
+         'if header.pop("checksum", None) is None:', FILES),
+        ("checkpoint: written in place", "temporary = path.with_name(", "temporary = path or path.with_name(", FILES),
+        ("checkpoint: any format taken", 'if header.get("format") != FORMAT:', "if False:", FILES),
+        ("checkpoint: moments dropped", 'for name, fields in moments.get("state", {}).items():',
+         "for name, fields in ():", LM),
+        ("checkpoint: checksum without shapes", "{tensor.dtype} {tuple(tensor.shape)}", "{tensor.dtype}", FILES),
+    ),
+    *faults(
+        "blurry_attn/lm/train.py",
+        ("train: schedule begins anew", "for step in range(start, train_config.steps):",
+         "for step in range(train_config.steps - start):", LM),
+        ("train: gradients that are not finite taken",
+         '(("loss", value), ("gradient\'s norm", size))', '(("loss", value),)', LM),
+        ("train: another text taken", "if saved.digest != text.digest:", "if False:", LM),
+        ("train: later lines of the log kept", 'log = [line for line in log if line["step"] <= step]', "pass", LM),
+        ("train: Ctrl-C saves nothing", 'if "validation_bits" in line or stop:', 'if "validation_bits" in line:', LM),
+    ),
+    *faults(
+        "blurry_attn/_load.py",
+        ("load: another torch accepted", "same_torch = _series(torch_version) == _series(torch.__version__)",
+         "same_torch = True", PACKAGING),
+        ("load: another CUDA accepted", "if same_torch and same_cuda:", "if same_torch:", PACKAGING),
     ),
 ]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Mutation check: single faults, put into the sources one by one, each of which the tests must catch.
 
-    python tests/mutants.py                           the CPU faults: build, test, report
+    python tests/mutants.py                           the CPU and the Python faults: build, test, report
     python tests/mutants.py --cuda-build DIR          build one extension per CUDA fault; needs nvcc and no card
     python tests/mutants.py --cuda-run DIR            test those with the installed package, where a card is
     python tests/mutants.py --merge FILE              take over the rows of a table written elsewhere
@@ -16,6 +16,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from faults import CPU, CUDA, QUICK, Edit, Fault
+from faults import CPU, CUDA, PYTHON, QUICK, Edit, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "mutants.md"
@@ -99,28 +100,78 @@ class Copy:
         return extension
 
 
+def pytest_arguments(tests: tuple[str, ...], marker: str) -> list[str]:
+    return ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-m", marker, *tests]
+
+
+def test_environment(package: Path) -> dict[str, str]:
+    return {"CI": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
+
+
 def run_tests(tests: tuple[str, ...], root: Path, package: Path, marker: str, python: str) -> str | None:
     """Runs pytest in `root` on the package whose folder lies in `package`; what failed first, None if nothing did."""
-    command = [python, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-m", marker, *tests]
-    environment = {
-        **os.environ,
-        "CI": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": str(package),
-        "PYTHONSAFEPATH": "1",
-    }
+    command = [python, "-m", "pytest", *pytest_arguments(tests, marker)]
+    environment = os.environ | test_environment(package)
     try:
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
         return f"no end within {LIMIT} s"
-    if done.returncode == 0:
+    return outcome(done.returncode, done.stdout + done.stderr)
+
+
+def outcome(status: int, said: str) -> str | None:
+    """What failed first, from pytest's exit status and output."""
+    if status == 0:
         return None
-    if done.returncode < 0:
-        return f"crash (signal {-done.returncode})"
-    failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+::\w+)", done.stdout, re.MULTILINE)
-    if done.returncode != 1 or not failed:
-        raise SystemExit(f"pytest ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+    if status < 0:
+        return f"crash (signal {-status})"
+    failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+::\w+)", said, re.MULTILINE)
+    if status != 1 or not failed:
+        raise SystemExit(f"pytest ended with {status}:\n{said[-4000:]}")
     return failed[1]
+
+
+def import_what_tests_import() -> None:
+    """But the package; what OpenMP reads from the environment when it is loaded, as conftest.py sets it."""
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    for name in (
+        "hypothesis",
+        "matplotlib",
+        "pytest",
+        "safetensors.torch",
+        "torch._dynamo",
+        "torch.distributed.tensor",
+    ):
+        importlib.import_module(name)
+
+
+def run_tests_in_a_fork(tests: tuple[str, ...], root: Path, marker: str) -> str | None:
+    """As run_tests, in a copy of this process: after import_what_tests_import() that saves most of the time."""
+    with tempfile.TemporaryFile("w+") as log:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            os.setsid()  # with what it starts, so that all of it can be stopped
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+            os.chdir(root)
+            os.environ |= test_environment(root)
+            sys.dont_write_bytecode = True
+            sys.path[0] = str(root)
+            status = importlib.import_module("pytest").main(pytest_arguments(tests, marker))
+            sys.stdout.flush()
+            os._exit(status)
+        end, status = time.perf_counter() + LIMIT, None
+        while status is None and time.perf_counter() < end:
+            time.sleep(0.05)
+            done, found = os.waitpid(child, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(found) if done else None
+        if status is None:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return f"no end within {LIMIT} s"
+        log.seek(0)
+        return outcome(status, log.read())
 
 
 def check_unmutated(faults: list[Fault], root: Path, package: Path, marker: str, python: str, at_once: int = 1) -> None:
@@ -145,7 +196,7 @@ def rows(table: Path) -> dict[str, str]:
 def write(table: Path, found: dict[str, str]) -> None:
     """Writes the rows of the faults that there are, in their order, those in `found` in place of older ones."""
     known = rows(table) | found
-    lines = [known[fault.name] for fault in (*CPU, *CUDA) if fault.name in known]
+    lines = [known[fault.name] for fault in (*CPU, *PYTHON, *CUDA) if fault.name in known]
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(HEAD + "".join(f"{line}\n" for line in lines))
 
@@ -157,16 +208,26 @@ def report(fault: Fault, caught: str | None, seconds: float, table: Path) -> boo
     return caught is not None
 
 
-def check_cpu(faults: list[Fault], python: str, table: Path) -> bool:
+def is_built(fault: Fault) -> bool:
+    """Whether the fault is in the extension."""
+    return fault.file.startswith("csrc/")
+
+
+def check_cpu(faults: list[Fault], table: Path, unmutated: bool) -> bool:
+    python = sys.executable
     copy = Copy(ROOT / "build" / "mutants", python, BLURRY_CUDA="0")
     copy.build()
-    check_unmutated(faults, copy.folder, copy.folder, "not cuda", python)
-    all_caught = True
+    if unmutated:
+        check_unmutated(faults, copy.folder, copy.folder, "not cuda", python)
+    import_what_tests_import()
+    all_caught, was_built = True, False
     for fault in faults:
         start = time.perf_counter()
         with copy.mutated(fault):
-            copy.build()
-            caught = run_tests(fault.tests, copy.folder, copy.folder, "not cuda", python)
+            if is_built(fault) or was_built:
+                copy.build()
+            was_built = is_built(fault)
+            caught = run_tests_in_a_fork(fault.tests, copy.folder, "not cuda")
         all_caught &= report(fault, caught, time.perf_counter() - start, table)
     return all_caught
 
@@ -226,13 +287,14 @@ def main() -> None:
     mode.add_argument("--cuda-build", type=Path, metavar="DIR")
     mode.add_argument("--cuda-run", type=Path, metavar="DIR")
     mode.add_argument("--merge", type=Path, metavar="FILE")
-    parser.add_argument("--python", default=sys.executable, help="of the environment to build and test in")
+    parser.add_argument("--python", default=sys.executable, help="of the CUDA faults' environment")
+    parser.add_argument("--no-unmutated", action="store_true", help="take it that tests pass where there is no fault")
     parser.add_argument("--only", default="", metavar="TEXT", help="the faults with this in their name or file")
     parser.add_argument("--table", type=Path, default=TABLE, help="default: docs/mutants.md")
     options = parser.parse_args()
     faults = [
         fault
-        for fault in (CUDA if options.cuda_build or options.cuda_run else CPU)
+        for fault in (CUDA if options.cuda_build or options.cuda_run else (*CPU, *PYTHON))
         if options.only in f"{fault.name} {fault.file}"
     ]
     if options.merge:
@@ -242,7 +304,7 @@ def main() -> None:
     elif options.cuda_run:
         sys.exit(not run_cuda(faults, options.python, options.cuda_run, options.table))
     else:
-        sys.exit(not check_cpu(faults, options.python, options.table))
+        sys.exit(not check_cpu(faults, options.table, not options.no_unmutated))
 
 
 if __name__ == "__main__":

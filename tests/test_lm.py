@@ -387,6 +387,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: TrainConfig, tmp_path: 
     )
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    number: float, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before it reaches a parameter: the loss would show it one step late."""
+    clip, steps = training._clip, []
+
+    def third_is_bad(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        steps.append(optimizer)
+        if len(steps) == 3:
+            next(iter(optimizer.param_groups[0]["params"])).grad[0, 0] = number
+        return clip(optimizer)
+
+    monkeypatch.setattr(training, "_clip", third_is_bad)
+    with pytest.raises(InputError, match=f"the gradient's norm became {number} at step 3"):
+        train(TINY, config, tmp_path, CPU)
+    parameters = [p for group in steps[0].param_groups for p in group["params"]]
+    assert all(p.isfinite().all() for p in parameters)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+
+
 def test_a_missing_package_is_named():
     code = "import runpy, sys; sys.modules['tqdm'] = None; runpy.run_module('blurry_attn.lm', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

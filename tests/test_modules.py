@@ -327,7 +327,11 @@ def test_parameters():
             ValueError,
             "embed_dim // num_heads must be even with rope_base",
         ),
-        ((16, 4, BlurryWindow(4, 8)), {"rope_base": 0.0}, ValueError, "rope_base must be positive or None, got 0.0"),
+        ((16, 4, BlurryWindow(4, 8)), {"rope_base": float("inf")}, ValueError, "rope_base must be positive and finite"),
+        ((16, 4, BlurryWindow(4, 8)), {"rope_base": float("nan")}, ValueError, "rope_base must be positive and finite"),
+        ((16, 4, BlurryWindow(4, 8)), {"rope_base": "x"}, TypeError, "rope_base must be a float or None, got 'x'"),
+        ((16.0, 4, BlurryWindow(4, 8)), {}, TypeError, "embed_dim must be an int, got 16.0"),
+        ((16, 4, BlurryWindow(4, 8)), {"rope_base": 0.0}, ValueError, "rope_base must be positive and finite, or None"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -51,6 +51,25 @@ def test_opcheck_step(kernel, device):
     torch.library.opcheck(torch.ops.blurry_attn.step.default, (*inputs, *state, *law(kernel)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_shapes_for_tracing_are_those_of_results(dtype, device):
+    """Sizes, dtypes and strides of all that the operators return: lse and states are of another dtype than halves."""
+    inputs = make_inputs(2, 4, 2, 9, 8, 6, dtype, device)
+    state = make_state(WINDOW["fejer"], [3, 50], 2, 8, 6, dtype, device)
+    given = (*law("fejer"), None, state.key, state.value, state.position)
+
+    def results(*tensors):
+        query, key, value, *rest = tensors
+        forward = torch.ops.blurry_attn.forward(query, key, value, *given[:-3], *rest, True)
+        out, lse, end_key, end_value, _ = forward
+        cotangents = (out, lse, end_key, end_value)
+        backward = torch.ops.blurry_attn.backward(*cotangents, query, key, value, out, lse, *given[:-3], *rest)
+        return [(x.shape, x.dtype, x.stride()) for x in (*forward, *backward)]
+
+    real = results(*inputs, *given[-3:])
+    assert results(*(x.to("meta") for x in (*inputs, *given[-3:]))) == real
+
+
 def test_opcheck_backend(device):
     """It answers with a string, which no graph can hold: nothing of it is for tracing."""
     inputs, _, _ = tensors(device, True)

@@ -118,6 +118,55 @@ def test_cuda_build_names_what_is_missing(tmp_path: Path) -> None:
     assert ("CUDA toolkit" in last) == (CUDA_HOME is None)
 
 
+FAKE_TOOLKIT = """
+import sys, torch
+from torch.utils import cpp_extension
+torch.version.cuda, cpp_extension.CUDA_HOME, sys.argv = "13.0", sys.argv[1], ["setup.py", "--version"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": "setup.py", "__name__": "__main__"})
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("Cuda compilation tools, release 12.4, V12.4.131", "nvcc is of CUDA 12.4, and torch"),
+        ("nothing", "nvcc does not say which CUDA it is of; BLURRY_CUDA=0"),
+        ("Cuda compilation tools, release 13.2, V13.2.1", None),
+    ],
+)
+def test_nvcc_of_another_major_version_ends_in_one_line(tmp_path: Path, said: str, message: str | None) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho '{said}'\n")
+    nvcc.chmod(0o755)
+    result = python("-c", FAKE_TOOLKIT, str(tmp_path), BLURRY_CUDA="")
+    assert result.returncode == (message is not None), result.stderr
+    if message is None:
+        assert result.stdout.splitlines()[-1] == metadata.version("blurry_attn")
+    else:
+        assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_import_without_torch_ends_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    result = python("-c", "import blurry_attn", PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("ImportError: blurry_attn needs torch, and this Python has none")
+
+
+def test_the_library_shows_its_own_names_alone() -> None:
+    """Other extensions in the process, of any version of anything, do not meet ours."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm to list symbols with")
+    command = ["nm", "-D", "--defined-only", "-C", str(blurry_attn._C.__file__)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Weak ones are templates and inline functions of the headers, which every library of torch shares.
+    symbols = [line.split(maxsplit=2)[1:] for line in listed.stdout.splitlines()]
+    own = {name.partition("(")[0] for kind, name in symbols if kind not in "WVu"}
+    of_the_linker = {"__bss_start", "_edata", "_end"}
+    assert own - of_the_linker == {"PyInit__C", "blurry_attn::forward", "blurry_attn::step"}
+
+
 def test_cuda_switch_is_checked(tmp_path: Path) -> None:
     result = python("setup.py", "egg_info", "--egg-base", str(tmp_path), BLURRY_CUDA="yes")
     assert result.returncode == 1

@@ -48,11 +48,22 @@ def calls(draw):
     )
 
 
+LAYOUTS = st.tuples(*3 * [st.sampled_from([
+    lambda x: x,
+    lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
+    lambda x: torch.stack((x, x), -1)[..., 0],
+    lambda x: torch.nn.functional.pad(x, (1, 2, 3, 0))[..., 3:, 1:-2],
+    lambda x: x[:, :, :1].expand_as(x),
+])])  # fmt: skip
+
+
 @settings(max_examples=150)
-@given(calls(), st.sampled_from(DTYPES), st.integers(0, 1000))
-def test_against_the_reference(device, call, dtype, seed):
+@given(calls(), st.sampled_from(DTYPES), LAYOUTS, st.integers(0, 1000))
+def test_against_the_reference(device, call, dtype, layouts, seed):
     shape, window, positions, options = call
     inputs, exact = make_inputs(**shape, dtype=dtype, seed=seed), torch.float64
+    inputs = [layout(x) for layout, x in zip(layouts, inputs, strict=True)]
     state = None
     if positions is not None:
         sizes = {name: shape[name] for name in ("kv_heads", "dim", "value_dim")}

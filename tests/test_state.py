@@ -223,6 +223,12 @@ def test_repr():
         ({"value": torch.zeros(2, 3, 4, 5).long()}, TypeError, "value must be float32 or float64, got torch.int64"),
         ({"value": torch.zeros(2, 3, 4, 5).double()}, TypeError, "value must have the dtype of key (torch.float32)"),
         ({"position": torch.zeros(2)}, TypeError, "position must be int64, got torch.float32"),
+        (
+            {"key": torch.zeros(2, 3, 4, 5).to_sparse()},
+            TypeError,
+            "key must be a dense tensor, got layout torch.sparse",
+        ),
+        ({"position": torch.zeros(2).long().to_sparse()}, TypeError, "position must be a dense tensor, got layout"),
         ({"key": torch.zeros(3, 4, 5)}, ValueError, "key must be (B, Hkv, N, D), got 3 dimensions: (3, 4, 5)"),
         ({"value": torch.zeros(2, 3, 4)}, ValueError, "value must be (B, Hkv, N, D), got 3 dimensions: (2, 3, 4)"),
         ({"value": torch.zeros(2, 2, 4, 5)}, ValueError, "value must agree with key in (B, Hkv, N) = (2, 3, 4)"),

@@ -1,10 +1,14 @@
-"""Checkpoints in one safetensors file: tensors of model and optimizer, and a header that says what they are."""
+"""Checkpoints in one safetensors file: tensors of model and optimizer, and a header that says what they are.
+
+The header holds a checksum of all the rest, so that a file that was cut off or altered is not taken for a checkpoint.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +30,7 @@ from .model import LanguageModel, ModelConfig
 from .parallel import rank
 
 FILE = "checkpoint.safetensors"
-FORMAT = "blurry_attn.lm 2"
+FORMAT = "blurry_attn.lm 3"
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -117,7 +123,8 @@ def save(
         "digest": digest,
         "step": str(step),
     }
-    content = serialize({name: tensor.contiguous() for name, tensor in tensors.items()}, header)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = serialize(tensors, header | {"checksum": _checksum(tensors, header)})
     write_whole(folder / FILE, lambda path: path.write_bytes(content))
 
 
@@ -125,7 +132,7 @@ def load(folder: Path) -> Checkpoint:
     """Reads the checkpoint of a run, on the CPU.
 
     Raises:
-        InputError: there is none, or the file is not one.
+        InputError: there is none, or the file is not one, or not as it was written.
     """
     path = folder / FILE
     if not path.is_file():
@@ -133,16 +140,28 @@ def load(folder: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise InputError(f"{path}: not a checkpoint of this program")
-            model = json.loads(header["model"])
-            model["resolutions"] = tuple(model["resolutions"])
-            return Checkpoint(
-                ModelConfig(**model),
-                TrainConfig(**json.loads(header["train"])),
-                header["digest"],
-                int(header["step"]),
-                {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 (safe_open is no dict)
-            )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from None
+    if header.get("format") != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of this program")
+    if header.pop("checksum", None) != _checksum(tensors, header):
+        raise InputError(f"{path}: was altered after it was written (its checksum is another)")
+    model = json.loads(header["model"])
+    model["resolutions"] = tuple(model["resolutions"])
+    return Checkpoint(
+        ModelConfig(**model),
+        TrainConfig(**json.loads(header["train"])),
+        header["digest"],
+        int(header["step"]),
+        tensors,
+    )
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """Of all that a checkpoint holds: names, shapes, dtypes, bytes, and the header."""
+    known = hashlib.sha256(json.dumps(sorted(header.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        known.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        known.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return known.hexdigest()

@@ -189,22 +189,29 @@ def _step(
     loss = _loss(model, inputs, targets, device, parallel)
     optimizer.zero_grad()
     loss.backward()
-    _clip(optimizer)
-    value = mean(loss).item()
-    if not math.isfinite(value):
-        raise InputError(f"the loss became {value} at step {step + 1}; a lower --learning-rate may help")
+    norm = _clip(optimizer)
+    value, size = torch.stack((mean(loss).to(norm), norm)).tolist()
+    for name, number in (("loss", value), ("gradient's norm", size)):
+        if not math.isfinite(number):
+            raise InputError(f"the {name} became {number} at step {step + 1}; a lower --learning-rate may help")
     optimizer.step()
-    return {"loss": value, "bits": value / math.log(2), "learning_rate": learning_rate(config, step)}
+    return {
+        "loss": value,
+        "bits": value / math.log(2),
+        "gradient_norm": size,
+        "learning_rate": learning_rate(config, step),
+    }
 
 
-def _clip(optimizer: torch.optim.Optimizer) -> None:
-    """Scales all gradients down where their norm is over the limit."""
+def _clip(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Scales all gradients down where their norm is over the limit; returns what it was."""
     groups = [group["params"] for group in optimizer.param_groups]
     norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.stack(norms).norm()
     for group in groups:
         clip_grads_with_norm_(group, CLIP, total)
+    return total
 
 
 def _kept_metrics(path: Path, step: int) -> list[dict[str, Any]]:

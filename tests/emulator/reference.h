@@ -29,6 +29,7 @@ struct Problem {
   bool given = false;  // a state
   Numbers query, key, value, state_key, state_value;
   Numbers grad_out, grad_lse, grad_state_key, grad_state_value;
+  Numbers out;  // rounded, as a backward reads it; empty: as it is
 
   int64_t group() const { return query_heads / kv_heads; }
   int64_t token_at(int64_t heads, int64_t batch, int64_t head, int64_t row) const {
@@ -119,8 +120,9 @@ class Lane {
             grad[m] += grad_out[d] * values[m * p.value_dim + d];
             grad_values[m * p.value_dim + d] += weights[m] * grad_out[d];
           }
-          delta += weights[m] * grad[m];
+          if (p.out.empty()) delta += weights[m] * grad[m];
         }
+        for (int64_t d = 0; d < p.value_dim && !p.out.empty(); ++d) delta += grad_out[d] * p.out[at * p.value_dim + d];
         for (int64_t m = 0; m < p.slots; ++m) {
           if (!is_open(i, m)) continue;
           const double grad_logit = p.scale * weights[m] * (grad[m] - delta);
