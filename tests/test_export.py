@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from functools import cache
 
 import pytest
 import torch
@@ -153,8 +156,30 @@ def test_an_exported_model_is_saved_and_loaded(kind, device):
     assert_runs_as(exported(model, device).module(), model, device)
 
 
+LOAD_A_PACKAGE = """
+import sys, torch
+device, path = sys.argv[1:]
+model = torch.nn.Linear(8, 8, device=device)
+with torch.no_grad():
+    program = torch.export.export(model, (torch.zeros(2, 8, device=device),))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=path)
+torch._inductor.aoti_load_package(path)(torch.zeros(2, 8, device=device))
+"""
+
+
+@cache
+def crash_of_torch_itself(device, path):
+    """How a process ends in which torch loads the package of one linear layer, if a signal ends it."""
+    done = subprocess.run([sys.executable, "-c", LOAD_A_PACKAGE, device, path], capture_output=True, text=True)
+    return f"signal {-done.returncode}" if done.returncode < 0 else None
+
+
 @pytest.mark.parametrize("kind", [Decoder, Stepper])
-def test_aot_inductor_package(kind, device, tmp_path):
+def test_aot_inductor_package(kind, device, tmp_path, tmp_path_factory):
+    if device.type == "cuda" and (
+        signal := crash_of_torch_itself("cuda", str(tmp_path_factory.getbasetemp() / "x.pt2"))
+    ):
+        pytest.skip(f"torch {torch.__version__} cannot load even a package of one linear layer here: {signal}")
     model = kind(device)
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(
