@@ -163,7 +163,7 @@ CPU = [
         ("cu_seqlens that end early accepted", "ends.back() == tokens,", "ends.back() <= tokens,", ERRORS),
         ("position beyond 2^62 accepted", "data[i] <= kMaxPosition,", "true,", REFUSALS),
         ("scale beyond float32 accepted", "std::abs(scale) <= std::numeric_limits<float>::max(),", "true,", REFUSALS),
-        ("too many slots accepted", "slots <= kMaxSlots,", "true,", REFUSALS),
+        ("too many slots accepted", "slots <= kMaxSlots,", "true,", ERRORS),
         ("step into an expanded state", "at::has_internal_overlap(tensor) != at::MemOverlap::Yes,", "true,", REFUSALS),
         ("step into a state whose key is its value", "shared != at::MemOverlapStatus::Full &&", "", REFUSALS),
         ("negative position accepted", "data[i] >= 0,", "true,", ERRORS),
