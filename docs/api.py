@@ -51,7 +51,11 @@ def markdown(docstring: str) -> str:
         first, _, rest = block.partition("\n")
         if first.rstrip(":") in SECTIONS and first.endswith(":"):
             blocks.append(f"**{first.rstrip(':')}**")
-            entries = re.split(r"\n(?=\S)", textwrap.dedent(rest))
+            rest = textwrap.dedent(rest)
+            if first == "Returns:":  # a text; the others list names
+                blocks.append(prose(" ".join(rest.split())))
+                continue
+            entries = re.split(r"\n(?=\S)", rest)
             blocks.append("\n".join("- " + prose(" ".join(entry.split())) for entry in entries))
         elif block.lstrip().startswith(">>>"):
             blocks.append(f"```python\n{textwrap.dedent(block)}\n```")
