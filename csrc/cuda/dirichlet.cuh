@@ -41,6 +41,7 @@ struct PatchRow {
       }
     }
     row[kLeft] = __float_as_uint(left);
+    for (int i = kLeft + 1; i < kHigh; ++i) row[i] = 0;  // copied, not used
   }
 };
 

@@ -335,6 +335,7 @@ const char* dirichlet_refusal(const Problem& p) {
   if (p.key_dim % 8 || p.value_dim % 8) return "head sizes are no multiples of 8";
   if (!aligned(p.query) || !aligned(p.key) || !aligned(p.value)) return "rows are not aligned to 16 bytes";
   if (p.tokens > INT32_MAX / 2) return "there are more than 2^30 tokens";
+  if (p.slots < kWarpSlots) return "there are fewer than 16 slots";
   if (p.slots > kMaxPatchSlots) return "there are more than 64 slots";
   if (p.kv_heads > kMaxWindowHeads) return "there are more than 256 key/value heads";
   bool fits = true;

@@ -277,6 +277,7 @@ at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::T
   const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, {}, state_key,
                                state_value, position);
   check_step(call);
+  check_is_writable(state_key, state_value, position);
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
   const at::Tensor out = call.empty_out();
