@@ -57,13 +57,15 @@ slow: $(VENV)/.built  ## run the tests that take minutes or gigabytes
 sanitize: $(VENV)/.installed  ## run the C++ tests under Address- and UndefinedBehaviorSanitizer, the CPU kernels under ThreadSanitizer, and make fuzz
 	$(call ctest,sanitize)
 	$(call ctest,threads)
-	$(MAKE) --no-print-directory fuzz
+	$(MAKE) --no-print-directory fuzz SEED=1
 
+# SEED=0 is another walk each time.
 SECONDS ?= 60
-fuzz: $(VENV)/.installed | clang  ## have libFuzzer look for calls of the CPU kernels that fail, for SECONDS=60
+SEED ?= 0
+fuzz: $(VENV)/.installed | clang  ## have libFuzzer look for calls of the CPU kernels that fail, for SECONDS=60, from SEED=0
 	$(call cmake,fuzz)
 	@mkdir -p build/fuzz/corpus
-	cd build/fuzz && nice tests/fuzz/fuzz_kernels -max_total_time=$(SECONDS) -max_len=256 -len_control=0 -timeout=60 \
+	cd build/fuzz && nice tests/fuzz/fuzz_kernels -seed=$(SEED) -max_total_time=$(SECONDS) -max_len=256 -len_control=0 -timeout=60 \
 	  -print_final_stats=1 -verbosity=0 corpus
 
 mutants: $(VENV)/.built  ## put single faults into the CPU sources, one by one: the tests must catch each

@@ -26,7 +26,8 @@ struct Problem {
   std::vector<Cells> cells;  // per kv head
   double sharpness, scale;
   std::vector<Sequence> sequences;
-  bool given = false;  // a state
+  bool given = false;          // a state
+  bool float32_gates = false;  // rounded: one next to 1 is then 1, and a NaN does not outlive it
   Numbers query, key, value, state_key, state_value;
   Numbers grad_out, grad_lse, grad_state_key, grad_state_value;
   Numbers out;  // rounded, as a backward reads it; empty: as it is
@@ -51,6 +52,8 @@ class Lane {
   Lane(const Problem& problem, int64_t sequence, int64_t head)
       : p(problem), s(p.sequences[sequence]), index(sequence), head(head), cells(p.cells[head]) {
     gates = blurry_attn::gates(p.kernel, cells, p.sharpness, s.position, s.length);
+    if (p.float32_gates)
+      std::transform(gates.begin(), gates.end(), gates.begin(), [](double gate) { return float(gate); });
     keys.assign(p.slots * p.key_dim, 0);
     values.assign(p.slots * p.value_dim, 0);
     for (int64_t m = 0; m < p.slots && p.given; ++m) {
