@@ -63,7 +63,8 @@ def context_parallel_attention(
         enable_gqa: allow Hq > Hkv.
         state: what came before the whole sequence. Every rank gives its positions; the slots are read, and get their
             gradient, on the first rank.
-        return_state: return the state after this piece too; the last rank's is that of the whole sequence.
+        return_state: return the state after this piece too, not in bfloat16; the last rank's is that of the whole
+            sequence.
         return_lse: return the log-sum-exp of the logits too.
 
     Returns, Raises:
@@ -75,7 +76,7 @@ def context_parallel_attention(
     if state is None or dist.get_rank(group) > 0:
         before = key.new_zeros(*shape, key.shape[3] + value.shape[3], dtype=dtype)
     else:
-        before = torch.cat((state.key, state.value), -1).to(dtype)
+        before = torch.cat(state._contents(), -1).to(dtype)
     position = torch.full(shape[:1], start, device=key.device)
     if state is not None:
         position = position + state.position

@@ -124,7 +124,7 @@ def blurry_window_attention(
         cu_seqlens: (S + 1,) int32 or int64, from 0 to T, not decreasing: packs S sequences along T, with B = 1
             (:class:`Packing` makes it from a padding mask).
         state: what came before the first token, of each sequence; positions may differ.
-        return_state: return the state after the last token too.
+        return_state: return the state after the last token too, in bfloat16 if the given one is.
         return_lse: return the log-sum-exp of the logits too.
 
     Returns:
@@ -158,6 +158,7 @@ def blurry_window_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
+    contents = (None, None) if state is None else state._contents()
     out, lse, state_key, state_value, position = _forward(
         query,
         key,
@@ -165,8 +166,7 @@ def blurry_window_attention(
         *_law(window, key.shape[1]),
         _scale(scale, query.shape[-1]),
         cu_seqlens,
-        None if state is None else state.key,
-        None if state is None else state.value,
+        *contents,
         None if state is None else state.position,
         return_state,
     )
@@ -174,7 +174,8 @@ def blurry_window_attention(
     if return_lse:
         results.append(lse)
     if return_state:
-        results.append(BlurryState._unchecked(state_key, state_value, position, window))
+        end = BlurryState._unchecked(state_key, state_value, position, window)
+        results.append(end if state is None or state.flux is None else end.to(dtype=torch.bfloat16))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -228,16 +229,15 @@ def blurry_window_step(
         from . import sharding
 
         return sharding.step(blurry_window_step, query, key, value, state, scale=scale, enable_gqa=enable_gqa)
-    return _step(
-        query,
-        key,
-        value,
-        state.key,
-        state.value,
-        state.position,
-        *_law(state.window, key.shape[1]),
-        _scale(scale, query.shape[-1]),
-    )
+    slots, position = state._contents(), state.position
+    if state.flux is not None:
+        if not torch.compiler.is_compiling():
+            state._check_writable()
+        position = position.clone()
+    out = _step(query, key, value, *slots, position, *_law(state.window, key.shape[1]), _scale(scale, query.shape[-1]))
+    if state.flux is not None:
+        state._write(*slots, position)
+    return out
 
 
 def _state_dtype(query: Tensor) -> torch.dtype:

@@ -128,7 +128,7 @@ def blurry_window_attention(
                 resolution = windows[h] // window.slots
                 opens = [opening(m, window.slots, resolution, phases[h]) for m in range(window.slots)]
                 is_open = (torch.tensor(opens, device=query.device) < start).unsqueeze(-1)
-                given = (state.key[s, h].to(work), state.value[s, h].to(work))
+                given = tuple(slots[s, h].to(work) for slots in state._contents())
                 slots = tuple(torch.where(is_open, x, torch.zeros_like(x)) for x in given)
             o, lse_end, k_end, v_end = _head(
                 query[b, h * group : (h + 1) * group, span].to(work),

@@ -38,7 +38,8 @@ def attend(
     Raises:
         TypeError: a plain tensor among DTensors.
         ValueError: unlike meshes or placements; sequences or heads that do not divide evenly over the ranks.
-        NotImplementedError: sharded along tokens or head_dim; a state whose kv heads several ranks share.
+        NotImplementedError: sharded along tokens or head_dim; a state whose kv heads several ranks share, or
+            of bfloat16.
     """
     division = _divide(query, key, value, window, state, return_state)
 
@@ -119,6 +120,8 @@ def _divide(
 ) -> _Division:
     arguments = {"query": query, "key": key, "value": value}
     if state is not None:
+        if state.flux is not None:
+            raise NotImplementedError("state must not be in bfloat16 among DTensors; state.to(torch.float32)")
         arguments |= {"state.key": state.key, "state.value": state.value, "state.position": state.position}
     tensors: dict[str, DTensor] = {}
     for name, x in arguments.items():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, NoReturn, cast
 
 import torch
@@ -38,16 +39,23 @@ class BlurryState:
     """The history of ``B`` sequences, held in ``N`` slots per key/value head whatever its length.
 
     Args:
-        key: slots of the key history, ``(B, Hkv, N, Dk)``, float32 (float64 where the inputs are float64).
+        key: slots of the key history, ``(B, Hkv, N, Dk)``, float32 (float64 where the inputs are float64), or bfloat16.
         value: slots of the value history, ``(B, Hkv, N, Dv)``, of the same dtype and device.
         position: tokens seen so far by each sequence, ``(B,)`` int64, on the same device.
         window: the window that the slots were written by; ``N`` is its ``slots``.
+        flux: beside bfloat16 slots alone, which it stands in for: the two slots that the next token of a sequence
+            writes, of the trailing and of the leading cell, ``(B, Hkv, 2, Dk + Dv)``, float32. A slot is then rounded
+            once, when it comes to rest.
+
+    ``state.to(torch.bfloat16)`` makes a state of about half the bytes, for "fejer", whose slots do come to rest; it is
+    given and stepped like any other, and stays in bfloat16.
 
     A slot is shut until the first token in its reach; shut slots are zero in a returned state, ignored in a given one.
     :func:`blurry_attn.blurry_window_step` updates a state in place; everything else leaves it alone.
 
     Raises:
-        TypeError: an argument that is not a tensor (``window``: not a :class:`BlurryWindow`), or of another dtype.
+        TypeError: an argument that is not a tensor (``window``: not a :class:`BlurryWindow`), or of another dtype;
+            bfloat16 slots of another kernel than "fejer".
         ValueError: shapes or devices that do not fit together, or a window made for another number of heads.
     """
 
@@ -55,6 +63,7 @@ class BlurryState:
     value: Tensor
     position: Tensor
     window: BlurryWindow
+    flux: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("key", "value", "position"):
@@ -65,8 +74,8 @@ class BlurryState:
         if not isinstance(self.window, BlurryWindow):
             raise TypeError(f"window must be a BlurryWindow, got {type(self.window).__name__}")
         for name, slots in (("key", self.key), ("value", self.value)):
-            if slots.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"{name} must be float32 or float64, got {slots.dtype}")
+            if slots.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+                raise TypeError(f"{name} must be float32, float64 or bfloat16, got {slots.dtype}")
             if slots.dim() != 4:
                 raise ValueError(f"{name} must be (B, Hkv, N, D), got {slots.dim()} dimensions: {tuple(slots.shape)}")
         if self.value.dtype != self.key.dtype:
@@ -85,13 +94,76 @@ class BlurryState:
             if device != self.key.device:
                 raise ValueError(f"{name} must be on the device of key ({self.key.device}), got {device}")
         self.window.phases(self.kv_heads)
+        self._check_flux()
+
+    def _check_flux(self) -> None:
+        if self.key.dtype != torch.bfloat16:
+            if self.flux is not None:
+                raise ValueError(f"flux must be None beside slots of {self.key.dtype}")
+            return
+        if self.window.kernel != "fejer":
+            raise TypeError(
+                f'key must be float32 or float64 where kernel is "{self.window.kernel}": '
+                "no slot of it ever comes to rest"
+            )
+        if not isinstance(self.flux, Tensor):
+            raise TypeError(
+                f"flux must be a Tensor beside bfloat16 slots, got {type(self.flux).__name__}; "
+                "state.to(torch.bfloat16) makes it"
+            )
+        if self.flux.dtype != torch.float32 or self.flux.layout != torch.strided:
+            raise TypeError(f"flux must be dense and float32, got {self.flux.dtype}, layout {self.flux.layout}")
+        shape = (self.batch_size, self.kv_heads, 2, self.key.shape[3] + self.value.shape[3])
+        if self.flux.shape != shape:
+            raise ValueError(f"flux must be (B, Hkv, 2, Dk + Dv) = {shape}, got {tuple(self.flux.shape)}")
+        if self.flux.device != self.key.device:
+            raise ValueError(f"flux must be on the device of key ({self.key.device}), got {self.flux.device}")
 
     @classmethod
-    def _unchecked(cls, key: Any, value: Any, position: Any, window: BlurryWindow) -> BlurryState:
+    def _unchecked(cls, key: Any, value: Any, position: Any, window: BlurryWindow, flux: Any = None) -> BlurryState:
         """A state of parts that are known to fit together: made by an operator, or leaves of a tree."""
         state = cls.__new__(cls)
-        state.key, state.value, state.position, state.window = key, value, position, window
+        state.key, state.value, state.position, state.window, state.flux = key, value, position, window, flux
         return state
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> BlurryState:
+        flux = None if self.flux is None else change(self.flux)
+        return BlurryState(change(self.key), change(self.value), change(self.position), self.window, flux)
+
+    def _contents(self) -> tuple[Tensor, Tensor]:
+        """Key and value slots as they are; those of bfloat16 in float32, with the ones in flux in their place."""
+        if self.flux is None:
+            return self.key, self.value
+        slots = _slots_in_flux(self.window, self.kv_heads, self.position)
+        key, value = self.flux.split((self.key.shape[3], self.value.shape[3]), -1)
+        return (
+            self.key.float().scatter(2, _rows(slots, key.shape[3]), key),
+            self.value.float().scatter(2, _rows(slots, value.shape[3]), value),
+        )
+
+    def _write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
+        """What a step has made of :meth:`_contents`, into a state of bfloat16."""
+        slots = _slots_in_flux(self.window, self.kv_heads, self.position)
+        for held, new in ((self.key, key), (self.value, value)):
+            rows = _rows(slots, held.shape[3])
+            held.scatter_(2, rows, new.gather(2, rows).to(held.dtype))
+        self.position.copy_(position)
+        cast(Tensor, self.flux).copy_(_flux(self.window, key, value, position))
+
+    def _check_writable(self) -> None:
+        """What the operator checks of the tensors that it updates, for those of a state of bfloat16.
+
+        Raises:
+            ValueError: an expanded tensor; key and value that share memory.
+        """
+        for name in (*_CHILDREN, "flux"):
+            if torch._debug_has_internal_overlap(getattr(self, name)) == 1:
+                raise ValueError(
+                    f"state.{name} must have memory for every element to be updated in place, got an expanded tensor; "
+                    "clone() it"
+                )
+        if self.key.numel() and self.value.numel() and self.key.data_ptr() == self.value.data_ptr():
+            raise ValueError("state.value must not share memory with state.key to be updated in place")
 
     @classmethod
     def empty(
@@ -105,18 +177,23 @@ class BlurryState:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> BlurryState:
-        """The state before the first token: ``batch`` sequences at position 0, all slots shut and zero."""
+        """The state before the first token: ``batch`` sequences at position 0, all slots shut and zero.
+
+        ``dtype`` is float32, float64 or bfloat16.
+        """
         if not isinstance(window, BlurryWindow):
             raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
         for name, size in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim)):
             if size < 0:
                 raise ValueError(f"{name} must not be negative, got {size}")
         value_dim = head_dim if value_dim is None else value_dim
+        in_flux = torch.zeros(batch, kv_heads, 2, head_dim + value_dim, device=device, dtype=torch.float32)
         return cls(
             torch.zeros(batch, kv_heads, window.slots, head_dim, device=device, dtype=dtype),
             torch.zeros(batch, kv_heads, window.slots, value_dim, device=device, dtype=dtype),
             torch.zeros(batch, device=device, dtype=torch.int64),
             window,
+            in_flux if dtype == torch.bfloat16 else None,
         )
 
     @property
@@ -141,8 +218,8 @@ class BlurryState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of those numbers."""
-        return self.elements * self.key.element_size()
+        """Bytes of those numbers, and of ``flux``."""
+        return sum(x.nbytes for x in (self.key, self.value, self.flux) if x is not None)
 
     def to(
         self,
@@ -152,20 +229,31 @@ class BlurryState:
         non_blocking: bool = False,
         copy: bool = False,
     ) -> BlurryState:
-        """On another device, or with slots of another dtype (float32 or float64); ``position`` stays int64."""
+        """On another device, or with slots of another dtype (float32, float64, or bfloat16 with ``flux`` in float32).
+
+        Slots that go to bfloat16 are rounded, except those in flux; they come back as they then are. All memory is new
+        where any is.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        key, value = (x.to(device, dtype, non_blocking=non_blocking, copy=copy) for x in (self.key, self.value))
-        position = self.position.to(device, non_blocking=non_blocking, copy=copy)
-        return BlurryState(key, value, position, self.window)
+        contents = (self.key, self.value) if dtype in (None, self.key.dtype) else self._contents()
+        key, value = (x.to(device, dtype, non_blocking=non_blocking, copy=copy) for x in contents)
+        flux = self.flux
+        if flux is None and dtype == torch.bfloat16 and self.window.kernel == "fejer":
+            flux = _flux(self.window, *contents, self.position)
+        if flux is not None:
+            flux = flux.to(device, non_blocking=non_blocking, copy=copy) if key.dtype == torch.bfloat16 else None
+        # A step of the one state must not advance the other.
+        position = self.position.to(device, non_blocking=non_blocking, copy=copy or key is not self.key)
+        return BlurryState(key, value, position, self.window, flux)
 
     def clone(self) -> BlurryState:
         """A copy that shares no memory; gradients flow through it."""
-        return BlurryState(self.key.clone(), self.value.clone(), self.position.clone(), self.window)
+        return self._each(torch.clone)
 
     def detach(self) -> BlurryState:
         """The same slots without their gradient history; memory is shared."""
-        return BlurryState(self.key.detach(), self.value.detach(), self.position.detach(), self.window)
+        return self._each(torch.detach)
 
     def __getitem__(self, index: slice | Tensor) -> BlurryState:
         """The state of some of the sequences, in any order and number: for beam search, and for a batch that shrinks.
@@ -178,7 +266,7 @@ class BlurryState:
         """
         if not isinstance(index, slice) and not (isinstance(index, Tensor) and index.dim() == 1):
             raise TypeError(f"index must be a slice or a one-dimensional tensor, got {index!r}")
-        return BlurryState(self.key[index], self.value[index], self.position[index], self.window)
+        return self._each(lambda x: x[index])
 
     @classmethod
     def cat(cls, states: Sequence[BlurryState]) -> BlurryState:
@@ -199,10 +287,9 @@ class BlurryState:
                 raise TypeError(f"states must have the same dtype: {states[0].key.dtype}, got {state.key.dtype}")
             if state._place() != states[0]._place():
                 raise ValueError(f"states must have the same sizes and device: {states[0]!r}, got {state!r}")
-        key, value, position = (
-            torch.cat([getattr(state, name) for state in states]) for name in ("key", "value", "position")
-        )
-        return cls(key, value, position, states[0].window)
+        key, value, position = (torch.cat([getattr(state, name) for state in states]) for name in _CHILDREN)
+        flux = [state.flux for state in states if state.flux is not None]
+        return cls(key, value, position, states[0].window, torch.cat(flux) if flux else None)
 
     def _place(self) -> tuple[object, ...]:
         return self.key.shape[1:], self.value.shape[1:], self.key.device
@@ -218,25 +305,20 @@ class BlurryState:
             "out again; keep a clone() of where to return to (its size does not grow with the history)"
         )
 
-    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """All of the state in tensors, for ``torch.save`` or safetensors: ``key``, ``value``, ``position`` (memory is
-        shared, gradient history is not), and ``window``, the text of the window as JSON in uint8.
-
-        Args:
-            dtype: of key and value; None: as they are. In bfloat16 a conversation that waits takes half the bytes.
-        """
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of the state in tensors, for ``torch.save`` or safetensors: ``key``, ``value``, ``position``, where there
+        is one ``flux`` (memory is shared, gradient history is not), and ``window``, the text of the window as JSON in
+        uint8."""
         text = json.dumps(asdict(self.window)).encode()
+        tensors = {name: getattr(self, name) for name in (*_CHILDREN, "flux")}
         return {
-            "key": self.key.detach().to(dtype),
-            "value": self.value.detach().to(dtype),
-            "position": self.position,
+            **{name: x.detach() for name, x in tensors.items() if x is not None},
             "window": torch.tensor(list(text), dtype=torch.uint8),
         }
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> BlurryState:
-        """The state of a :meth:`state_dict`, on the device of its tensors; memory is shared, but for slots of less than
-        32 bits, which become float32.
+        """The state of a :meth:`state_dict`, on the device of its tensors; memory is shared.
 
         Raises:
             KeyError: an entry is missing.
@@ -249,11 +331,8 @@ class BlurryState:
             window = BlurryWindow(**json.loads(bytes(state_dict["window"].tolist())))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"window must be the text that state_dict() makes of a window: {error}") from None
-        key, value = (
-            slots.float() if isinstance(slots, Tensor) and slots.dtype in (torch.bfloat16, torch.float16) else slots
-            for slots in (state_dict["key"], state_dict["value"])
-        )
-        return cls(key, value, state_dict["position"], window)
+        key, value, position = (state_dict[name] for name in _CHILDREN)
+        return cls(key, value, position, window, state_dict.get("flux"))
 
     def frequency_window(self) -> tuple[Tensor, Tensor]:
         """The slots' discrete Fourier transform, for key and value: complex, ``(B, Hkv, N // 2 + 1, D)`` each.
@@ -271,7 +350,8 @@ class BlurryState:
             spectrum = torch.fft.rfft(_fill(slots, is_open, oldest), dim=-2, norm="forward")
             return spectrum * shift.to(spectrum.dtype)
 
-        return transform(self.key), transform(self.value)
+        key, value = self._contents()
+        return transform(key), transform(value)
 
     def reconstruct(self, lag: Tensor) -> tuple[Tensor, Tensor]:
         """The blurred key and value history, ``(B, Hkv, L, Dk)`` and ``(B, Hkv, L, Dv)``, ``lag`` tokens back.
@@ -315,7 +395,8 @@ class BlurryState:
             history = weight.to(slots.dtype) @ _fill(slots, is_open, oldest)
             return history.masked_fill(~is_inside.unsqueeze(-1), torch.nan)
 
-        return interpolate(self.key), interpolate(self.value)
+        key, value = self._contents()
+        return interpolate(key), interpolate(value)
 
     def _layout(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Windows and phases (Hkv,), which slots are open (B, Hkv, N), and the oldest (Hkv,) while some are shut."""
@@ -348,21 +429,52 @@ def _fill(slots: Tensor, is_open: Tensor, oldest: Tensor) -> Tensor:
     return torch.where(is_open, known, first)
 
 
+def _cells(window: BlurryWindow, kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens per cell and phase of every kv head, (Hkv,)."""
+    resolutions, phases = window.resolutions(kv_heads), window.phases(kv_heads)
+    return torch.tensor(resolutions, device=device), torch.tensor(phases, device=device)
+
+
+_cached_cells = lru_cache(_cells)
+
+
+def _slots_in_flux(window: BlurryWindow, kv_heads: int, position: Tensor) -> Tensor:
+    """Slots (B, Hkv, 2) that the token at ``position`` (B,) writes: of its trailing and leading cell (csrc/law.h)."""
+    # The copy to the device is made once: a CUDA graph could not hold it.
+    cells = _cells if torch.compiler.is_compiling() else _cached_cells
+    resolution, phase = cells(window, kv_heads, position.device)
+    trailing = (position.clamp(min=0).unsqueeze(1) - phase).div(resolution, rounding_mode="floor")
+    return torch.stack((trailing, trailing + 1), -1).remainder(window.slots)
+
+
+def _rows(slots: Tensor, dim: int) -> Tensor:
+    """An index for whole rows of ``dim`` elements."""
+    return slots.unsqueeze(-1).expand(*slots.shape, dim)
+
+
+def _flux(window: BlurryWindow, key: Tensor, value: Tensor, position: Tensor) -> Tensor:
+    slots = _slots_in_flux(window, key.shape[1], position)
+    return torch.cat([x.gather(2, _rows(slots, x.shape[3])).float() for x in (key, value)], -1)
+
+
 _CHILDREN = ("key", "value", "position")
 
 
 def _flatten(state: BlurryState) -> tuple[list[Any], BlurryWindow]:
-    return [state.key, state.value, state.position], state.window
+    children = [state.key, state.value, state.position]
+    return children if state.flux is None else [*children, state.flux], state.window
 
 
 def _flatten_with_keys(state: BlurryState) -> tuple[list[tuple[Any, Any]], BlurryWindow]:
     children, window = _flatten(state)
-    return [(pytree.GetAttrKey(name), child) for name, child in zip(_CHILDREN, children, strict=True)], window
+    return [
+        (pytree.GetAttrKey(name), child) for name, child in zip((*_CHILDREN, "flux"), children, strict=False)
+    ], window
 
 
 def _unflatten(children: Any, window: Any) -> BlurryState:
-    key, value, position = children  # while a tree is taken apart its leaves need not be tensors
-    return BlurryState._unchecked(key, value, position, window)
+    key, value, position, *flux = children  # while a tree is taken apart its leaves need not be tensors
+    return BlurryState._unchecked(key, value, position, window, *flux)
 
 
 # States go into and out of compiled and exported programs.

@@ -48,8 +48,8 @@ class Stepper(Decoder):
         return x
 
 
-def states(device, seed=100):
-    return [make_state(WINDOW, [3, 50], dim=4, dtype=torch.float32, device=device, seed=seed + i) for i in range(2)]
+def states(device, dtype=torch.float32):
+    return [make_state(WINDOW, [3, 50], dim=4, dtype=torch.float32, device=device, seed=i).to(dtype) for i in range(2)]
 
 
 def tokens(length, device):
@@ -70,14 +70,16 @@ def assert_close(actual, expected):
 # The state as a tree
 
 
-def test_a_state_is_a_tree_of_its_tensors():
-    state = make_state(WINDOW, [3, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_is_a_tree_of_its_tensors(dtype):
+    state = make_state(WINDOW, [3, 50]).to(dtype)
+    parts = ("key", "value", "position", "flux")[: 3 if dtype == torch.float32 else 4]
     leaves, spec = pytree.tree_flatten({"layer": state})
-    assert [leaf is getattr(state, name) for leaf, name in zip(leaves, ("key", "value", "position"), strict=True)]
+    assert [leaf is getattr(state, name) for leaf, name in zip(leaves, parts, strict=True)]
     again = pytree.tree_unflatten(leaves, pytree.treespec_loads(pytree.treespec_dumps(spec)))["layer"]
-    assert again.key is state.key and again.position is state.position and again.window == WINDOW
+    assert again.key is state.key and again.flux is state.flux and again.window == WINDOW
     names = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path({"layer": state})[0]]
-    assert names == ["['layer'].key", "['layer'].value", "['layer'].position"]
+    assert names == [f"['layer'].{name}" for name in parts]
 
 
 def test_a_tree_may_hold_what_is_no_tensor():
@@ -105,13 +107,14 @@ def test_compile_around_the_state(device):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_a_compiled_step_is_one_graph_for_all_positions(device):
+def test_a_compiled_step_is_one_graph_for_all_positions(dtype, device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     eager = Stepper(device)
     compiled = torch.compile(eager, fullgraph=True, backend=counter)
-    ours, theirs = states(device), states(device)
+    ours, theirs = states(device, dtype), states(device, dtype)
     for length in range(4):
         x = randn(2, 1, 16, dtype=torch.float32, device=device, seed=length)
         torch.testing.assert_close(compiled(x, ours), eager(x, theirs))
@@ -144,7 +147,7 @@ def assert_runs_as(program, model, device):
     lengths = (1,) if isinstance(model, Stepper) else (2, 20, 63)
     for length in lengths:
         masks = () if isinstance(model, Stepper) else (padding(length, device),)
-        ours, theirs = states(device, seed=length), states(device, seed=length)
+        ours, theirs = states(device), states(device)
         result = program(tokens(length, device), ours, *masks)
         assert_close(result, model(tokens(length, device), theirs, *masks))
         assert_close(ours, theirs)

@@ -136,24 +136,29 @@ def test_a_refused_step_names_the_argument_and_leaves_the_state(data, dtype):
     assert all(torch.equal(arguments[name], x) for name, x in before.items())
 
 
-@pytest.mark.parametrize("name", ["key", "value", "position"])
-def test_a_step_refuses_a_state_that_cannot_be_written(name, device):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, None) for name in ("key", "value", "position")), ("flux", torch.bfloat16), ("position", torch.bfloat16)],
+    ids=str,
+)
+def test_a_step_refuses_a_state_that_cannot_be_written(name, dtype, device):
     """An expanded tensor has one place for several numbers: half of the state would be written before that shows."""
-    state = make_state(WINDOW, [3, 3], device=device)
+    state = make_state(WINDOW, [3, 3], dtype=torch.float32, device=device).to(dtype)
     setattr(state, name, getattr(state, name)[:1].expand_as(getattr(state, name)))
     before = state.clone()
-    token = make_inputs(tokens=1, device=device)
+    token = make_inputs(tokens=1, dtype=torch.float32, device=device)
     with pytest.raises(ValueError, match=rf"state\.{name} must have memory for every element"):
         blurry_window_step(*token, state)
-    for part in ("key", "value", "position"):
-        assert torch.equal(getattr(state, part), getattr(before, part))
+    for part, held in before.state_dict().items():
+        assert torch.equal(state.state_dict()[part], held)
 
 
-def test_a_step_refuses_a_state_whose_key_is_its_value(device):
-    slots = make_state(WINDOW, [3], device=device).key
-    state = BlurryState(slots, slots, torch.tensor([3], device=device), WINDOW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_refuses_a_state_whose_key_is_its_value(dtype, device):
+    state = make_state(WINDOW, [3], dtype=torch.float32, device=device).to(dtype)
+    state.value = state.key
     with pytest.raises(ValueError, match=r"state\.value must not share memory with state.key"):
-        blurry_window_step(*make_inputs(1, tokens=1, device=device), state)
+        blurry_window_step(*make_inputs(1, tokens=1, dtype=torch.float32, device=device), state)
 
 
 @settings(max_examples=300)

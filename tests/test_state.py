@@ -195,6 +195,8 @@ def test_copies():
         assert half.key.dtype == half.value.dtype == torch.float32
         assert half.position.dtype == torch.int64
         assert half.window is state.window
+        assert half.position.data_ptr() != state.position.data_ptr(), "a step of one would advance the other"
+    assert state.to(torch.float64).position is state.position
     meta = state.to("meta")
     assert {meta.key.device.type, meta.value.device.type, meta.position.device.type} == {"meta"}
     assert meta.key.dtype == torch.float64
@@ -202,7 +204,7 @@ def test_copies():
     assert moved.position.data_ptr() != state.position.data_ptr()
     assert state != copy
     assert state == state
-    with pytest.raises(TypeError, match=r"key must be float32 or float64, got torch\.float16"):
+    with pytest.raises(TypeError, match=r"key must be float32, float64 or bfloat16, got torch\.float16"):
         state.to(torch.float16)
 
 
@@ -214,13 +216,25 @@ def test_repr():
     )
 
 
+HALF = {"key": torch.zeros(2, 3, 4, 5).bfloat16(), "value": torch.zeros(2, 3, 4, 5).bfloat16()}
+FLUX = torch.zeros(2, 3, 2, 10)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"key": [1.0]}, TypeError, "key must be a Tensor, got list"),
         ({"window": 8}, TypeError, "window must be a BlurryWindow, got int"),
-        ({"key": torch.zeros(2, 3, 4, 5).half()}, TypeError, "key must be float32 or float64, got torch.float16"),
-        ({"value": torch.zeros(2, 3, 4, 5).long()}, TypeError, "value must be float32 or float64, got torch.int64"),
+        (
+            {"key": torch.zeros(2, 3, 4, 5).half()},
+            TypeError,
+            "key must be float32, float64 or bfloat16, got torch.float16",
+        ),
+        (
+            {"value": torch.zeros(2, 3, 4, 5).long()},
+            TypeError,
+            "value must be float32, float64 or bfloat16, got torch.int64",
+        ),
         ({"value": torch.zeros(2, 3, 4, 5).double()}, TypeError, "value must have the dtype of key (torch.float32)"),
         ({"position": torch.zeros(2)}, TypeError, "position must be int64, got torch.float32"),
         (
@@ -238,6 +252,21 @@ def test_repr():
         ({"window": BlurryWindow(4, 8, phase=(0, 1))}, ValueError, "phase must have one entry per kv head (3), got 2"),
         ({"value": torch.zeros(2, 3, 4, 5, device="meta")}, ValueError, "value must be on the device of key (cpu)"),
         ({"position": torch.zeros(2, device="meta").long()}, ValueError, "position must be on the device of key (cpu)"),
+        ({"flux": FLUX}, ValueError, "flux must be None beside slots of torch.float32"),
+        (HALF, TypeError, "flux must be a Tensor beside bfloat16 slots, got NoneType; state.to(torch.bfloat16) makes"),
+        ({**HALF, "flux": FLUX.half()}, TypeError, "flux must be dense and float32, got torch.float16"),
+        ({**HALF, "flux": FLUX.to_sparse()}, TypeError, "flux must be dense and float32, got torch.float32, layout"),
+        (
+            {**HALF, "flux": FLUX[:1]},
+            ValueError,
+            "flux must be (B, Hkv, 2, Dk + Dv) = (2, 3, 2, 10), got (1, 3, 2, 10)",
+        ),
+        ({**HALF, "flux": FLUX.to("meta")}, ValueError, "flux must be on the device of key (cpu), got meta"),
+        (
+            {**HALF, "flux": FLUX, "window": BlurryWindow(4, 8, "dirichlet")},
+            TypeError,
+            'key must be float32 or float64 where kernel is "dirichlet": no slot of it ever comes to rest',
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -168,6 +168,19 @@ def test_pieces_with_padding_equal_one_piece(side, device):
     assert cache.states[0].position.tolist() == mask.sum(1).tolist()
 
 
+def test_a_cache_in_bfloat16(device):
+    """Half the bytes, and the logits of a turn and of steps after it differ by a rounding of the slots."""
+    model, ids = build(device=device).float(), tokens(2, 70, device=device)
+    caches = BlurryCache(), BlurryCache(torch.bfloat16)
+    for piece in (ids[:, :50], *ids[:, 50:].split(1, 1)):
+        exact, ours = (logits(model, piece, past_key_values=cache, use_cache=True) for cache in caches)
+        torch.testing.assert_close(ours, exact, rtol=2**-7, atol=2**-7 * exact.abs().max().item())
+    for whole, half in zip(*(cache.states for cache in caches), strict=True):
+        assert half.key.dtype == torch.bfloat16
+        assert half.nbytes == whole.nbytes // 2 + 2 * whole.nbytes // half.slots
+        assert torch.equal(half.position, whole.position)
+
+
 def test_the_cache_does_not_grow(device):
     model, cache = build(device=device), BlurryCache()
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)

@@ -84,8 +84,9 @@ class BlurryCacheLayer(CacheLayerMixin):
 
     supports_early_init = False  # the window comes with the first call
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self.dtype = dtype
         self.state: BlurryState | None = None
         self.tokens = 0  # of every sequence, padding included; state.position counts without
         self.awaits_attention = False
@@ -132,6 +133,7 @@ class BlurryCacheLayer(CacheLayerMixin):
             out = blurry_window_step(query, key, value, self.state, scale=scale, enable_gqa=True)
         else:
             out, self.state = _attend(query, key, value, window, scale, segments, self.state, return_state=True)
+            self.state = cast(BlurryState, self.state).to(dtype=self.dtype)
         self.tokens += query.shape[2]
         self.awaits_attention = False
         return out
@@ -173,10 +175,14 @@ class BlurryCache(Cache):
     Starts empty, and goes on from call to call: prompts, single tokens and further turns in any order. To try several
     continuations of one beginning, ``copy.deepcopy`` it. Keys and values themselves are not kept, so it cannot be
     cropped.
+
+    Args:
+        dtype: of the slots; torch.bfloat16 takes about half the bytes (:class:`BlurryState`). None: as they come, in
+            float32, or float64 where the model is.
     """
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=BlurryCacheLayer)
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__(layer_class_to_replicate=partial(BlurryCacheLayer, dtype))  # type: ignore[arg-type]
 
     @property
     def states(self) -> tuple[BlurryState | None, ...]:
