@@ -7,6 +7,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils import _pytree as pytree
 
 from .ops import blurry_window_attention, blurry_window_step
 from .ragged import Packing
@@ -269,6 +271,9 @@ class BlurrySelfAttention(nn.Module):
     def step(self, x: Tensor, state: BlurryState) -> Tensor:
         """Decode one token per sequence: ``x`` (B, 1, E) -> (B, 1, E); ``state`` is updated in place.
 
+        If it fails, ``state`` is as it was. Where ``out_proj`` has hooks or is no plain ``nn.Linear``, that takes a
+        copy of the state.
+
         Raises:
             NotImplementedError: a gradient would be required (call it under ``torch.no_grad()``), or a nested tensor.
             TypeError, ValueError: an argument of another type or shape.
@@ -279,7 +284,15 @@ class BlurrySelfAttention(nn.Module):
         if x.shape[1] != 1:
             raise ValueError(f"x must hold one token per sequence (B, 1, E), got {tuple(x.shape)}")
         query, key, value = self._project(x, state.position.unsqueeze(1))
-        return self._merge(blurry_window_step(query, key, value, state, enable_gqa=True))
+        if torch.compiler.is_compiling() or self._surely_merges(query):
+            return self._merge(blurry_window_step(query, key, value, state, enable_gqa=True))
+        before = state.clone()
+        try:
+            return self._merge(blurry_window_step(query, key, value, state, enable_gqa=True))
+        except BaseException:
+            for held, was in zip(pytree.tree_leaves(state), pytree.tree_leaves(before), strict=True):
+                held.copy_(was)
+            raise
 
     def extra_repr(self) -> str:
         return (
@@ -349,3 +362,26 @@ class BlurrySelfAttention(nn.Module):
 
     def _merge(self, out: Tensor) -> Tensor:
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _surely_merges(self, query: Tensor) -> bool:
+        """Whether ``out_proj`` runs no code but nn.Linear's own, on weights that take a step's output."""
+        module = self.out_proj
+        if (
+            getattr(module.forward, "__func__", None) is not nn.Linear.forward
+            or module._forward_pre_hooks
+            or module._forward_hooks
+            or _has_any_global_hook()
+        ):
+            return False
+        weight, bias, size = module.weight, module.bias, self.embed_dim
+        return (
+            weight.shape == (size, size)
+            and (bias is None or bias.shape == (size,))
+            and all(
+                type(x) is nn.Parameter  # not a subclass with a product of its own
+                and x.device == query.device
+                and (x.dtype == query.dtype or torch.is_autocast_enabled(query.device.type))
+                for x in (weight, bias)
+                if x is not None
+            )
+        )

@@ -382,3 +382,88 @@ def test_step_errors():
         module.step(double(2, 1, 16), state)
     assert state.position.tolist() == [0, 0]
     assert math.fsum(state.key.abs().flatten().tolist()) == 0
+
+
+def refuse(*_args):
+    raise RuntimeError("refused")
+
+
+def break_weight_dtype(module):
+    module.out_proj.float()
+
+
+def break_bias_dtype(module):
+    module.out_proj.bias = nn.Parameter(module.out_proj.bias.half())
+
+
+def break_size(module):
+    module.out_proj = nn.Linear(8, 16, dtype=torch.float64)
+
+
+def break_device(module):
+    module.out_proj.to("meta")
+
+
+def break_before(module):
+    module.out_proj.register_forward_pre_hook(refuse)
+
+
+def break_after(module):
+    module.out_proj.register_forward_hook(refuse)
+
+
+def break_everywhere(module):
+    """A hook of all modules that fails at the output projection alone."""
+    return nn.modules.module.register_module_forward_hook(
+        lambda this, _args, _out: refuse() if this is module.out_proj else None
+    )
+
+
+def break_forward(module):
+    module.out_proj.forward = refuse
+
+
+def break_class(module):
+    module.out_proj.__class__ = type("Other", (nn.Linear,), {"forward": refuse})
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=repr)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        break_weight_dtype,
+        break_bias_dtype,
+        break_size,
+        break_device,
+        break_before,
+        break_after,
+        break_everywhere,
+        break_forward,
+        break_class,
+    ],
+)
+@torch.no_grad()
+def test_a_step_that_fails_leaves_the_state(damage, window):
+    module = self_attention(window, bias=True)
+    _, state = module(double(2, 7, 16), return_state=True)
+    before = state.clone()
+    handle = damage(module)
+    try:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            module.step(double(2, 1, 16), state)
+    finally:
+        if handle is not None:
+            handle.remove()
+    for name, was in before.state_dict().items():
+        assert torch.equal(state.state_dict()[name], was), name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_a_step_of_a_plain_module_copies_no_state(autocast, monkeypatch):
+    module = self_attention(WINDOWS[1], bias=True, dtype=torch.float32)
+    _, state = module(torch.randn(2, 7, 16), return_state=True)
+    monkeypatch.setattr(BlurryState, "clone", refuse)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        module.step(torch.randn(2, 1, 16), state)
+    assert state.position.tolist() == [8, 8]
