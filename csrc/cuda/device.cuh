@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "architectures.h"
 #include "kernels.h"
 
 namespace blurry_attn::cuda {
@@ -289,6 +290,16 @@ int once_per_device(const ask_type& ask) {
   return known[device] - 1;
 }
 
+inline std::string describe(cudaError_t error) {
+  const std::string text = cudaGetErrorString(error);
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) return text;
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return text + ": " + no_code_for(100 * major + 10 * minor, {__CUDA_ARCH_LIST__});
+}
+
 template <typename... parameters, typename... arguments>
 void launch_with(cudaLaunchConfig_t config, const char* name, void (*kernel)(parameters...), int64_t blocks,
                  int threads, int64_t shared_bytes, cudaStream_t stream, const arguments&... args) {
@@ -304,7 +315,7 @@ void launch_with(cudaLaunchConfig_t config, const char* name, void (*kernel)(par
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters(args)...);
   if (error != cudaSuccess) {
     cudaGetLastError();  // what is reported here shall not surface again elsewhere
-    fail(cudaGetErrorString(error));
+    fail(describe(error));
   }
 }
 

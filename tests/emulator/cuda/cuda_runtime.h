@@ -146,7 +146,14 @@ inline size_t __cvta_generic_to_shared(const void* pointer) {
 }
 
 // The runtime, of a device like an H100.
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+#define __CUDA_ARCH_LIST__ 900
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorNoKernelImageForDevice
+};
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
