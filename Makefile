@@ -38,7 +38,7 @@ build/cuda-objects/%.sm_$(1).o: csrc/cuda/%.cu $(CUDA_HEADERS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow sanitize fuzz mutants emulate cuda-objects api lint format build tools clang system clean
+.PHONY: help demo test slow sanitize fuzz mutants emulate cuda-objects api audit lint format build tools clang system clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -83,6 +83,12 @@ cuda-objects:  ## compile the CUDA kernels, warnings being errors, for two gener
 
 api: $(VENV)/.built  ## write docs/api.md from the docstrings
 	$(BIN)/python docs/api.py
+
+# Strict: a pin that the service does not know is a failure, not a skip.
+audit: | tools  ## ask PyPI for known vulnerabilities of what requirements/*.txt pin; needs the network
+	test -x build/audit/bin/python || $(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps $(foreach file,$(wildcard requirements/*.txt),-r $(file))
 
 lint: $(VENV)/.installed  ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .

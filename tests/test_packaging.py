@@ -190,6 +190,18 @@ def test_source_distribution_holds_all_sources_and_nothing_built(tmp_path: Path)
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build.py"))]
 
 
+def test_requirements_are_pinned_and_audited() -> None:
+    """`make audit` asks about exact versions; it needs a service, so it is no part of what must pass everywhere."""
+    files = sorted((ROOT / "requirements").glob("*.txt"))
+    lines = [
+        line for file in files for line in file.read_text().splitlines() if line and not line.startswith(("#", "-r "))
+    ]
+    assert lines and [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line)] == []
+    said = subprocess.run(["make", "-n", "audit"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"-r requirements/{file.name}" in said for file in files) and "--strict" in said
+    assert "audit" not in (ROOT / ".ci" / "run").read_text()
+
+
 def test_installed_metadata() -> None:
     assert metadata.version("blurry_attn") == blurry_attn.__version__
     (script,) = metadata.entry_points(group="console_scripts", name="blurry-lm")
