@@ -47,6 +47,7 @@ ERRORS = ("tests/test_errors.py",)
 LOGITS = ("tests/test_accuracy.py::test_large_logits",)
 WINDOWS = ("tests/test_window.py",)
 STATE = ("tests/test_state.py",)
+DECODING = ("tests/test_decoding.py",)
 REFUSALS = ("tests/test_refusals.py",)
 MODULES = ("tests/test_modules.py",)
 SWAP = ("tests/test_swap.py",)
@@ -210,17 +211,21 @@ PYTHON = [
          ERRORS),
         ("ops: inputs on other devices taken", "if tensor.device != query.device:", "if False:", REFUSALS),
         ("ops: sparse inputs taken", "if tensor.layout != torch.strided:", "if False:", REFUSALS),
-        ("ops: lse and state exchanged", """    results = [out]
-    if return_lse:
+        ("ops: lse and state exchanged", """    if return_lse:
         results.append(lse)
     if return_state:
-        results.append(BlurryState._unchecked(state_key, state_value, position, window))
-""", """    results = [out]
-    if return_state:
-        results.append(BlurryState._unchecked(state_key, state_value, position, window))
+        end = BlurryState._unchecked(state_key, state_value, position, window)
+        results.append(end if state is None or state.flux is None else end.to(dtype=torch.bfloat16))
+""", """    if return_state:
+        end = BlurryState._unchecked(state_key, state_value, position, window)
+        results.append(end if state is None or state.flux is None else end.to(dtype=torch.bfloat16))
     if return_lse:
         results.append(lse)
 """, VALUES),
+        ("ops: state of a turn no longer in bfloat16", "results.append(end if state is None or state.flux is None else",
+         "results.append(end if True else", DECODING),
+        ("ops: positions of a bfloat16 state advance before it is written", "position = position.clone()", "pass",
+         DECODING),
         ("ops: key and value of the returned state exchanged", "BlurryState._unchecked(state_key, state_value,",
          "BlurryState._unchecked(state_value, state_key,", VALUES),
         ("ops: fake output as wide as the key", "out = query.new_empty(*query.shape[:3], value.shape[3])",
@@ -249,17 +254,26 @@ PYTHON = [
         ("state: shut slots read", "known = torch.where(is_open, slots, 0.0)", "known = slots", STATE),
         ("state: oldest slot without the cell before the first", "oldest = [self.slots - 1 if phase > 0 else 0 for",
          "oldest = [0 for", STATE),
-        ("state: clone shares the value", "self.key.clone(), self.value.clone(),", "self.key.clone(), self.value,",
-         STATE),
-        ("state: detach keeps the key's history", "BlurryState(self.key.detach(), self", "BlurryState(self.key, self",
-         STATE),
-        ("state: index drops the positions", "self.value[index], self.position[index], self.window",
-         "self.value[index], self.position[: len(self.key[index])], self.window", ("tests/test_decoding.py",)),
+        ("state: clone shares the value", "change(self.value), change", "self.value, change", STATE),
+        ("state: detach keeps the key's history", "BlurryState(change(self.key),", "BlurryState(self.key,", STATE),
+        ("state: index drops the positions", "change(self.position), self.window",
+         "self.position[: len(change(self.key))], self.window", DECODING),
+        ("state: positions shared between dtypes", "copy=copy or key is not self.key", "copy=copy", STATE),
+        ("state: slots in flux rounded", "self.key.float().scatter(2, _rows(slots, key.shape[3]), key)",
+         "self.key.float()", DECODING),
+        ("state: slots that come to rest not written", "held.scatter_(2, rows, new.gather(2, rows).to(held.dtype))",
+         "pass", DECODING),
+        ("state: slots in flux a cell early", "torch.stack((trailing, trailing + 1), -1)",
+         "torch.stack((trailing - 1, trailing), -1)", DECODING),
+        ("state: phases of the slots in flux ignored", "position.clamp(min=0).unsqueeze(1) - phase",
+         "position.clamp(min=0).unsqueeze(1) - 0 * phase", DECODING),
+        ("state: expanded bfloat16 state written", "torch._debug_has_internal_overlap(getattr(self, name)) == 1",
+         "False", REFUSALS),
         ("state: unlike dtypes joined", "if state.key.dtype != states[0].key.dtype:", "if False:", REFUSALS),
         ("state: unlike windows joined", "if state.window != states[0].window:", "if False:", REFUSALS),
         ("state: sparse slots accepted", "if getattr(self, name).layout != torch.strided:", "if False:", STATE),
-        ("state: position and value exchanged in trees", "key, value, position = children",
-         "value, key, position = children", EXPORT),
+        ("state: position and value exchanged in trees", "key, value, position, *flux = children",
+         "value, key, position, *flux = children", EXPORT),
     ),
     *faults(
         "blurry_attn/ragged.py",
