@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +98,117 @@ def test_readme_names_make_targets_that_exist() -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     commands = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert commands and set(commands) <= set(targets)
+
+
+# The numbers of tables are those of the results that lie in the repository.
+
+
+def result(path: str) -> Any:
+    text = (ROOT / "benchmarks" / path).read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.endswith("l") else json.loads(text)
+
+
+def sections(page: str) -> dict[str, str]:
+    parts = re.split(r"^## (.*)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Cells of the rows of each Markdown table, without titles and emphasis."""
+    found = re.findall(r"^\|.*\n\|[ :|-]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [[[cell.strip(" *") for cell in row.strip("|").split("|")] for row in table.splitlines()] for table in found]
+
+
+def share(x: float) -> str:
+    return f"{x:.3f}".removeprefix("0")
+
+
+def error(x: float) -> str:
+    return "0" if x == 0 else f"{x:.1e}".replace("e-0", "e-")
+
+
+def drift_rows(shown: list[list[str]]) -> list[list[str]]:
+    """The states and marks that are shown; r = 1 and r = 2 share a column, the larger error of the two."""
+    states = {
+        "float32": "float32",
+        "bfloat16, the two slots in flux in float32 rows beside it": "bfloat16, slots in flux in float32",
+        "bfloat16, rounded at every token": "bfloat16",
+        "float32, kept in bfloat16 between turns of 128 tokens": "bfloat16 between turns of 128",
+        "the output itself rounded to bfloat16": "output in bfloat16",
+    }
+    measured = {(row["state"], row["tokens"]): row["errors"] for row in result("drift/results/drift.json")["rows"]}
+    rows, state = [], ""
+    for label, tokens, *_ in shown:
+        state = states[label] if label else state
+        sharp, every_second, *others = measured[state, int(tokens.replace(",", "") or 100_000)]
+        rows.append([label, tokens, *map(error, (max(sharp, every_second), *others))])
+    return rows
+
+
+def recall_rows(shown: list[list[str]]) -> list[list[str]]:
+    """Every point that was measured, in the order shown."""
+    from benchmarks.sweep.report import points
+
+    rows = {}
+    for point in points(result("mqar/results/nvidia-h200.jsonl")):
+        name = point.family.removesuffix(", 4 heads of 32")
+        name = {"sliding": "sliding window", "full": "full attention"}.get(name, name.replace("fejer", '"fejer"'))
+        spread = f"{share(min(point.accuracies))}, {share(max(point.accuracies))}"
+        sizes = (point.slots, point.state, 4 * point.state, 2 * point.state)
+        rows[name, str(point.slots)] = [name, *map(str, sizes), share(point.mean), spread]
+    order = [(name, slots) for name, slots, *_ in shown]
+    return [rows.pop(key) for key in order] + list(rows.values())
+
+
+def language_rows(shown: list[list[str]]) -> list[list[str]]:
+    runs = result("lm/results/compare.json")["runs"]
+    labels = [label for label, *_ in shown]
+    assert [label.split()[0].rstrip(",") for label in labels] == list(runs)
+    return [
+        [label, f"{run['validation'][-1][1]:.3f}", f"{round(run['tokens_per_second'], -3):,.0f}"]
+        for label, run in zip(labels, runs.values(), strict=True)
+    ]
+
+
+def switch_rows(shown: list[list[str]]) -> list[list[str]]:
+    names = [label for label, *_ in shown]
+    rows = result("convert/results/cpu.json")["rows"]
+    assert [name.removesuffix(", all heads") for name in names] == [row["window"] for row in rows]
+    return [[name, f"{row['switched']:.3f}", f"{row['tuned']:.3f}"] for name, row in zip(names, rows, strict=True)]
+
+
+SOURCES = {
+    "A state in bfloat16": drift_rows,
+    "Recall on an H200": recall_rows,
+    "A language model on an H200": language_rows,
+    "Switching a model trained with full attention": switch_rows,
+}
+# Sections whose tables have no result file: a trial before this package, figures counted or computed, tests' outcomes.
+WITHOUT = {"README.md": {"Which window?"}, "docs/results.md": {"Context parallel", "Trust"}}
+
+
+@pytest.mark.parametrize("heading", SOURCES)
+def test_tables_are_those_of_the_results(heading: str) -> None:
+    (shown,) = tables(sections("docs/results.md")[heading])
+    assert shown == SOURCES[heading](shown)
+
+
+def test_reports_are_those_of_the_results() -> None:
+    """What benchmarks print stands on the page as it was printed."""
+    pytest.importorskip("matplotlib")
+    from benchmarks.decode.__main__ import table as decode_table
+    from benchmarks.speed.report import table as speed_table
+
+    printed = [
+        table(result(f"{name}/results/{device}.json"))
+        for name, table in (("speed", speed_table), ("decode", decode_table))
+        for device in ("cpu", "cuda")
+    ]
+    shown = re.findall(r"^```text\n(.*?)\n```$", (ROOT / "docs/results.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert sorted(shown) == sorted(printed)
+
+
+@pytest.mark.parametrize("page", WITHOUT)
+def test_no_table_is_without_a_source(page: str) -> None:
+    with_tables = {heading for heading, text in sections(page).items() if tables(text)}
+    assert with_tables == WITHOUT[page] | (set(SOURCES) if page == "docs/results.md" else set())
