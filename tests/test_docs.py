@@ -177,14 +177,31 @@ def switch_rows(shown: list[list[str]]) -> list[list[str]]:
     return [[name, f"{row['switched']:.3f}", f"{row['tuned']:.3f}"] for name, row in zip(names, rows, strict=True)]
 
 
+def context_rows(_: list[list[str]]) -> list[list[str]]:
+    """Forward and backward, by numbers of ranks."""
+    mebi = 2**20
+    return [
+        [
+            f"{row['tokens']:,}",
+            ranks,
+            f"{row['blurry'][1] / mebi:.1f} MiB",
+            f"{row['ring'][1] / mebi:,.0f} MiB",
+            f"{row['ring'][1] / row['blurry'][1]:,.0f}",
+        ]
+        for ranks, rows in result("context/results/context.json").items()
+        for row in rows
+    ]
+
+
 SOURCES = {
+    "Context parallel": context_rows,
     "A state in bfloat16": drift_rows,
     "Recall on an H200": recall_rows,
     "A language model on an H200": language_rows,
     "Switching a model trained with full attention": switch_rows,
 }
-# Sections whose tables have no result file: a trial before this package, figures counted or computed, tests' outcomes.
-WITHOUT = {"README.md": {"Which window?"}, "docs/results.md": {"Context parallel", "Trust"}}
+# Sections whose tables have no result file: a trial before this package, tests' outcomes.
+WITHOUT = {"README.md": {"Which window?"}, "docs/results.md": {"Trust"}}
 
 
 @pytest.mark.parametrize("heading", SOURCES)

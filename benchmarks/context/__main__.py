@@ -1,10 +1,15 @@
 """``torchrun --nproc-per-node 4 -m benchmarks.context``: counts what a rank sends for one layer of context parallel.
 
 Beside it stands what ring attention has to send in 16 bits: its piece's keys and values to each of the other ranks, and
-backward again with their gradients.
+backward again with their gradients. The result file keeps a list for each number of ranks.
 """
 
 from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,16 +43,37 @@ def counted(tokens: int) -> tuple[int, int]:
     return forward, sent
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def measure(tokens: int) -> dict[str, Any]:
+    """Bytes that a rank sends: ``[forward, forward and backward]``."""
     ranks = dist.get_world_size()
+    ring = (ranks - 1) * tokens // ranks * HEADS * 2 * DIM * 2
+    return {"tokens": tokens, "blurry": counted(tokens), "ring": (ring, 3 * ring)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
     lines = ["  tokens  blurry: forward, with backward    ring: forward, with backward   (KiB)"]
-    for tokens in LENGTHS:
-        forward, both = counted(tokens)
-        ring = (ranks - 1) * tokens // ranks * HEADS * 2 * DIM * 2
-        lines.append(f"{tokens:8}{forward >> 10:17,}{both >> 10:15,}{ring >> 10:17,}{3 * ring >> 10:15,}")
+    for row in rows:
+        sizes = [size >> 10 for size in (*row["blurry"], *row["ring"])]
+        lines.append(
+            f"{row['tokens']:8}"
+            + "".join(f"{size:{width},}" for size, width in zip(sizes, (17, 15, 17, 15), strict=True))
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    dist.init_process_group("gloo")
+    rows = [measure(tokens) for tokens in LENGTHS]
     if dist.get_rank() == 0:
-        print("\n".join(lines))
+        args.out.mkdir(parents=True, exist_ok=True)
+        file = args.out / "context.json"
+        results = json.loads(file.read_text()) if file.exists() else {}
+        results[str(dist.get_world_size())] = rows
+        file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        print(table(rows))
     dist.destroy_process_group()
 
 
