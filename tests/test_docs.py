@@ -103,6 +103,9 @@ def test_readme_names_make_targets_that_exist() -> None:
 # The numbers of tables are those of the results that lie in the repository.
 
 
+MQAR, LM = "mqar/results/nvidia-h200.jsonl", "lm/results/compare.json"
+
+
 def result(path: str) -> Any:
     text = (ROOT / "benchmarks" / path).read_text()
     return [json.loads(line) for line in text.splitlines()] if path.endswith("l") else json.loads(text)
@@ -150,7 +153,7 @@ def recall_rows(shown: list[list[str]]) -> list[list[str]]:
     from benchmarks.sweep.report import points
 
     rows = {}
-    for point in points(result("mqar/results/nvidia-h200.jsonl")):
+    for point in points(result(MQAR)):
         name = point.family.removesuffix(", 4 heads of 32")
         name = {"sliding": "sliding window", "full": "full attention"}.get(name, name.replace("fejer", '"fejer"'))
         spread = f"{share(min(point.accuracies))}, {share(max(point.accuracies))}"
@@ -161,7 +164,7 @@ def recall_rows(shown: list[list[str]]) -> list[list[str]]:
 
 
 def language_rows(shown: list[list[str]]) -> list[list[str]]:
-    runs = result("lm/results/compare.json")["runs"]
+    runs = result(LM)["runs"]
     labels = [label for label, *_ in shown]
     assert [label.split()[0].rstrip(",") for label in labels] == list(runs)
     return [
@@ -193,21 +196,34 @@ def context_rows(_: list[list[str]]) -> list[list[str]]:
     ]
 
 
+def which_rows(shown: list[list[str]]) -> list[list[str]]:
+    from benchmarks.sweep.report import points
+
+    recall = {(p.family.split(", 4 heads")[0], p.slots): share(p.mean) for p in points(result(MQAR))}
+    text = {name: f"{run['validation'][-1][1]:.3f}" for name, run in result(LM)["runs"].items()}
+    rows = [[f"sliding window of {n} tokens", str(n), recall["sliding", n], ""] for n in (32, 64, 128, 256)]
+    rows[0][3] = text["sliding"]
+    rows += [['`"fejer"`, every head r = 8', "32", recall["fejer, window 256", 32], ""]]
+    rows += [['`"fejer"`, pyramid r = 1, 1, 2, 2, 4, 4, 8, 8', "32", "", text["blurry"]]]
+    return [*rows, ["full attention", "all", recall["full", 256], text["full"]]]
+
+
 SOURCES = {
-    "Context parallel": context_rows,
-    "A state in bfloat16": drift_rows,
-    "Recall on an H200": recall_rows,
-    "A language model on an H200": language_rows,
-    "Switching a model trained with full attention": switch_rows,
+    ("README.md", "Which window?"): which_rows,
+    ("docs/results.md", "Context parallel"): context_rows,
+    ("docs/results.md", "A state in bfloat16"): drift_rows,
+    ("docs/results.md", "Recall on an H200"): recall_rows,
+    ("docs/results.md", "A language model on an H200"): language_rows,
+    ("docs/results.md", "Switching a model trained with full attention"): switch_rows,
 }
-# Sections whose tables have no result file: a trial before this package, tests' outcomes.
-WITHOUT = {"README.md": {"Which window?"}, "docs/results.md": {"Trust"}}
+# Outcomes of tests.
+WITHOUT = {("docs/results.md", "Trust")}
 
 
-@pytest.mark.parametrize("heading", SOURCES)
-def test_tables_are_those_of_the_results(heading: str) -> None:
-    (shown,) = tables(sections("docs/results.md")[heading])
-    assert shown == SOURCES[heading](shown)
+@pytest.mark.parametrize(("page", "heading"), SOURCES)
+def test_tables_are_those_of_the_results(page: str, heading: str) -> None:
+    (shown,) = tables(sections(page)[heading])
+    assert shown == SOURCES[page, heading](shown)
 
 
 def test_reports_are_those_of_the_results() -> None:
@@ -225,7 +241,7 @@ def test_reports_are_those_of_the_results() -> None:
     assert sorted(shown) == sorted(printed)
 
 
-@pytest.mark.parametrize("page", WITHOUT)
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_no_table_is_without_a_source(page: str) -> None:
-    with_tables = {heading for heading, text in sections(page).items() if tables(text)}
-    assert with_tables == WITHOUT[page] | (set(SOURCES) if page == "docs/results.md" else set())
+    with_tables = {(page, heading) for heading, text in sections(page).items() if tables(text)}
+    assert with_tables == {key for key in {*SOURCES, *WITHOUT} if key[0] == page}
