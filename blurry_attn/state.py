@@ -134,19 +134,16 @@ class BlurryState:
         """Key and value slots as they are; those of bfloat16 in float32, with the ones in flux in their place."""
         if self.flux is None:
             return self.key, self.value
-        slots = _slots_in_flux(self.window, self.kv_heads, self.position)
-        key, value = self.flux.split((self.key.shape[3], self.value.shape[3]), -1)
-        return (
-            self.key.float().scatter(2, _rows(slots, key.shape[3]), key),
-            self.value.float().scatter(2, _rows(slots, value.shape[3]), value),
-        )
+        rows = _rows_in_flux(self.window, self.kv_heads, self.position)
+        key, value = self.key.float(), self.value.float()
+        key[rows], value[rows] = self.flux.split((key.shape[3], value.shape[3]), -1)
+        return key, value
 
     def _write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
         """What a step has made of :meth:`_contents`, into a state of bfloat16."""
-        slots = _slots_in_flux(self.window, self.kv_heads, self.position)
+        rows = _rows_in_flux(self.window, self.kv_heads, self.position)
         for held, new in ((self.key, key), (self.value, value)):
-            rows = _rows(slots, held.shape[3])
-            held.scatter_(2, rows, new.gather(2, rows).to(held.dtype))
+            held[rows] = new[rows].to(held.dtype)
         self.position.copy_(position)
         cast(Tensor, self.flux).copy_(_flux(self.window, key, value, position))
 
@@ -438,23 +435,21 @@ def _cells(window: BlurryWindow, kv_heads: int, device: torch.device) -> tuple[T
 _cached_cells = lru_cache(_cells)
 
 
-def _slots_in_flux(window: BlurryWindow, kv_heads: int, position: Tensor) -> Tensor:
-    """Slots (B, Hkv, 2) that the token at ``position`` (B,) writes: of its trailing and leading cell (csrc/law.h)."""
+def _rows_in_flux(window: BlurryWindow, kv_heads: int, position: Tensor) -> tuple[Tensor, ...]:
+    """An index of the slots (B, Hkv, 2) that the token at ``position`` (B,) writes: of its trailing and its leading
+    cell (csrc/law.h)."""
     # The copy to the device is made once: a CUDA graph could not hold it.
     cells = _cells if torch.compiler.is_compiling() else _cached_cells
     resolution, phase = cells(window, kv_heads, position.device)
     trailing = (position.clamp(min=0).unsqueeze(1) - phase).div(resolution, rounding_mode="floor")
-    return torch.stack((trailing, trailing + 1), -1).remainder(window.slots)
-
-
-def _rows(slots: Tensor, dim: int) -> Tensor:
-    """An index for whole rows of ``dim`` elements."""
-    return slots.unsqueeze(-1).expand(*slots.shape, dim)
+    slots = torch.stack((trailing, trailing + 1), -1).remainder(window.slots)
+    sequence, head = (torch.arange(size, device=position.device) for size in trailing.shape)
+    return sequence.view(-1, 1, 1), head.view(-1, 1), slots
 
 
 def _flux(window: BlurryWindow, key: Tensor, value: Tensor, position: Tensor) -> Tensor:
-    slots = _slots_in_flux(window, key.shape[1], position)
-    return torch.cat([x.gather(2, _rows(slots, x.shape[3])).float() for x in (key, value)], -1)
+    rows = _rows_in_flux(window, key.shape[1], position)
+    return torch.cat((key[rows], value[rows]), -1).float()
 
 
 _CHILDREN = ("key", "value", "position")
