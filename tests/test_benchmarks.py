@@ -16,14 +16,23 @@ pytest.importorskip("matplotlib")
 from benchmarks.decode import __main__ as decode_report
 from benchmarks.decode import measure as decode
 from benchmarks.drift import __main__ as drift
+from benchmarks.lm import reading
+from benchmarks.lm import report as text_report
+from benchmarks.lm.__main__ import main as text_main
+from benchmarks.lm.sweeps import SWEEPS
 from benchmarks.speed import report
 from benchmarks.speed.__main__ import main, measure, merge, summarise
 from benchmarks.speed.cases import FORWARD, MODES, QUICK, SUITES, Case, Claim, Group, Suite
 from benchmarks.speed.meters.cpu import CpuMeter
 from benchmarks.speed.providers import PROVIDERS, Provider
+from benchmarks.sweep.command import Point, Sweep
+from benchmarks.sweep.model import Mixer
+from benchmarks.sweep.training import Member
 from blurry_attn import BlurryWindow, blurry_window_attention, reference
 from blurry_attn.lm.data import load_text
 from blurry_attn.lm.model import LanguageModel, TokenCache, state_size
+from blurry_attn.lm.parallel import Parallel
+from blurry_attn.lm.train import validate
 
 ROOT = Path(__file__).parents[1]
 
@@ -310,3 +319,95 @@ def test_a_model_is_switched_to_every_window(tmp_path: Path, monkeypatch: pytest
     assert rows["sliding window"]["switched"] == pytest.approx(rows["full attention"]["switched"], rel=1e-5)
     assert rows["sliding window"]["tuned"] == pytest.approx(rows["full attention"]["tuned"], rel=1e-4)
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def text_folder(folder: Path, line: str) -> Path:
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.txt").write_text(f"{line} {number}. " * 40)
+    return folder
+
+
+def test_text_is_read_once_per_setting(tmp_path: Path, monkeypatch, capsys) -> None:
+    mixers = Mixer("dirichlet", 4, (1, 4), 8), Mixer("sliding", 4, (1, 1), 8), Mixer("full", 24, (1, 1), 8)
+    shapes, task = (reading.Decoder(mixer, 16, layers=1) for mixer in mixers), reading.Reading(24, 2, 4)
+    points = tuple(Point(task, shape, reading.Schedule(3)) for shape in shapes)
+    monkeypatch.setitem(SWEEPS, "quick", Sweep("tiny", points, (1e-2,), (0, 1)))
+    plain, other = text_folder(tmp_path / "plain", "All is well"), text_folder(tmp_path / "other", "All is not")
+    command = ["--device", "cpu", "--out", str(tmp_path), "--text"]
+    assert text_main([*command, str(plain), "--seconds", "0"]) == 0
+    assert "not done, the time is up" in capsys.readouterr().out and not (tmp_path / "cpu.jsonl").exists()
+
+    assert text_main([*command, str(plain)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert [(row["setting"]["shape"]["mixer"]["kind"], row["setting"]["seed"]) for row in rows] == [
+        (mixer.kind, seed) for mixer in mixers for seed in (0, 1)
+    ]
+    size = sum(file.stat().st_size for file in plain.iterdir())
+    for row in rows:
+        assert row["task"] == "plain, 1 layers of 16" and row["tokens_per_second"] > 0
+        assert row["state_elements"] == row["slots"] * 16 and [at for at, *_ in row["curve"]] == [1, 2, 3]
+        parts = row["by_position"]
+        assert sum((end - first) * bits for first, end, bits in parts) / 24 == pytest.approx(row["bits"], abs=1e-4)
+        text = row["text"]
+        assert text["name"] == "plain" and text["train_bytes"] + text["held_out_bytes"] == text["bytes"] == size
+        assert text["sha256"] == row["setting"]["text"] == load_text(plain, 1).digest
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert text_report.table(rows) in capsys.readouterr().out
+
+    assert text_main([*command, str(plain)]) == 0
+    assert capsys.readouterr().out.count("already there") == 3
+    assert text_main([*command, str(other), "--only", "sliding"]) == 0
+    assert "already there" not in capsys.readouterr().out
+    assert text_main([*command, str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: no such file or folder" in capsys.readouterr().err
+
+
+def test_text_is_judged_at_every_position() -> None:
+    """A model has the window of its mixer, and its bits are those of the trainer's own validation."""
+    mixer = Mixer("dirichlet", 4, (1, 4), 8)
+    model = reading.Decoder(mixer, 16, layers=2).make(seed=0)
+    assert [block.mixer.window for block in model.blocks] == [mixer.window] * 2
+    inputs, targets = torch.randint(256, (2, 40, 24), generator=torch.Generator().manual_seed(0))
+    bits = reading.bits_by_position(model, inputs, targets, torch.device("cpu"))
+    mean = validate(model, inputs, targets, torch.device("cpu"), Parallel("ddp"))
+    assert bits.shape == (24,) and bits.mean().item() == pytest.approx(mean, rel=1e-5)
+    stretches = reading.by_stretch(torch.arange(24.0))
+    assert stretches == [
+        *((0, 1, 0), (1, 2, 1), (2, 3, 2), (3, 4, 3), (4, 6, 4.5), (6, 8, 6.5), (8, 12, 9.5), (12, 16, 13.5)),
+        (16, 24, 19.5),
+    ]
+    assert text_report.second_half({"by_position": stretches}) == pytest.approx((4 * 13.5 + 8 * 19.5) / 12)
+
+
+def text_rows(kind: str, slots: int, *bits: float) -> list[dict]:
+    mixer = Mixer(kind, slots, (4,) * 2 if kind == "fejer" else (1,) * 2, 8)
+    point = Point(reading.Reading(), reading.Decoder(mixer, 16), reading.Schedule(9))
+    row = {"task": "a text", "family": mixer.family, "slots": slots, "state_elements": 16 * slots, "heads": 2}
+    row |= {"by_position": [[0, 1, 8.0], [1, 64, 2.0]], "tokens_per_second": 1000, "hardware": "", "date": ""}
+    row |= {"versions": {"torch": ""}, "text": {"name": "a text", "bytes": 9, "held_out_bytes": 1, "sha256": "abc"}}
+    return [row | {"bits": value, "setting": point.setting(Member(1e-3, n))} for n, value in enumerate(bits)]
+
+
+def test_text_says_what_a_sliding_window_needs() -> None:
+    rows = [
+        *(*text_rows("fejer", 16, 1.5, 1.7), *text_rows("fejer", 8, 1.9), *text_rows("fejer", 32, 1.2)),
+        *(*text_rows("sliding", 16, 1.8), *text_rows("sliding", 64, 1.4), *text_rows("full", 64, 1.1)),
+    ]
+    table = text_report.table(rows)
+    assert "fejer of 8 slots, at 1.900 bits: <= 2.0 times the state" in table
+    assert "fejer of 16 slots, at 1.600 bits: 2.0 times the state" in table
+    assert "fejer of 32 slots, at 1.200 bits: > 2.0 times the state" in table
+    above, below = text_report.plot(rows).axes
+    assert {text.get_text() for text in above.texts} >= {"2.0 times the state"}
+    assert len(above.get_legend().get_texts()) == len({row["family"] for row in rows})
+    assert below.get_title() == "16 slots" and len(below.lines) == 3
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_text_points_differ_and_can_be_made(name: str) -> None:
+    points = SWEEPS[name].points
+    assert len({(point.family, point.shape.mixer.slots) for point in points}) == len(points)
+    for point in points:
+        with torch.device("meta"):
+            assert len(point.shape.make(0).blocks) == point.shape.layers

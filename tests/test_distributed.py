@@ -346,14 +346,14 @@ def trained(
 ) -> float | None:
     """Held-out bits per byte; None where the last process was interrupted at step ``stop``."""
 
-    step = training._step
+    step = training.train_step
 
     def interrupted(*arguments: Any) -> dict[str, float]:
         if arguments[4] + 1 == stop and rank() == size() - 1:
             signal.raise_signal(signal.SIGINT)
         return step(*arguments)
 
-    with mock.patch.object(training, "_step", interrupted):
+    with mock.patch.object(training, "train_step", interrupted):
         try:
             return training.train(replace(SMALL, mixer=mixer), schedule, folder, CPU, strategy).bits
         except training.Interrupted:
@@ -401,12 +401,12 @@ def test_heads_that_do_not_divide_are_told(schedule: TrainConfig, world: World, 
 CRASH = """
 import os, sys
 from blurry_attn.lm import __main__, train
-step = train._step
+step = train.train_step
 def crash(*arguments):
     if os.environ["RANK"] == "1" and arguments[4] == 4:
         os._exit(7)
     return step(*arguments)
-train._step = crash
+train.train_step = crash
 sys.exit(__main__.main())
 """
 

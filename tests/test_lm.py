@@ -87,7 +87,7 @@ def test_training_beats_the_unigram(run: training.Result, config: TrainConfig):
 def test_an_interrupted_run_resumes_to_the_same_bits(
     stop: int, run: training.Result, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    step = training._step
+    step = training.train_step
 
     def interrupted(model, optimizer, text, config, index, *others):
         if index == stop - 1:
@@ -95,7 +95,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         return step(model, optimizer, text, config, index, *others)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"step {stop} of {config.steps}"):
-        patch.setattr(training, "_step", interrupted)
+        patch.setattr(training, "train_step", interrupted)
         train(TINY, config, tmp_path, CPU)
     assert checkpoint.load(tmp_path).step == stop
     with (tmp_path / training.METRICS).open("a") as file:  # what a crash after the last save would leave

@@ -386,7 +386,7 @@ def test_a_point_is_at_the_best_rate_of_the_mean() -> None:
     by_slots = {(point.kind, point.slots): point for point in report.points(ROWS)}
     assert by_slots["sliding", 128].rate == 1e-3 and by_slots["sliding", 128].mean == pytest.approx(0.8)
     # A rate that lacks a seed is not compared.
-    assert by_slots["fejer", 16].accuracies == (0.7, 0.9)
+    assert by_slots["fejer", 16].scores == (0.7, 0.9)
     # Nor is what was trained for longer.
     longer = [row | {"setting": row["setting"] | {"recipe": {"steps": 99}}} for row in ROWS]
     assert len(report.points(ROWS + longer)) == 2 * len(report.points(ROWS))

@@ -8,27 +8,39 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from . import report
-from .model import Shape
+from .model import Mixer
 from .results import Results, Row, file_name, hardware, now, versions
 from .task import Task
-from .training import CaptureFailed, Course, Member, OutOfTime, Recipe, Trainer, train
+from .training import CaptureFailed, Course, Member, OutOfTime, Trainer, train
+
+
+class Mixing(Protocol):
+    """The shape of a model, a dataclass: what else it holds is the runner's concern."""
+
+    mixer: Mixer
+
+
+class Stepping(Protocol):
+    """How to train, a dataclass likewise."""
+
+    steps: int
 
 
 @dataclass(frozen=True)
 class Point:
-    """One stack: a task, a shape and a recipe, for all learning rates and seeds of its sweep."""
+    """A task, a shape and a recipe, for all learning rates and seeds of its sweep; a stack of models, usually."""
 
     task: Task
-    shape: Shape
-    recipe: Recipe
+    shape: Mixing
+    recipe: Stepping
     note: str = ""
 
     @property
@@ -39,7 +51,7 @@ class Point:
     def setting(self, member: Member) -> Row:
         """All that decides how a model comes out, but for the device and the versions."""
         task = {"kind": type(self.task).__name__, **asdict(self.task)}  # type: ignore[call-overload]
-        return _plain({"task": task, "shape": asdict(self.shape), "recipe": asdict(self.recipe), **asdict(member)})
+        return plain({"task": task, "shape": asdict(self.shape), "recipe": asdict(self.recipe), **asdict(member)})
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,13 @@ class Sweep:
 
 
 class Runner:
-    """Trains points on a device and keeps their results."""
+    """Trains points on a device and keeps their results.
+
+    ``MEASURE`` is what a model is judged by, ``OPTIONS`` are options of its own on the command line.
+    """
+
+    MEASURE = "accuracy"
+    OPTIONS: Mapping[str, Mapping[str, Any]] = {"eager": {"action": "store_true", "help": "no CUDA graphs"}}
 
     def __init__(self, results: Results, device: torch.device, *, command: str, eager: bool, deadline: float) -> None:
         self.results, self.device, self.command, self.deadline = results, device, command, deadline
@@ -64,23 +82,37 @@ class Runner:
         """Trains what is not there yet, until it is done or the time is up."""
         members = [Member(rate, seed) for rate in sweep.rates for seed in sweep.seeds]
         for number, point in enumerate(sweep.points, 1):
-            missing = [member for member in members if point.setting(member) not in self.results]
+            missing = [member for member in members if self.setting(point, member) not in self.results]
             name = f"{number}/{len(sweep.points)} {point.family}, {point.shape.mixer.slots} slots"
             if not missing:
                 print(f"{name}: already there", flush=True)
-            elif reason := _lacking(point):
+            elif reason := self.lacking(point):
                 print(f"{name}: skipped, {reason}", flush=True)
             else:
                 try:
-                    rows = self._train(point, missing, name)
+                    for rows in self.train(point, missing, name):
+                        self.results.add(rows)
+                        found = ", ".join(f"{row[self.MEASURE]:.4f}" for row in rows)
+                        print(f"{name}: {found}; {sum(row['seconds'] for row in rows):.0f} s", flush=True)
                 except OutOfTime:
                     print(f"{name}: not done, the time is up", flush=True)
                     return
-                self.results.add(rows)
-                accuracies = ", ".join(f"{row['accuracy']:.4f}" for row in rows)
-                print(f"{name}: {accuracies}; {rows[0]['stack_seconds']:.0f} s", flush=True)
 
-    def _train(self, point: Point, members: list[Member], name: str) -> list[Row]:
+    def setting(self, point: Point, member: Member) -> Row:
+        """What a result is known by."""
+        return point.setting(member)
+
+    def lacking(self, point: Point) -> str | None:
+        """Why a point cannot be trained here."""
+        if point.shape.mixer.kind == "gsa":
+            try:
+                importlib.import_module("fla.ops.gsa")
+            except ImportError as error:
+                return f"flash-linear-attention cannot be imported: {error}"
+        return None
+
+    def train(self, point: Point, members: list[Member], name: str) -> Iterator[list[Row]]:
+        """Rows of models that were trained together, as they come."""
         if point.task not in self.datas:
             self.datas = {point.task: point.task.data(self.device)}
         start = time.monotonic()
@@ -98,47 +130,59 @@ class Runner:
         ]
         del trainer
         gc.collect()  # a graph and its memory hang in a cycle
-        return rows
+        yield rows
 
     def _trainer(self, point: Point, members: list[Member]) -> Trainer:
         data = self.datas[point.task]
         return Trainer(data, point.shape, point.recipe, members, self.device, capture=self.capture)
 
-    def _row(self, point: Point, member: Member, course: Course, trainer: Trainer, seconds: float) -> Row:
+    def described(self, point: Point, member: Member) -> Row:
+        """What a row says but for how the training went."""
         mixer = point.shape.mixer
+        return {
+            "task": point.task.title,
+            "family": point.family,
+            "slots": mixer.slots,
+            "heads": mixer.heads,
+            "state_elements": mixer.state_elements,
+            "state_bytes": {"float32": 4 * mixer.state_elements, "bfloat16": 2 * mixer.state_elements},
+            "setting": self.setting(point, member),
+            "optimizer": "AdamW",
+            "hardware": hardware(self.device),
+            "versions": versions(),
+            "command": self.command,
+            "date": now(),
+        }
+
+    def _row(self, point: Point, member: Member, course: Course, trainer: Trainer, seconds: float) -> Row:
         best = max(course.curve, key=lambda at: at[1])
-        return _plain(
-            {
-                "task": point.task.title,
-                "family": point.family,
-                "slots": mixer.slots,
-                "heads": mixer.heads,
-                "state_elements": mixer.state_elements,
-                "state_bytes": {"float32": 4 * mixer.state_elements, "bfloat16": 2 * mixer.state_elements},
+        return plain(
+            self.described(point, member)
+            | {
                 "accuracy": course.curve[-1][1],
                 "best": {"accuracy": best[1], "step": best[0]},
                 "steps_taken": course.curve[-1][0],
                 "parameters": trainer.stack.parameters_of_each,
-                "setting": point.setting(member),
-                "optimizer": "AdamW",
-                "operator": mixer.operator,
+                "operator": point.shape.mixer.operator,
                 "dtype": str(trainer.stack.dtype).removeprefix("torch."),
                 "stack_seconds": round(seconds, 2),
                 "stack_models": len(trainer.optimizer.rates),
                 "seconds": round(seconds / len(trainer.optimizer.rates), 2),
-                "hardware": hardware(self.device),
-                "versions": versions(),
-                "command": self.command,
-                "date": now(),
                 "curve": course.curve,
             }
         )
 
 
 def main(
-    name: str, about: str | None, sweeps: Mapping[str, Sweep], folder: Path, arguments: Sequence[str] | None
+    name: str,
+    about: str | None,
+    sweeps: Mapping[str, Sweep],
+    folder: Path,
+    arguments: Sequence[str] | None,
+    runner: type[Runner] = Runner,
+    report: Any = report,
 ) -> int:
-    """Runs ``python -m benchmarks.NAME``; returns the exit status."""
+    """Runs ``python -m benchmarks.NAME``; returns the exit status. ``report`` has ``table`` and ``plot`` of rows."""
     listed = "\n".join(f"  {key}: {sweep.about}" for key, sweep in sweeps.items())
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
@@ -156,7 +200,8 @@ def main(
     parser.add_argument("--rates", type=_numbers(float), metavar="X,..", help="learning rates instead of the sweep's")
     parser.add_argument("--seeds", type=_numbers(int), metavar="N,..", help="seeds instead of the sweep's")
     parser.add_argument("--steps", type=int, metavar="N", help="steps instead of the sweep's: other settings")
-    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    for option, what in runner.OPTIONS.items():
+        parser.add_argument(f"--{option}", **what)
     parser.add_argument("--plot", action="store_true", help="train nothing: table and plot of what is there")
     parser.add_argument("--out", type=Path, default=folder, help="for results and plot (default: beside the code)")
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -177,7 +222,8 @@ def main(
     if not args.plot:
         command = " ".join([f"python -m benchmarks.{name}", *given])
         deadline = time.monotonic() + args.seconds
-        Runner(results, device, command=command, eager=args.eager, deadline=deadline).run(sweep)
+        options = {option: getattr(args, option) for option in runner.OPTIONS}
+        runner(results, device, command=command, deadline=deadline, **options).run(sweep)
     if not results.rows:
         print("no results yet")
         return 0
@@ -195,17 +241,7 @@ def _numbers(kind: type) -> Any:
     return lambda text: tuple(kind(entry) for entry in text.split(","))
 
 
-def _lacking(point: Point) -> str | None:
-    """Why a point cannot be trained here."""
-    if point.shape.mixer.kind == "gsa":
-        try:
-            importlib.import_module("fla.ops.gsa")
-        except ImportError as error:
-            return f"flash-linear-attention cannot be imported: {error}"
-    return None
-
-
-def _plain(value: Row) -> Row:
+def plain(value: Row) -> Row:
     """As it comes back from JSON."""
-    plain: Row = json.loads(json.dumps(value))
-    return plain
+    row: Row = json.loads(json.dumps(value))
+    return row

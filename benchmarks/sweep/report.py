@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,8 @@ TARGETS = (0.9, 0.99)
 class Point:
     """The models of one setting, at the learning rate that is best in the mean over seeds.
 
-    ``conditions`` is all of the setting but slots, resolutions and kind of the mixer: what must be equal to compare.
+    ``scores`` are the accuracies, or whatever else is the better the higher, of its rows; ``conditions`` is all of the
+    setting but slots, resolutions and kind of the mixer: what must be equal to compare.
     """
 
     task: str
@@ -38,12 +39,13 @@ class Point:
     heads: int
     steps: int
     rate: float
-    accuracies: tuple[float, ...]
+    scores: tuple[float, ...]
     conditions: str
+    rows: tuple[Row, ...]
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.accuracies)
+        return statistics.fmean(self.scores)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ class Crossing:
     bounded: bool
 
 
-def points(rows: Iterable[Row]) -> list[Point]:
+def accuracy(row: Row) -> float:
+    return float(row["accuracy"])
+
+
+def points(rows: Iterable[Row], score: Callable[[Row], float] = accuracy) -> list[Point]:
     """One point per setting, in the rows' order."""
     groups: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -67,36 +73,36 @@ def points(rows: Iterable[Row]) -> list[Point]:
     for by_rate in groups.values():
         most = max(len(mine) for mine in by_rate.values())
         whole = {rate: mine for rate, mine in by_rate.items() if len(mine) == most}
-        rate = max(whole, key=lambda rate: statistics.fmean(row["accuracy"] for row in whole[rate]))
-        accuracies = tuple(row["accuracy"] for row in whole[rate])
-        row = whole[rate][0]
+        rate = max(whole, key=lambda rate: statistics.fmean(score(row) for row in whole[rate]))
+        mine = tuple(whole[rate])
+        row = mine[0]
         shape, recipe = row["setting"]["shape"], row["setting"]["recipe"]
         what = (row["task"], shape["mixer"]["kind"], row["family"], row["slots"], row["state_elements"], row["heads"])
         others = {name: value for name, value in shape.items() if name != "mixer"}
         head = row["state_elements"] // row["slots"]
         conditions = identity({"task": row["setting"]["task"], "shape": others, "recipe": recipe, "head": head})
-        found.append(Point(*what, recipe["steps"], rate, accuracies, conditions))
+        found.append(Point(*what, recipe["steps"], rate, tuple(map(score, mine)), conditions, mine))
     return found
 
 
 def best(curve: Iterable[Point]) -> list[tuple[int, float]]:
-    """States in order, with the best accuracy at each."""
+    """States in order, with the best score at each."""
     found: dict[int, float] = {}
     for point in curve:
-        found[point.state] = max(found.get(point.state, 0.0), point.mean)
+        found[point.state] = max(found.get(point.state, -math.inf), point.mean)
     return sorted(found.items())
 
 
 def crossing(curve: Iterable[Point], target: float) -> Crossing | None:
-    """Where the best accuracy at a state reaches ``target``, linear in the logarithm of the state between points."""
+    """Where the best score at a state reaches ``target``, linear in the logarithm of the state between points."""
     before: tuple[int, float] | None = None
-    for state, accuracy in best(curve):
-        if accuracy >= target:
+    for state, score in best(curve):
+        if score >= target:
             if before is None:
                 return Crossing(float(state), bounded=True)
-            share = (target - before[1]) / (accuracy - before[1])
+            share = (target - before[1]) / (score - before[1])
             return Crossing(before[0] * (state / before[0]) ** share, bounded=False)
-        before = (state, accuracy)
+        before = (state, score)
     return None
 
 
@@ -137,9 +143,9 @@ def factors(sliding: Sequence[Point], blurry: Sequence[Point]) -> list[Factor]:
     return [Factor(at, heads, steps, crossing(sliding, at), crossing(blurry, at)) for at in TARGETS]
 
 
-def by_task(rows: Iterable[Row]) -> dict[str, list[Point]]:
+def by_task(rows: Iterable[Row], score: Callable[[Row], float] = accuracy) -> dict[str, list[Point]]:
     tasks: dict[str, list[Point]] = defaultdict(list)
-    for point in points(rows):
+    for point in points(rows, score):
         tasks[point.task].append(point)
     return dict(tasks)
 
@@ -156,8 +162,8 @@ def table(rows: Sequence[Row]) -> str:
         for point in sorted(mine, key=lambda p: (p.family, p.slots)):
             lines.append(
                 f"{point.family:{width}} {point.slots:5}  {point.state:8}  {4 * point.state:9}  {2 * point.state:6}"
-                f"  {point.mean:8.4f}  {min(point.accuracies):7.4f}  {max(point.accuracies):7.4f}"
-                f"  {len(point.accuracies):5}  {point.rate:6g}  {point.steps:6}"
+                f"  {point.mean:8.4f}  {min(point.scores):7.4f}  {max(point.scores):7.4f}"
+                f"  {len(point.scores):5}  {point.rate:6g}  {point.steps:6}"
             )
         for pair in comparable(mine):
             lines += [f"sliding : fejer at {f.target:g}, {f.heads} heads, {f.steps} steps: {f}" for f in factors(*pair)]
@@ -173,27 +179,66 @@ def plot(rows: Sequence[Row], label: str = "accuracy") -> Figure:
     tasks = by_task(rows)
     figure = Figure(figsize=(0.5 + 7.5 * len(tasks), 6.4), dpi=130, layout="constrained")
     for axes, (task, mine) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
-        _panel(axes, mine)
-        axes.set(title=task, ylabel=label, xlabel="state per head: elements (slots)", ylim=(-0.02, 1.03))
+        curves(axes, mine, accuracy)
+        _arrows(axes, mine)
+        axes.set(title=task, ylabel=label, ylim=(-0.02, 1.03))
+        legend(axes)
+    sign(figure, rows)
+    return figure
+
+
+def sign(figure: Figure, rows: Sequence[Row]) -> None:
+    """Says below the panels what made them."""
     hardware = ", ".join(dict.fromkeys(row["hardware"] for row in rows))
     versions = ", ".join(dict.fromkeys(row["versions"]["torch"] for row in rows))
     date = max(row["date"] for row in rows)
     figure.supxlabel(f"{hardware}; torch {versions}; {date}", fontsize=8, color=GREY)
-    return figure
 
 
-def _panel(axes: Axes, mine: Sequence[Point]) -> None:
+def curves(axes: Axes, mine: Sequence[Point], measure: Callable[[Row], float]) -> None:
+    """``measure`` against state, a curve per family with the spread over seeds as bars."""
     families: dict[str, list[Point]] = defaultdict(list)
     for point in sorted(mine, key=lambda p: p.slots):
         families[point.family].append(point)
-    for (family, curve), marker in zip(families.items(), MARKERS * len(families), strict=False):
-        colour = COLOURS["pyramid" if "pyramid" in family else curve[0].kind]
-        means = [point.mean for point in curve]
-        below = [point.mean - min(point.accuracies) for point in curve]
-        above = [max(point.accuracies) - point.mean for point in curve]
+    markers = markers_of(mine)
+    for family, curve in families.items():
+        values = [[measure(row) for row in point.rows] for point in curve]
+        means = [statistics.fmean(value) for value in values]
+        below = [mean - min(value) for mean, value in zip(means, values, strict=True)]
+        above = [max(value) - mean for mean, value in zip(means, values, strict=True)]
         x = [point.state for point in curve]
-        spread = (below, above)
-        axes.errorbar(x, means, spread, marker=marker, ms=5, lw=1.6, capsize=3, color=colour, label=family)
+        spread, colour = (below, above), colour_of(curve[0])
+        style = {"marker": markers[family], "ms": 5, "lw": 1.6, "capsize": 3, "color": colour}
+        axes.errorbar(x, means, spread, label=family, **style)
+    ticks = {point.state: point.slots for point in mine}
+    axes.set_xscale("log", base=2)
+    axes.minorticks_off()
+    axes.set_xticks(list(ticks), [f"{state}\n({slots})" for state, slots in ticks.items()], fontsize=8)
+    axes.set_xlabel("state per head: elements (slots)")
+    bare(axes)
+
+
+def markers_of(mine: Iterable[Point]) -> dict[str, str]:
+    """Of each family."""
+    families = list(dict.fromkeys(point.family for point in mine))
+    return dict(zip(families, MARKERS * len(families), strict=False))
+
+
+def colour_of(point: Point) -> str:
+    """Pyramids of "fejer" apart from windows that are the same in every head."""
+    return COLOURS["pyramid" if point.kind == "fejer" and "pyramid" in point.family else point.kind]
+
+
+def bare(axes: Axes) -> None:
+    axes.grid(color=FAINT, lw=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend(axes: Axes) -> None:
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8)
+
+
+def _arrows(axes: Axes, mine: Sequence[Point]) -> None:
     for sliding, blurry in comparable(mine)[:1]:  # more arrows would lie over each other
         label = f"best fejer, {blurry[0].heads} heads"
         axes.plot(*zip(*best(blurry), strict=True), ":", color=COLOURS["fejer"], lw=1.2, label=label)
@@ -204,10 +249,3 @@ def _panel(axes: Axes, mine: Sequence[Point]) -> None:
                 axes.annotate("", (right, factor.target), (left, factor.target), arrowprops=style)
                 middle = math.sqrt(left * right), factor.target
                 axes.annotate(str(factor), middle, (0, -12), textcoords="offset points", ha="center", fontsize=8)
-    ticks = {point.state: point.slots for point in mine}
-    axes.set_xscale("log", base=2)
-    axes.minorticks_off()
-    axes.set_xticks(list(ticks), [f"{state}\n({slots})" for state, slots in ticks.items()], fontsize=8)
-    axes.grid(color=FAINT, lw=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8)

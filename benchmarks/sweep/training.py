@@ -62,6 +62,27 @@ class CaptureFailed(Exception):
     """A training step could not be captured as a CUDA graph."""
 
 
+@dataclass
+class Pace:
+    """Whether so many steps end before a deadline of ``time.monotonic``."""
+
+    steps: int
+    deadline: float
+    first: tuple[int, float] | None = None
+
+    def check(self, step: int) -> None:
+        """Called at a few of the steps.
+
+        Raises:
+            OutOfTime: at the pace since the first call they do not end in time.
+        """
+        now = time.monotonic()
+        if self.first is None:  # the time up to here is no measure: kernels are loaded, graphs captured
+            self.first = step, now
+        elif now + (now - self.first[1]) * (self.steps - step) / (step - self.first[0]) > self.deadline:
+            raise OutOfTime
+
+
 class Adam:
     """AdamW over stacked weights (M, ...), with one learning rate and one gradient norm per model.
 
@@ -218,7 +239,7 @@ def train(trainer: Trainer, *, title: str, deadline: float = float("inf")) -> li
     recipe = trainer.recipe
     courses = [Course() for _ in trainer.optimizer.rates]
     every = max(1, recipe.steps // EVALUATIONS)
-    first: tuple[int, float] | None = None
+    pace = Pace(recipe.steps, deadline)
     with tqdm(total=recipe.steps, desc=title, unit="step", disable=None) as bar:
         for step in range(1, recipe.steps + 1):
             loss = trainer.step()
@@ -231,9 +252,5 @@ def train(trainer: Trainer, *, title: str, deadline: float = float("inf")) -> li
             bar.set_postfix(accuracy=f"{min(accuracy):.3f} .. {max(accuracy):.3f}")
             if min(accuracy) >= recipe.enough:
                 break
-            now = time.monotonic()
-            if first is None:  # the time up to here is no measure: kernels are loaded, graphs captured
-                first = step, now
-            elif now + (now - first[1]) * (recipe.steps - step) / (step - first[0]) > deadline:
-                raise OutOfTime
+            pace.check(step)
     return courses

@@ -35,10 +35,10 @@ class Text:
         starts = np.random.default_rng((seed, step)).integers(0, len(self.train) - context, size)
         return _windows(self.train, torch.from_numpy(starts), context)
 
-    def validation(self, context: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (windows, context), int64, spread evenly over the held-out bytes."""
+    def validation(self, context: int, windows: int = VALIDATION_WINDOWS) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (at most ``windows``, context), int64, spread evenly over the held-out bytes."""
         room = len(self.held_out) - context - 1
-        count = min(VALIDATION_WINDOWS, 1 + room // context)
+        count = min(windows, 1 + room // context)
         starts = torch.linspace(0, room, count, dtype=torch.float64).long()
         return _windows(self.held_out, starts, context)
 

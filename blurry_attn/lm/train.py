@@ -75,7 +75,7 @@ def train(
     model = LanguageModel(model_config).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     divided = parallel.divide(model)
-    optimizer = torch.optim.AdamW(_groups(model), lr=train_config.learning_rate, betas=BETAS, fused=True)
+    optimizer = make_optimizer(model, train_config)
     start = 0
     if (folder / checkpoint.FILE).exists():
         saved = checkpoint.load(folder)
@@ -109,7 +109,7 @@ def train(
     ):
         for step in range(start, train_config.steps):
             begin = time.perf_counter()
-            numbers = _step(divided, optimizer, text, train_config, step, device, parallel)
+            numbers = train_step(divided, optimizer, text, train_config, step, device, parallel)
             line: dict[str, Any] = {"step": step + 1, **numbers}
             line["seconds"] = time.perf_counter() - begin
             done = step + 1
@@ -154,6 +154,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (FINAL + (1 - FINAL) * (1 + math.cos(math.pi * done)) / 2)
 
 
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """For :func:`train_step`, which sets the learning rate of each step."""
+    return torch.optim.AdamW(_groups(model), lr=config.learning_rate, betas=BETAS, fused=True)
+
+
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
     """Parameters by decay, which is that of weights alone; and DTensors apart, as no fused call takes both kinds."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -174,7 +179,7 @@ def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.devic
     return total * parallel.parts / targets.numel()
 
 
-def _step(
+def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     text: Text,
@@ -183,6 +188,11 @@ def _step(
     device: torch.device,
     parallel: Parallel,
 ) -> dict[str, float]:
+    """One step on the batch of the number ``step``: its loss before it, gradient's norm and learning rate.
+
+    Raises:
+        InputError: loss or norm is not finite.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     inputs, targets = text.batch(config.seed, step, config.batch, config.context)
