@@ -156,7 +156,7 @@ def recall_rows(shown: list[list[str]]) -> list[list[str]]:
     for point in points(result(MQAR)):
         name = point.family.removesuffix(", 4 heads of 32")
         name = {"sliding": "sliding window", "full": "full attention"}.get(name, name.replace("fejer", '"fejer"'))
-        spread = f"{share(min(point.accuracies))}, {share(max(point.accuracies))}"
+        spread = f"{share(min(point.scores))}, {share(max(point.scores))}"
         sizes = (point.slots, point.state, 4 * point.state, 2 * point.state)
         rows[name, str(point.slots)] = [name, *map(str, sizes), share(point.mean), spread]
     order = [(name, slots) for name, slots, *_ in shown]
