@@ -184,13 +184,15 @@ class BlurryState:
             if size < 0:
                 raise ValueError(f"{name} must not be negative, got {size}")
         value_dim = head_dim if value_dim is None else value_dim
-        in_flux = torch.zeros(batch, kv_heads, 2, head_dim + value_dim, device=device, dtype=torch.float32)
+        flux = None
+        if dtype == torch.bfloat16:
+            flux = torch.zeros(batch, kv_heads, 2, head_dim + value_dim, device=device, dtype=torch.float32)
         return cls(
             torch.zeros(batch, kv_heads, window.slots, head_dim, device=device, dtype=dtype),
             torch.zeros(batch, kv_heads, window.slots, value_dim, device=device, dtype=dtype),
             torch.zeros(batch, device=device, dtype=torch.int64),
             window,
-            in_flux if dtype == torch.bfloat16 else None,
+            flux,
         )
 
     @property
@@ -235,11 +237,10 @@ class BlurryState:
             device, dtype = None, device
         contents = (self.key, self.value) if dtype in (None, self.key.dtype) else self._contents()
         key, value = (x.to(device, dtype, non_blocking=non_blocking, copy=copy) for x in contents)
-        flux = self.flux
-        if flux is None and dtype == torch.bfloat16 and self.window.kernel == "fejer":
-            flux = _flux(self.window, *contents, self.position)
-        if flux is not None:
-            flux = flux.to(device, non_blocking=non_blocking, copy=copy) if key.dtype == torch.bfloat16 else None
+        flux = None
+        if key.dtype == torch.bfloat16:
+            flux = _flux(self.window, *contents, self.position) if self.flux is None else self.flux
+            flux = flux.to(device, non_blocking=non_blocking, copy=copy)
         # A step of the one state must not advance the other.
         position = self.position.to(device, non_blocking=non_blocking, copy=copy or key is not self.key)
         return BlurryState(key, value, position, self.window, flux)

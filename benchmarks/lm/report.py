@@ -59,15 +59,14 @@ def table(rows: Sequence[Row]) -> str:
         width = max(len(point.family) for point in mine)
         lines += [
             task,
-            f"{'':{width}} slots  elements  float32 B  bf16 B    bits   lowest  highest  2nd half  tokens/s"
-            "  seeds    rate   steps",
+            f"{'':{width}} {shared.SIZES}    bits   lowest  highest  2nd half  tokens/s  seeds    rate   steps",
         ]
         for point in sorted(mine, key=lambda p: (p.family, p.slots)):
             speed = statistics.fmean(row["tokens_per_second"] for row in point.rows)
             far = statistics.fmean(second_half(row) for row in point.rows)
             lines.append(
-                f"{point.family:{width}} {point.slots:5}  {point.state:8}  {4 * point.state:9}  {2 * point.state:6}"
-                f"  {-point.mean:6.4f}  {-max(point.scores):7.4f}  {-min(point.scores):7.4f}  {far:8.4f}  {speed:8.0f}"
+                f"{shared.sized(point, width)}  {-point.mean:6.4f}"
+                f"  {-max(point.scores):7.4f}  {-min(point.scores):7.4f}  {far:8.4f}  {speed:8.0f}"
                 f"  {len(point.scores):5}  {point.rate:6g}  {point.steps:6}"
             )
         lines += [f"sliding : fejer of {it.slots} slots, at {it.bits:.3f} bits: {it}" for it in catching_up(mine)]

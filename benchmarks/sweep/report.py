@@ -150,6 +150,15 @@ def by_task(rows: Iterable[Row], score: Callable[[Row], float] = accuracy) -> di
     return dict(tasks)
 
 
+SIZES = "slots  elements  float32 B  bf16 B"
+
+
+def sized(point: Point, width: int) -> str:
+    """A point's family, ``width`` wide, and what stands under ``SIZES``."""
+    state = point.state
+    return f"{point.family:{width}} {point.slots:5}  {state:8}  {4 * state:9}  {2 * state:6}"
+
+
 def table(rows: Sequence[Row]) -> str:
     """Every point by task and family, then the factors between sliding window and "fejer"."""
     lines = []
@@ -157,12 +166,11 @@ def table(rows: Sequence[Row]) -> str:
         width = max(len(point.family) for point in mine)
         lines += [
             task,
-            f"{'':{width}} slots  elements  float32 B  bf16 B  accuracy   lowest  highest  seeds    rate   steps",
+            f"{'':{width}} {SIZES}  accuracy   lowest  highest  seeds    rate   steps",
         ]
         for point in sorted(mine, key=lambda p: (p.family, p.slots)):
             lines.append(
-                f"{point.family:{width}} {point.slots:5}  {point.state:8}  {4 * point.state:9}  {2 * point.state:6}"
-                f"  {point.mean:8.4f}  {min(point.scores):7.4f}  {max(point.scores):7.4f}"
+                f"{sized(point, width)}  {point.mean:8.4f}  {min(point.scores):7.4f}  {max(point.scores):7.4f}"
                 f"  {len(point.scores):5}  {point.rate:6g}  {point.steps:6}"
             )
         for pair in comparable(mine):

@@ -249,7 +249,7 @@ void compare(const char* name, const Numbers& actual, const Numbers& expected, d
     if (!std::isnan(expected[i])) error = std::max(error, std::abs(actual[i] - expected[i]));
   }
   bound += rounding * top;
-  if (error > bound) fail(name, std::to_string(error / bound) + " times the bound: " + describe(p));
+  if (!(error <= bound)) fail(name, std::to_string(error / bound) + " times the bound: " + describe(p));
 }
 
 // Items in an order of their own, on one thread or on several.
