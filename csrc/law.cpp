@@ -40,6 +40,12 @@ std::vector<double> flux_gates(const Cells& cells, double sharpness) {
   return table;
 }
 
+double echo(const Cells& cells, double sharpness) {
+  double left = 1;
+  for (const double gate : flux_gates(cells, sharpness)) left *= 1 - gate;
+  return left;
+}
+
 std::vector<double> period_gates(Kernel kernel, const Cells& cells, double sharpness) {
   std::vector<double> table(cells.window());
   for (int64_t x = 0; x < cells.window(); ++x) table[x] = gate(kernel, x, cells.slots, cells.window(), sharpness);

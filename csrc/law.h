@@ -73,6 +73,9 @@ double gate(Kernel kernel, int64_t offset, int64_t slots, int64_t window, double
 // "fejer": gates over a cell's flux, [2 * resolution], from x = -resolution (where it is 0) to resolution - 1.
 std::vector<double> flux_gates(const Cells& cells, double sharpness);
 
+// "fejer": what is left in a slot, after a cell's flux, of what it held before: the product of 1 - gate.
+double echo(const Cells& cells, double sharpness);
+
 // Any kernel: gates over the period, [window]; slot m takes period_gates[(t - m * resolution - phase) mod window].
 std::vector<double> period_gates(Kernel kernel, const Cells& cells, double sharpness);
 

@@ -467,7 +467,7 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/window.cuh",
-        ("CUDA window: no warm-up", "plan.warm_up = 2 * problem", "plan.warm_up = 0 * problem", WALK),
+        ("CUDA window: no warm-up", "plan.warm_up = laps_to_forget(problem) *", "plan.warm_up = 0 *", WALK),
         ("CUDA window: stretches overlap", "static_cast<int>(t - first_time > least ? t - first_time : least);",
          "static_cast<int>(t - first_time > least ? t - first_time - 1 : least);", WALK),
     ),

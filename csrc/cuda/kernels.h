@@ -31,8 +31,9 @@ struct Problem {
   DType dtype;
   Kernel kernel;
   int64_t batch, query_heads, kv_heads, tokens, key_dim, value_dim, slots, sequences;
-  int64_t longest_window;  // over the kv heads
-  double scale, sharpness;
+  int64_t longest_window;  // over the kv heads, as is
+  double echo;             // "fejer": the largest
+  double scale;
   View query, key, value;
   const HeadLaw* laws;               // [kv_heads]
   const Cells* cells;                // [kv_heads], on the host

@@ -62,8 +62,7 @@ const char* window_refusal(const Problem& p) {
   if (p.key_dim % 8 || p.value_dim % 8) return "head sizes are no multiples of 8";
   if (!aligned(p.query) || !aligned(p.key) || !aligned(p.value)) return "rows are not aligned to 16 bytes";
   if (p.tokens > INT32_MAX / 2) return "there are more than 2^30 tokens";
-  // Walks begin two windows early, which a slot does not forget in if its gates are low.
-  if (p.sharpness < kLeastSharpness && p.longest_window > p.slots) return "the sharpness is below 6";
+  if (p.echo > kMostEcho) return "the sharpness is so low that a lap leaves over 1/128 of what a slot held";
   if (p.slots < 16) return "there are fewer than 16 slots";
   if (p.kv_heads > kMaxWindowHeads) return "there are more than 256 key/value heads";
   if (p.query_heads > INT32_MAX) return "there are more than 2^31 query heads";

@@ -493,9 +493,11 @@ void run_attention(Case& c, Checks& checks) {
   problem.value_dim = p.value_dim;
   problem.slots = p.slots;
   problem.sequences = sequences;
-  for (const Cells& cells : p.cells) problem.longest_window = std::max(problem.longest_window, cells.window());
+  for (const Cells& cells : p.cells) {
+    problem.longest_window = std::max(problem.longest_window, cells.window());
+    if (p.kernel == Kernel::fejer) problem.echo = std::max(problem.echo, echo(cells, p.sharpness));
+  }
   problem.scale = p.scale;
-  problem.sharpness = p.sharpness;
   problem.query = query.view;
   problem.key = key.view;
   problem.value = value.view;
