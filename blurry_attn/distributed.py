@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from . import _C
 from .modules import BlurrySelfAttention
-from .ops import blurry_window_attention
+from .ops import _check_arguments, blurry_window_attention
 from .state import BlurryState
 from .window import BlurryWindow
 
@@ -70,8 +70,19 @@ def context_parallel_attention(
     Returns, Raises:
         as :func:`blurry_attn.blurry_window_attention`.
     """
+    _check_arguments(query, key, value, window, enable_gqa)
+    for name, x in (("key", key), ("value", value)):
+        if x.shape[2] != query.shape[2]:
+            raise ValueError(f"{name} must have as many tokens as query ({query.shape[2]}), got {x.shape[2]}")
+    with torch.no_grad():  # what one process would refuse is refused before anything is sent
+        q, k, v = (x[:, :, :0] for x in (query, key, value))
+        blurry_window_attention(q, k, v, window, scale=scale, enable_gqa=enable_gqa, state=state)
     if start is None:
         start = piece_start(key.shape[2], group)
+    elif isinstance(start, bool) or not isinstance(start, int):
+        raise TypeError(f"start must be an int or None, got {start!r}")
+    elif start < 0:
+        raise ValueError(f"start must not be negative, got {start}")
     shape, dtype = (*key.shape[:2], window.slots), torch.promote_types(key.dtype, torch.float32)
     if state is None or dist.get_rank(group) > 0:
         before = key.new_zeros(*shape, key.shape[3] + value.shape[3], dtype=dtype)

@@ -30,6 +30,8 @@ class Packing:
     def __init__(self, key_padding_mask: Tensor, *, keep_padding: bool = False) -> None:
         if not isinstance(key_padding_mask, Tensor):
             raise TypeError(f"key_padding_mask must be a Tensor, got {type(key_padding_mask).__name__}")
+        if key_padding_mask.layout != torch.strided:
+            raise TypeError(f"key_padding_mask must be a dense tensor, got layout {key_padding_mask.layout}")
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be bool (True = padding), got {key_padding_mask.dtype}")
         if key_padding_mask.dim() != 2:
@@ -52,8 +54,10 @@ class Packing:
         What stands in the padding reaches neither the result nor, going back, a gradient.
 
         Raises:
+            TypeError: ``x`` is not a tensor, or ``dim`` not an int.
             ValueError: B or T is not the mask's.
         """
+        self._check(x, dim)
         if dim < 1 or x.dim() <= dim or (x.shape[0], x.shape[dim]) != self.mask.shape:
             raise ValueError(
                 f"x must have (B, T) = {tuple(self.mask.shape)} in dimensions 0 and {dim}, got shape {tuple(x.shape)}"
@@ -67,8 +71,10 @@ class Packing:
         """The reverse of :meth:`pack`: ``x (1, ..., tokens, ...)`` as ``(B, ..., T, ...)``, zero at padding.
 
         Raises:
+            TypeError: ``x`` is not a tensor, or ``dim`` not an int.
             ValueError: the number of tokens is not that of :meth:`pack`.
         """
+        self._check(x, dim)
         if dim < 1 or x.dim() <= dim or x.shape[0] != 1 or x.shape[dim] != self._order.shape[0]:
             raise ValueError(
                 f"x must have 1 and {self._order.shape[0]} tokens in dimensions 0 and {dim}, got shape {tuple(x.shape)}"
@@ -80,7 +86,13 @@ class Packing:
         return padded.unflatten(0, self.mask.shape).movedim(1, dim)
 
     def pack_state(self, state: BlurryState) -> BlurryState:
-        """The state of the B sequences as one of the packed sequences; memory may be shared."""
+        """The state of the B sequences as one of the packed sequences; memory may be shared.
+
+        Raises:
+            TypeError: ``state`` is not a :class:`BlurryState`.
+            ValueError: it does not hold B sequences.
+        """
+        self._check_state(state, self.mask.shape[0])
         if not self.keep_padding:
             return state
         _, kv_heads, _, head_dim = state.key.shape
@@ -96,8 +108,28 @@ class Packing:
         return BlurryState.cat((state, start))
 
     def unpack_state(self, state: BlurryState) -> BlurryState:
-        """The reverse of :meth:`pack_state`; memory is shared."""
+        """The reverse of :meth:`pack_state`; memory is shared.
+
+        Raises:
+            TypeError: ``state`` is not a :class:`BlurryState`.
+            ValueError: it does not hold the packed sequences.
+        """
+        self._check_state(state, self.cu_seqlens.shape[0] - 1)
         return state[: self.mask.shape[0]]
+
+    @staticmethod
+    def _check(x: Tensor, dim: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+        if not isinstance(dim, int):
+            raise TypeError(f"dim must be an int, got {dim!r}")
+
+    @staticmethod
+    def _check_state(state: BlurryState, sequences: int) -> None:
+        if not isinstance(state, BlurryState):
+            raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
+        if state.batch_size != sequences:
+            raise ValueError(f"state must hold {sequences} sequences, got {state.batch_size}")
 
     def _padding(self, tokens: Tensor) -> Tensor:
         """The mask (B T, 1, ...), against ``tokens`` (B T, ...)."""

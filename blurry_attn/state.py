@@ -180,10 +180,15 @@ class BlurryState:
         """
         if not isinstance(window, BlurryWindow):
             raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
-        for name, size in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+        value_dim = head_dim if value_dim is None else value_dim
+        sizes = (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim), ("value_dim", value_dim))
+        for name, size in sizes:
+            if not isinstance(size, (int, torch.SymInt)):
+                raise TypeError(f"{name} must be an int, got {size!r}")
             if size < 0:
                 raise ValueError(f"{name} must not be negative, got {size}")
-        value_dim = head_dim if value_dim is None else value_dim
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
         flux = None
         if dtype == torch.bfloat16:
             flux = torch.zeros(batch, kv_heads, 2, head_dim + value_dim, device=device, dtype=torch.float32)
@@ -235,6 +240,8 @@ class BlurryState:
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r}")
         contents = (self.key, self.value) if dtype in (None, self.key.dtype) else self._contents()
         key, value = (x.to(device, dtype, non_blocking=non_blocking, copy=copy) for x in contents)
         flux = None
@@ -264,6 +271,8 @@ class BlurryState:
         """
         if not isinstance(index, slice) and not (isinstance(index, Tensor) and index.dim() == 1):
             raise TypeError(f"index must be a slice or a one-dimensional tensor, got {index!r}")
+        if isinstance(index, Tensor) and index.dtype not in (torch.int64, torch.int32, torch.bool):
+            raise TypeError(f"index must be int64 or bool, got {index.dtype}")
         return self._each(lambda x: x[index])
 
     @classmethod
@@ -274,6 +283,8 @@ class BlurryState:
             TypeError: something that is no state, or of another dtype.
             ValueError: no states, or of unlike windows, shapes or devices.
         """
+        if not isinstance(states, (list, tuple)):
+            raise TypeError(f"states must be a list or tuple of BlurryStates, got {type(states).__name__}")
         if not states:
             raise ValueError("states must hold at least one state")
         for state in states:
@@ -322,6 +333,8 @@ class BlurryState:
             KeyError: an entry is missing.
             TypeError, ValueError: entries that do not fit together, or are not those of a state.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
         for name in ("window", *_CHILDREN):
             if name not in state_dict:
                 raise KeyError(f"state_dict must have the entry {name!r}, got {', '.join(state_dict) or 'none'}")

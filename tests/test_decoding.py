@@ -223,6 +223,10 @@ def test_a_state_cannot_go_back():
 STATE = make_state(WINDOW["fejer"], [3, 50])
 
 
+def empty(batch=1, kv_heads=2, head_dim=8, value_dim=None, **options):
+    return BlurryState.empty(batch, kv_heads, head_dim, value_dim, window=WINDOW["fejer"], **options)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -236,8 +240,17 @@ STATE = make_state(WINDOW["fejer"], [3, 50])
             "states must have the same window: BlurryWindow(",
         ),
         (lambda: BlurryState.from_state_dict({}), KeyError, "window"),
+        (lambda: BlurryState.from_state_dict(None), TypeError, "state_dict must be a mapping of names to tensors, got"),
+        (lambda: STATE[torch.tensor([0.5])], TypeError, "index must be int64 or bool, got torch.float32"),
+        (lambda: BlurryState.cat(STATE), TypeError, "states must be a list or tuple of BlurryStates, got BlurryState"),
+        (lambda: BlurryState.cat(iter([STATE])), TypeError, "states must be a list or tuple of BlurryStates, got list"),
+        (lambda: STATE.to(dtype="bfloat16"), TypeError, "dtype must be a torch.dtype or None, got 'bfloat16'"),
+        (lambda: STATE.to(torch.float16), TypeError, "key must be float32, float64 or bfloat16, got torch.float16"),
+        (lambda: empty(1.5), TypeError, "batch must be an int, got 1.5"),
+        (lambda: empty(1, 2, 8, -1), ValueError, "value_dim must not be negative, got -1"),
+        (lambda: empty(dtype="float32"), TypeError, "dtype must be a torch.dtype, got 'float32'"),
     ],
-    ids=range(6),
+    ids=range(15),
 )
 def test_errors(call, error, message):
     with pytest.raises(error) as caught:

@@ -34,7 +34,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 from benchmarks.context.__main__ import DIM, HEADS, SLOTS, counted
 from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
-from blurry_attn.distributed import HeadParallel, context_parallel_attention
+from blurry_attn.distributed import HeadParallel, context_parallel_attention, piece_start
 from blurry_attn.lm import checkpoint
 from blurry_attn.lm import train as training
 from blurry_attn.lm.__main__ import main
@@ -137,6 +137,63 @@ def test_what_is_sent_does_not_depend_on_the_length(world: World):
     forward, backward = (numbers * (2 * DIM + extra) * 4 * others for extra in (1, 0))
     for tokens in (80, 800):
         assert world(counted, tokens) == [(forward, forward + backward)] * world.size
+
+
+def in_groups(whole: tuple[Tensor, ...], state: BlurryState, window: BlurryWindow) -> tuple[Tensor, ...]:
+    """Two groups of ranks, each with a sequence of its own; outputs with ``start`` asked for and given, and the end."""
+    ranks, size = range(dist.get_world_size()), dist.get_world_size() // 2
+    groups = [dist.new_group(list(members)) for members in (ranks[:size], ranks[size:])]
+    which, rank = divmod(dist.get_rank(), size)
+    group, own = groups[which], slice(which, which + 1)
+    pieces = [x[own].tensor_split(size, 2)[rank] for x in whole]
+    start = piece_start(pieces[0].shape[2], group)
+    assert start == sum(x.shape[2] for x in whole[0].tensor_split(size, 2)[:rank])
+    options = {"group": group, "state": state[own], "return_state": True}
+    asked, _ = context_parallel_attention(*pieces, window, **options)
+    given, end = context_parallel_attention(*pieces, window, start=start, **options)
+    return asked, given, end.key, end.position
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_groups_of_ranks_have_sequences_of_their_own(dtype: torch.dtype, world: World):
+    whole, size = make_inputs(2, 4, None, 61, dtype=dtype), world.size // 2
+    state = make_state(MIXED, [0, 50], 4, dtype=dtype)
+    expected, last = blurry_window_attention(*whole, MIXED, state=state, return_state=True)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-2}
+    found = world(in_groups, whole, state, MIXED)
+    for which in range(2):
+        parts = found[which * size : (which + 1) * size]
+        for outs in list(zip(*parts, strict=True))[:2]:
+            torch.testing.assert_close(torch.cat(outs, 2)[0], expected[which], **tolerance)
+        torch.testing.assert_close(parts[-1][2][0], last.key[which], **tolerance)
+        assert parts[-1][3].tolist() == [last.position[which]]
+
+
+ONE = make_inputs(1, 2, None, 5)
+CALLS = {
+    "key": ({"key": [1]}, TypeError, "key must be a tensor, got list"),
+    "dimensions": ({"query": ONE[0][0]}, ValueError, "query must have 4 dimensions"),
+    "tokens": ({"value": ONE[2][:, :, 1:]}, ValueError, r"value must have as many tokens as query \(5\), got 4"),
+    "dtype": ({"key": ONE[1].float()}, TypeError, "key must have query's dtype"),
+    "window": ({"window": 16}, TypeError, "window must be a BlurryWindow, got int"),
+    "start": ({"start": 1.5}, TypeError, "start must be an int or None, got 1.5"),
+    "before": ({"start": -1}, ValueError, "start must not be negative, got -1"),
+    "state": ({"state": "x"}, TypeError, "state must be a BlurryState, got str"),
+    "its window": ({"state": make_state(BlurryWindow(4, 8), [3])}, ValueError, "state must have been made with"),
+    "its sequences": ({"state": make_state(STAGGERED, [3, 4])}, ValueError, "state.key must have shape"),
+    "its features": ({"state": make_state(STAGGERED, [3], 2, 6, 10)}, ValueError, "state.key must have shape"),
+}
+
+
+def cannot_be_cut(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    call = {**dict(zip(("query", "key", "value"), ONE, strict=True)), "window": STAGGERED, **changes}
+    with pytest.raises(error, match=message):
+        context_parallel_attention(**call)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_cut_sequence_is_refused_before_anything_is_sent(name: str, world: World):
+    world(cannot_be_cut, *CALLS[name])
 
 
 @lru_cache
@@ -330,6 +387,19 @@ def test_a_layer_by_heads_is_the_layer(padded: bool, world: World):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+def heads_are_refused() -> None:
+    for module, error, message in (
+        (nn.Linear(4, 4), TypeError, "HeadParallel is for BlurrySelfAttention, got Linear"),
+        (BlurrySelfAttention(12, 3, STAGGERED), ValueError, "num_kv_heads must be a multiple of the . ranks, got 3"),
+    ):
+        with pytest.raises(error, match=message):
+            parallelize_module(module, mesh(dist.get_world_size()), HeadParallel())
+
+
+def test_a_layer_that_does_not_divide_by_heads_is_refused(world: World):
+    world(heads_are_refused)
+
+
 SMALL = ModelConfig(dim=32, layers=2, slots=8, resolutions=(1, 1, 4, 4))
 
 
@@ -411,15 +481,15 @@ sys.exit(__main__.main())
 """
 
 
-@pytest.mark.parametrize("crashes", [False, True], ids=["whole", "crash"])
-def test_torchrun_trains_and_ends(crashes: bool, schedule: TrainConfig, tmp_path: Path):
+@pytest.mark.parametrize(("crashes", "options"), [(False, []), (False, ["--parallel", "fsdp"]), (True, [])], ids=str)
+def test_torchrun_trains_and_ends(crashes: bool, options: list[str], schedule: TrainConfig, tmp_path: Path):
     """The first prints and writes, with the losses of one process; a crash ends all, and what was saved is whole."""
     (tmp_path / "crash.py").write_text(CRASH)
     program = ["--", str(tmp_path / "crash.py")] if crashes else ["-m", "--", "blurry_attn.lm"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     shape = ["--dim", "16", "--layers", "1", "--context", "32", "--steps", "8", "--device", "cpu"]
     files = ["--text", str(schedule.text), "--run", str(tmp_path / "run")]
-    done = subprocess.run([*launch, "train", *shape, *files], capture_output=True, text=True, timeout=TIMEOUT)
+    done = subprocess.run([*launch, "train", *shape, *options, *files], capture_output=True, text=True, timeout=TIMEOUT)
     if crashes:
         assert done.returncode != 0 and "exitcode  : 7" in done.stderr, done.stderr
         assert checkpoint.load(tmp_path / "run").step == 4

@@ -126,12 +126,12 @@ def test_a_compiled_step_is_one_graph_for_all_positions(dtype, device):
 # Exported
 
 
-def exported(model, device):
+def exported(model, device, dtype=torch.float32):
     """The model as a program, saved and loaded."""
     steps = isinstance(model, Stepper)
     length = None if steps else {1: torch.export.Dim("tokens")}
-    arguments = (tokens(1 if steps else 20, device), states(device))
-    shapes = (length, [[None] * 3] * 2)
+    arguments = (tokens(1 if steps else 20, device), states(device, dtype))
+    shapes = (length, [[None] * (3 if dtype == torch.float32 else 4)] * 2)
     if not steps:
         arguments, shapes = (*arguments, padding(20, device)), (*shapes, length)
     with torch.no_grad():
@@ -143,20 +143,21 @@ def exported(model, device):
 
 
 @torch.no_grad()
-def assert_runs_as(program, model, device):
+def assert_runs_as(program, model, device, dtype=torch.float32):
     lengths = (1,) if isinstance(model, Stepper) else (2, 20, 63)
     for length in lengths:
         masks = () if isinstance(model, Stepper) else (padding(length, device),)
-        ours, theirs = states(device), states(device)
+        ours, theirs = states(device, dtype), states(device, dtype)
         result = program(tokens(length, device), ours, *masks)
         assert_close(result, model(tokens(length, device), theirs, *masks))
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [Decoder, Stepper])
-def test_an_exported_model_is_saved_and_loaded(kind, device):
+def test_an_exported_model_is_saved_and_loaded(kind, dtype, device):
     model = kind(device)
-    assert_runs_as(exported(model, device).module(), model, device)
+    assert_runs_as(exported(model, device, dtype).module(), model, device, dtype)
 
 
 LOAD_A_PACKAGE = """

@@ -75,6 +75,9 @@ def test_packing_is_row_by_row_and_has_positions(keep_padding, device):
     assert torch.equal(packing.unpack(packed, dim=2), wide.masked_fill(mask[:, None, :, None], 0))
 
 
+ONE = make_state(WINDOWS["fejer"], [3])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -86,8 +89,15 @@ def test_packing_is_row_by_row_and_has_positions(keep_padding, device):
         (lambda mask: Packing(mask).pack(torch.zeros(2, 2), 0), ValueError, "dimensions 0 and 0, got shape (2, 2)"),
         (lambda mask: Packing(mask).unpack(torch.zeros(1, 5)), ValueError, "x must have 1 and 6 tokens in dimensions"),
         (lambda mask: Packing(mask).unpack(torch.zeros(2, 6)), ValueError, "0 and 1, got shape (2, 6)"),
+        (lambda mask: Packing(mask.to_sparse()), TypeError, "key_padding_mask must be a dense tensor, got layout"),
+        (lambda mask: Packing(mask).pack([1]), TypeError, "x must be a Tensor, got list"),
+        (lambda mask: Packing(mask).unpack(None), TypeError, "x must be a Tensor, got NoneType"),
+        (lambda mask: Packing(mask).pack(torch.zeros(2, 3), "1"), TypeError, "dim must be an int, got '1'"),
+        (lambda mask: Packing(mask).pack_state(None), TypeError, "state must be a BlurryState, got NoneType"),
+        (lambda mask: Packing(mask).pack_state(ONE), ValueError, "state must hold 2 sequences, got 1"),
+        (lambda mask: Packing(mask, keep_padding=True).unpack_state(ONE), ValueError, "must hold 3 sequences, got 1"),
     ],
-    ids=range(8),
+    ids=range(15),
 )
 def test_errors(call, error, message):
     with pytest.raises(error) as caught:

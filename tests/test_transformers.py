@@ -126,8 +126,9 @@ def test_single_tokens_equal_one_piece(family, device):
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
-def test_generate_from_left_padded_prompts_equals_each_alone(mode, device):
-    model, ids = build(device=device, eos_token_id=None), tokens(3, 19, device=device)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_from_left_padded_prompts_equals_each_alone(family, mode, device):
+    model, ids = build(family, device=device, eos_token_id=None), tokens(3, 19, device=device)
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 5, 12)):
         ids[row, :padding], mask[row, :padding] = 0, 0
@@ -284,6 +285,14 @@ def test_what_cannot_be_honoured_is_refused():
     refused(convert(build(), BlurryWindow.pyramid(4, (1, 2, 4)), "three heads"), ValueError, r"kv head \(2\)")
     with pytest.raises(TypeError, match="window must be a BlurryWindow"):
         register(16)
+    with pytest.raises(TypeError, match="name must be a str, got None"):
+        convert(model, WINDOW, None)
+    assert model.config._attn_implementation == NAME
+    with pytest.raises(TypeError, match="model must be a PreTrainedModel of transformers, got Linear"):
+        convert(torch.nn.Linear(2, 2), WINDOW, NAME)
+    for dtype in (torch.float16, "bfloat16", model.config):
+        with pytest.raises(TypeError, match="dtype must be torch"):
+            BlurryCache(dtype)
     for name in (NAME, "sdpa", "eager"):
         with pytest.raises(ValueError, match=f"name '{name}' is taken"):
             register(BlurryWindow(4, 8), name)
@@ -373,14 +382,14 @@ def world(tmp_path_factory):
 
 
 def answers(folder, ids, **options):
-    """Logits, the gradients of the attention's weights, and what is generated."""
+    """Logits, the gradients of all weights, and what is generated."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=NAME, dtype=torch.float64, **options
     ).eval()
     out = model(ids, use_cache=False).logits
     out.square().sum().backward()
-    weights = [(name, p) for name, p in model.named_parameters() if "att" in name and name.endswith("weight")]
-    grads = {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in weights}
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    grads = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
     text = generate(model, ids, BlurryCache(), do_sample=False)
     return {"logits": out.detach(), "text": text, **grads}
 

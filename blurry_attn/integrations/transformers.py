@@ -45,11 +45,13 @@ def register(window: BlurryWindow, name: str = "blurry_window") -> None:
         name: what models are told to use; one for each window.
 
     Raises:
-        TypeError: ``window`` is not a :class:`BlurryWindow`.
+        TypeError: ``window`` is not a :class:`BlurryWindow`, or ``name`` not a string.
         ValueError: ``name`` stands for another window, or for another attention.
     """
     if not isinstance(window, BlurryWindow):
         raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {name!r}")
     known = AttentionInterface().get(name)
     is_taken = known is not None or name in AttentionMaskInterface()
     if is_taken and getattr(known, "args", None) != (window,):
@@ -67,9 +69,12 @@ def convert(model: PreTrainedModel, window: BlurryWindow, name: str = "blurry_wi
         ``model`` itself.
 
     Raises:
-        TypeError, ValueError: as :func:`register`.
+        TypeError: ``model`` is no model of transformers; as :func:`register`.
+        ValueError: as :func:`register`.
         NotImplementedError: the model has attention code of its own and does not ask for an implementation by name.
     """
+    if not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}")
     register(window, name)
     model.set_attn_implementation(name)
     if model.config.get_text_config(decoder=True)._attn_implementation != name:
@@ -179,9 +184,14 @@ class BlurryCache(Cache):
     Args:
         dtype: of the slots; torch.bfloat16 takes about half the bytes (:class:`BlurryState`). None: as they come, in
             float32, or float64 where the model is.
+
+    Raises:
+        TypeError: another ``dtype``.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
+        if dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.bfloat16, float32 or float64, or None, got {dtype!r}")
         super().__init__(layer_class_to_replicate=partial(BlurryCacheLayer, dtype))  # type: ignore[arg-type]
 
     @property
