@@ -467,7 +467,7 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/window.cuh",
-        ("CUDA window: no warm-up", "plan.warm_up = laps_to_forget(problem) *", "plan.warm_up = 0 *", WALK),
+        ("CUDA window: no warm-up", "plan.warm_up = laps * c.longest_window", "plan.warm_up = 0 * c.longest_window", WALK),
         ("CUDA window: stretches overlap", "static_cast<int>(t - first_time > least ? t - first_time : least);",
          "static_cast<int>(t - first_time > least ? t - first_time - 1 : least);", WALK),
     ),
@@ -475,7 +475,7 @@ CUDA = [
         "csrc/cuda/window_walk.cuh",
         ("CUDA window: what a cell held dropped", "const float decay = decays[w * kFlux + j];",
          "const float decay = 0.f;", WALK),
-        ("CUDA window: stale carry between tiles", "if (lobe < 0 && time > 0) from = carried + stage * carried_tile;",
+        ("CUDA window: stale carry between tiles", "if (lobe < 0 && time > 0) from = carried + odd * carried_tile;",
          "", WALK),
         ("CUDA window: what is not finite not noticed", "if (!finite<storage>(words)) report();", "", WALK_NAN),
         ("CUDA window: wrong sequence in a batch", "row_of<const storage>(view, walk.batch, head,",

@@ -326,6 +326,8 @@ void with_config(const Problem& p, const body_type& body) {
   });
 }
 
+Plans make_plans(const Problem& p) { return {{make_patch_plan(p, false)}, false}; }
+
 }  // namespace
 
 const char* dirichlet_refusal(const Problem& p) {
@@ -345,14 +347,15 @@ const char* dirichlet_refusal(const Problem& p) {
 
 int64_t dirichlet_forward_workspace(const Problem& p) {
   RowTables tables;
-  return (repair_workspace(p, make_patch_plan(p, false)) + 15) / 16 * 16 + tables.make(p, nullptr);
+  return (repair_workspace(p, make_plans(p)) + 15) / 16 * 16 + tables.make(p, nullptr);
 }
 
 void dirichlet_forward(const Problem& p, const Outputs& outputs, void* workspace) {
-  const WalkPlan plan = make_patch_plan(p, false);
+  const Plans plans = make_plans(p);
+  const WalkPlan& plan = plans.of_class[0];
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   RowTables tables;
-  tables.make(p, unsound + (repair_workspace(p, plan) + 15) / 16 * 16);
+  tables.make(p, unsound + (repair_workspace(p, plans) + 15) / 16 * 16);
   if (p.tokens > 0) {
     with_config(p, [&](auto config_tag) {
       using config = decltype(config_tag);
@@ -361,7 +364,7 @@ void dirichlet_forward(const Problem& p, const Outputs& outputs, void* workspace
       cudaFuncSetAttribute(dirichlet_walk<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
       launch("dirichlet_walk", dirichlet_walk<config>, plan.count * p.kv_heads, config::kThreads, kBytes, p.stream, p,
              outputs, plan, tables, unsound);
-      launch_repair<typename config::storage>(p, outputs, plan, workspace);
+      launch_repair<typename config::storage>(p, outputs, plans, workspace);
     });
   }
   if (!outputs.state_key) return;

@@ -31,12 +31,12 @@ struct Problem {
   DType dtype;
   Kernel kernel;
   int64_t batch, query_heads, kv_heads, tokens, key_dim, value_dim, slots, sequences;
-  int64_t longest_window;  // over the kv heads, as is
-  double echo;             // "fejer": the largest
+  int64_t longest_window;  // over the kv heads
   double scale;
   View query, key, value;
   const HeadLaw* laws;               // [kv_heads]
   const Cells* cells;                // [kv_heads], on the host
+  const double* echoes;              // "fejer": [kv_heads], on the host
   const void* gates;                 // compute: flux_gates ("fejer") or period_gates of the heads
   const void* cu_seqlens = nullptr;  // null: one sequence per batch entry; values out of range are clamped
   bool cu_seqlens_is_64 = false;

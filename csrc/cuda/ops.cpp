@@ -27,7 +27,7 @@ struct Tables {
   Kernel kernel;
   double sharpness;
   std::vector<Cells> cells;
-  double echo;
+  std::vector<double> echoes;
   at::Tensor laws, gates;
 
   bool serve(const Call& call) const {
@@ -39,15 +39,13 @@ struct Tables {
 Tables make_tables(const Call& call) {
   std::vector<cuda::HeadLaw> laws;
   std::vector<double> gates;
-  double most_echo = 0;
+  std::vector<double> echoes;
   std::map<int64_t, int64_t> offsets;  // heads of one resolution share a table
   const std::vector<std::vector<double>> tables = call.gates();
   for (size_t h = 0; h < tables.size(); ++h) {
     const auto [entry, is_new] = offsets.emplace(call.cells[h].resolution, static_cast<int64_t>(gates.size()));
-    if (is_new) {
-      gates.insert(gates.end(), tables[h].begin(), tables[h].end());
-      if (call.kernel == Kernel::fejer) most_echo = std::max(most_echo, echo(call.cells[h], call.sharpness));
-    }
+    if (is_new) gates.insert(gates.end(), tables[h].begin(), tables[h].end());
+    if (call.kernel == Kernel::fejer) echoes.push_back(echo(call.cells[h], call.sharpness));
     laws.push_back({call.cells[h], entry->second});
   }
   const at::Tensor law_bytes = at::empty({static_cast<int64_t>(laws.size() * sizeof(cuda::HeadLaw))}, at::kByte);
@@ -55,8 +53,14 @@ Tables make_tables(const Call& call) {
   const at::Tensor gate_numbers = at::empty({static_cast<int64_t>(gates.size())}, at::kDouble);
   std::copy(gates.begin(), gates.end(), gate_numbers.mutable_data_ptr<double>());
   const at::Device device = call.query.device();
-  return {device,     call.compute_type(), call.kernel,          call.sharpness,
-          call.cells, most_echo,           law_bytes.to(device), gate_numbers.to(call.compute_type()).to(device)};
+  return {device,
+          call.compute_type(),
+          call.kernel,
+          call.sharpness,
+          call.cells,
+          echoes,
+          law_bytes.to(device),
+          gate_numbers.to(call.compute_type()).to(device)};
 }
 
 // Tables are made once and kept for good, since a captured graph may hold their addresses.
@@ -140,13 +144,13 @@ cuda::Problem make_problem(const Call& call) {
   problem.slots = call.slots();
   problem.sequences = call.sequences();
   for (const Cells& cells : call.cells) problem.longest_window = std::max(problem.longest_window, cells.window());
-  problem.echo = tables.echo;
   problem.scale = call.scale;
   problem.query = view(call.query);
   problem.key = view(call.key);
   problem.value = view(call.value);
   problem.laws = static_cast<const cuda::HeadLaw*>(tables.laws.const_data_ptr());
   problem.cells = call.cells.data();
+  problem.echoes = tables.echoes.data();
   problem.gates = tables.gates.const_data_ptr();
   problem.cu_seqlens = data(call.cu_seqlens);
   problem.cu_seqlens_is_64 = call.cu_seqlens && call.cu_seqlens->scalar_type() == at::kLong;

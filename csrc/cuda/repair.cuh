@@ -10,11 +10,27 @@ namespace {
 
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
+// How the walks of a launch were cut: all heads alike, or by flux_class().
+struct Plans {
+  WalkPlan of_class[kFluxClasses];
+  bool by_class;
+
+  __device__ const WalkPlan& of(const Cells& cells) const {
+    return of_class[by_class ? flux_class(cells.resolution) : 0];
+  }
+  int64_t count() const {
+    int64_t most = 0;
+    for (const WalkPlan& plan : of_class) most = std::max(most, plan.count);
+    return most;
+  }
+};
+
 template <typename storage>
 __global__ void __launch_bounds__(kStepThreads)
-    window_repair(Problem p, Outputs outputs, WalkPlan plan, const uint8_t* unsound, float* contents) {
+    window_repair(Problem p, Outputs outputs, Plans plans, const uint8_t* unsound, float* contents) {
   const Sequence sequence(p, blockIdx.x / p.kv_heads);
   const int64_t head = blockIdx.x % p.kv_heads;
+  const WalkPlan& plan = plans.of(p.laws[head].cells);
   bool sound = true;
   for (int64_t x = plan.first(p, sequence.index), i = 0; i < plan.stretches(sequence.length); ++i) {
     sound = sound && !unsound[(x + i) * p.kv_heads + head];
@@ -39,17 +55,17 @@ __global__ void __launch_bounds__(kStepThreads)
 }
 
 // Scratch memory of a walk with repair: a mark per stretch and head, then contents.
-inline int64_t marks(const Problem& p, const WalkPlan& plan) { return (plan.count * p.kv_heads + 15) / 16 * 16; }
-inline int64_t repair_workspace(const Problem& p, const WalkPlan& plan) {
-  return marks(p, plan) +
+inline int64_t marks(const Problem& p, const Plans& plans) { return (plans.count() * p.kv_heads + 15) / 16 * 16; }
+inline int64_t repair_workspace(const Problem& p, const Plans& plans) {
+  return marks(p, plans) +
          p.sequences * p.kv_heads * p.slots * (p.key_dim + p.value_dim) * static_cast<int64_t>(sizeof(float));
 }
 template <typename storage>
-void launch_repair(const Problem& p, const Outputs& outputs, const WalkPlan& plan, void* workspace) {
+void launch_repair(const Problem& p, const Outputs& outputs, const Plans& plans, void* workspace) {
   const StepShape<float, 1> shape(p);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   launch("window_repair", window_repair<storage>, p.sequences * p.kv_heads, shape.threads(), shape.shared_bytes(),
-         p.stream, p, outputs, plan, unsound, reinterpret_cast<float*>(unsound + marks(p, plan)));
+         p.stream, p, outputs, plans, unsound, reinterpret_cast<float*>(unsound + marks(p, plans)));
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
+#include <vector>
 
 #include "mma.cuh"
 
@@ -314,12 +314,56 @@ __device__ __forceinline__ int wrap(int row, int rows) { return row >= rows ? ro
 
 // How many cells are in flux in one patch at most: where patches begin is a
 // multiple of both 16's and r's common divisor.
-inline int cells_in_flux(int64_t resolution) {
+BLURRY_HOST_DEVICE inline int cells_in_flux(int64_t resolution) {
   if (resolution == 1) return kPatch;
-  const int64_t step = std::gcd(resolution, int64_t(kPatch));
+  const int64_t power = resolution & -resolution, step = power < kPatch ? power : kPatch;
   return static_cast<int>((resolution - step + kPatch - 1) / resolution + 2);
 }
-inline constexpr int kFluxClasses[] = {3, 5, 9, kPatch};
+// Heads go by classes of it; what kFlux is for each.
+constexpr int kFluxClasses = 4;
+BLURRY_HOST_DEVICE inline int flux_class(int64_t resolution) {
+  const int flux = cells_in_flux(resolution);
+  return flux <= 3 ? 0 : flux <= 5 ? 1 : flux <= 9 ? 2 : 3;
+}
+inline int flux_of_class(int number) { return number == 0 ? 3 : number == 1 ? 5 : number == 2 ? 9 : kPatch; }
+
+// The heads of a class.
+struct FluxClass {
+  int number;
+  HeadList heads;
+  int64_t longest_window;
+  double echo;  // the largest
+};
+// Those there are, those with most work first.
+inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents) {
+  FluxClass classes[kFluxClasses] = {};
+  int64_t cell_rows = 0;
+  for (int64_t h = 0; h < p.kv_heads; ++h) {
+    FluxClass& c = classes[flux_class(p.cells[h].resolution)];
+    c.longest_window = std::max(c.longest_window, p.cells[h].window());
+    c.echo = std::max(c.echo, p.echoes[h]);
+    c.heads.head[c.heads.count] = static_cast<uint16_t>(h);
+    c.heads.cell_rows[c.heads.count++] = cell_rows;
+    cell_rows += contents.cell_rows(p, p.cells[h].resolution);
+  }
+  std::vector<FluxClass> found;
+  for (int i = kFluxClasses - 1; i >= 0; --i) {
+    classes[i].number = i;
+    if (classes[i].heads.count > 0) found.push_back(classes[i]);
+  }
+  return found;
+}
+// Calls body(class, problem) for each; they may run at once.
+template <typename body_type>
+void on_branches(const Problem& p, const std::vector<FluxClass>& classes, const body_type& body) {
+  static_assert(kFluxClasses <= Branches::kMost, "a stream for each class");
+  const Branches branches(p.stream, static_cast<int>(classes.size()));
+  for (size_t i = 0; i < classes.size(); ++i) {
+    Problem problem = p;
+    problem.stream = branches.stream(static_cast<int>(i));
+    body(classes[i], problem);
+  }
+}
 
 enum class Task { forward, contents, backward };
 
@@ -330,16 +374,15 @@ constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
 // Walks begin with empty slots one lap or two before the tokens they own, so that less is missing from a slot by then
 // than a rounding of what it holds.
 constexpr double kMostEcho = 0x1p-7;
-inline int laps_to_forget(const Problem& p) {
-  return p.echo <= (p.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14) ? 1 : 2;
-}
 
-inline WalkPlan make_plan(const Problem& problem, Task task) {
+inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task) {
   const auto on_grid = [](int64_t tokens) { return (tokens + kGrid - 1) / kGrid * kGrid; };
-  const int64_t least = 4 * problem.longest_window;
+  const int laps = c.echo <= (problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14) ? 1 : 2;
   WalkPlan plan;
-  plan.length = least > 4096 ? on_grid(least) : 4096;
-  plan.warm_up = laps_to_forget(problem) * problem.longest_window + 2 * problem.longest_window / problem.slots;
+  plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
+  // Where classes share the card, those whose walks warm up fast are cut finer, so that all end together.
+  const int64_t least = c.heads.count == problem.kv_heads ? 4096 : 1024, length = on_grid(8 * plan.warm_up);
+  plan.length = length < least ? least : length;
   plan.backward = task == Task::backward;
   // A walk for the output does no more than a third of its work where it warms up.
   plan.extra = task == Task::forward ? plan.warm_up / 3 : plan.warm_up;
@@ -370,31 +413,6 @@ inline WalkPlan make_plan(const Problem& problem, Task task) {
     plan.count = plan.per_batch * problem.sequences;
   }
   return plan;
-}
-
-// Calls body(kFlux, heads, problem) for each class of heads that there is; classes may run at once.
-template <typename body_type>
-void for_flux_classes(const Problem& p, const Contents& contents, const body_type& body) {
-  constexpr int kClasses = sizeof(kFluxClasses) / sizeof(kFluxClasses[0]);
-  static_assert(kClasses <= Branches::kMost, "a stream for each class");
-  HeadList classes[kClasses] = {};
-  int64_t cell_rows = 0;
-  for (int64_t h = 0; h < p.kv_heads; ++h) {
-    const auto holds = [&](int flux) { return cells_in_flux(p.cells[h].resolution) <= flux; };
-    HeadList& heads = classes[std::find_if(kFluxClasses, kFluxClasses + kClasses, holds) - kFluxClasses];
-    heads.head[heads.count] = static_cast<uint16_t>(h);
-    heads.cell_rows[heads.count++] = cell_rows;
-    cell_rows += contents.cell_rows(p, p.cells[h].resolution);
-  }
-  const auto is_used = [](const HeadList& heads) { return heads.count > 0; };
-  const Branches branches(p.stream, static_cast<int>(std::count_if(classes, classes + kClasses, is_used)));
-  // Those with most work first.
-  for (int i = kClasses - 1, branch = 0; i >= 0; --i) {
-    if (classes[i].count == 0) continue;
-    Problem problem = p;
-    problem.stream = branches.stream(branch++);
-    body(kFluxClasses[i], classes[i], problem);
-  }
 }
 
 // Whether rows are runs of whole, aligned 16 bytes.

@@ -687,6 +687,7 @@ void with_back_flux(const Problem& p, int flux, const body_type& body) {
   }
   if (flux <= 3 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 3, 4>(p, body);
   if (flux <= 3) return with_back_columns<storage, 128, 3, 2>(p, body);
+  if (flux <= 5 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 5, 4>(p, body);
   if (flux <= 5) return with_back_columns<storage, 128, 5, 2>(p, body);
   if (flux <= 9) return with_back_columns<storage, 128, 9, 2>(p, body);
   with_back_columns<storage, 128, kPatch, 2>(p, body);
@@ -734,10 +735,10 @@ int64_t window_backward_workspace(const Problem& p) {
 }
 
 void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
-  const WalkPlan forward = make_plan(p, Task::contents), back = make_plan(p, Task::backward);
   const Contents contents = make_contents(p, workspace);
-  for_flux_classes(p, contents, [&](int flux, const HeadList& heads, const Problem& problem) {
-    with_back_config(p, flux, [&](auto config_tag) {
+  on_branches(p, flux_classes(p, contents), [&](const FluxClass& c, const Problem& problem) {
+    const HeadList& heads = c.heads;
+    with_back_config(p, flux_of_class(c.number), [&](auto config_tag) {
       using config = decltype(config_tag);
       using storage = typename config::storage;
       if (p.state_key) {
@@ -747,11 +748,13 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
       if constexpr (!config::kSliding) {
         using walk = Config<storage, config::kDim, config::kFlux, 32, false, true>;
         if (p.tokens > 0) {
-          launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents, forward, heads, nullptr);
+          launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents, make_plan(p, c, Task::contents),
+                            heads, nullptr);
         }
       }
       const uint32_t bytes = allow_shared_memory(window_back<config>, p, heads,
                                                  [&](int resolution) { return back_bytes<config>(p, resolution); });
+      const WalkPlan back = make_plan(p, c, Task::backward);
       launch("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes, problem.stream,
              problem, gradients, contents, back, heads);
     });

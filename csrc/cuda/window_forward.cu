@@ -39,7 +39,7 @@ template <typename storage, int dim, typename body_type>
 void with_flux(const Problem& p, int flux, const body_type& body) {
   if (flux <= 3) return with_columns<storage, dim, 3>(p, body);
   if (flux <= 5) return with_columns<storage, dim, 5>(p, body);
-  if (flux <= 9) return body(Config<storage, dim, 9, 64, true>());
+  if (flux <= 9) return with_columns<storage, dim, 9>(p, body);
   return with_columns<storage, dim, kPatch>(p, body);
 }
 template <typename body_type>
@@ -53,6 +53,13 @@ void with_config(const Problem& p, int flux, const body_type& body) {
   return with_flux<__half, 64>(p, flux, body);
 }
 
+Plans make_plans(const Problem& p, const std::vector<FluxClass>& classes) {
+  Plans plans{};
+  for (const FluxClass& c : classes) plans.of_class[c.number] = make_plan(p, c, Task::forward);
+  plans.by_class = true;
+  return plans;
+}
+
 }  // namespace
 
 const char* window_refusal(const Problem& p) {
@@ -62,12 +69,12 @@ const char* window_refusal(const Problem& p) {
   if (p.key_dim % 8 || p.value_dim % 8) return "head sizes are no multiples of 8";
   if (!aligned(p.query) || !aligned(p.key) || !aligned(p.value)) return "rows are not aligned to 16 bytes";
   if (p.tokens > INT32_MAX / 2) return "there are more than 2^30 tokens";
-  if (p.echo > kMostEcho) return "the sharpness is so low that a lap leaves over 1/128 of what a slot held";
   if (p.slots < 16) return "there are fewer than 16 slots";
   if (p.kv_heads > kMaxWindowHeads) return "there are more than 256 key/value heads";
   if (p.query_heads > INT32_MAX) return "there are more than 2^31 query heads";
   const int64_t limit = shared_memory_limit();
   for (int64_t h = 0; h < p.kv_heads; ++h) {
+    if (p.echoes[h] > kMostEcho) return "the sharpness is so low that a lap leaves over 1/128 of what a slot held";
     const int64_t r = p.cells[h].resolution;
     bool fits = true;
     with_config(p, cells_in_flux(r), [&](auto config) {
@@ -78,21 +85,25 @@ const char* window_refusal(const Problem& p) {
   return nullptr;
 }
 
-int64_t window_forward_workspace(const Problem& p) { return repair_workspace(p, make_plan(p, Task::forward)); }
+int64_t window_forward_workspace(const Problem& p) {
+  return repair_workspace(p, make_plans(p, flux_classes(p, Contents{})));
+}
 
 void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
-  const WalkPlan plan = make_plan(p, Task::forward);
+  const std::vector<FluxClass> classes = flux_classes(p, Contents{});
+  const Plans plans = make_plans(p, classes);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   if (p.tokens > 0) {
-    for_flux_classes(p, Contents{}, [&](int flux, const HeadList& heads, const Problem& problem) {
-      with_config(p, flux, [&](auto config) {
-        launch_walk<decltype(config)>("window_walk", problem, outputs, Contents{}, plan, heads, unsound);
+    on_branches(p, classes, [&](const FluxClass& c, const Problem& problem) {
+      with_config(p, flux_of_class(c.number), [&](auto config) {
+        launch_walk<decltype(config)>("window_walk", problem, outputs, Contents{}, plans.of_class[c.number], c.heads,
+                                      unsound);
       });
     });
   }
   for_half(p.dtype, [&](auto storage_tag) {
     using storage = decltype(storage_tag);
-    if (p.tokens > 0) launch_repair<storage>(p, outputs, plan, workspace);
+    if (p.tokens > 0) launch_repair<storage>(p, outputs, plans, workspace);
     if (!outputs.state_key) return;
     const auto state = [&](const View& tokens, int64_t dim, const void* given, void* end) {
       const int tiles = static_cast<int>((p.slots * dim + 255) / 256);

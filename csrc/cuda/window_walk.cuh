@@ -19,22 +19,27 @@ struct Config {
   static constexpr int kWarps = dim <= 64 ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kTile = kWarps * kPatch;
-  static constexpr int kBlocks = dim <= 64 && flux <= 5 ? 2 : 1;
-  static constexpr int kStages = 2;
+  // Two blocks on a multiprocessor hide each other's waits: shared memory is kept small for that.
+  static constexpr int kBlocks = dim > 64 || flux != 9 ? 2 : 1;
+  // Tiles of tokens there: with one, a warp fetches its next patch as soon as it is done with this one.
+  static constexpr int kStages = dim > 64 || kSliding ? 1 : 2;
+  static constexpr int kSidesAtOnce = dim > 64 && flux == 9 ? 1 : 2;  // whose cells are advanced
   static constexpr int kRow = Rows<dim>::kBytes;
-  static constexpr int kAddedStride = dim + 8;  // floats of a row of what a patch adds to its cells
+  static constexpr int kAddedStride = dim + 4;  // floats of a row of what a patch adds to its cells
+  static constexpr int kAdded = kSliding ? 0 : kSidesAtOnce * flux * kAddedStride * 4, kStaged = kPatch * kRow;
+  static constexpr int kScratch = ((kAdded > kStaged ? kAdded : kStaged) + 127) / 128 * 128;  // bytes of a warp
 };
 
 // Shared memory of a walk, by offsets in bytes.
 struct Layout {
   int ring_rows;
-  uint32_t tiles, ring, started, side_bytes, carried, added, ends, gates, decays, table, cells, bytes;
+  uint32_t tiles, ring, started, side_bytes, carried, scratch, ends, gates, decays, table, cells, bytes;
 
   template <typename config>
   __host__ __device__ static Layout make(int slots, int resolution) {
-    const auto rounded = [](int x) { return (x + 7) / 8 * 8; };
     Layout l;
-    l.ring_rows = rounded(slots + config::kTile / resolution + 3 + (config::kMore ? config::kColumns : 0));
+    l.ring_rows =
+        slots + config::kTile / resolution + (config::kSliding ? 0 : 3) + (config::kMore ? config::kColumns : 0);
     if (l.ring_rows < config::kColumns) l.ring_rows = config::kColumns;
     uint32_t at = 0;
     l.tiles = at;  // tokens: [stage][side][token]
@@ -47,11 +52,8 @@ struct Layout {
     l.carried = at;  // and at the end of a tile, for the next: [tile mod
                      // 2][side][cell mod 2]; neither permuted
     at += config::kSliding ? 0 : 2 * 2 * 2 * config::kRow;
-    l.added = at;  // what patches add to cells, [warp][side][cell][element],
-                   // float; later the rows of out, [warp][16]
-    const uint32_t added = config::kWarps * 2 * in_flux * config::kAddedStride * 4;
-    const uint32_t rows = config::kWarps * kPatch * config::kRow;
-    at += added > rows ? added : rows;
+    l.scratch = at;  // of each warp: what its patch adds to cells, [side][cell][element], float; later the rows of out
+    at += config::kWarps * config::kScratch;
     l.ends = at;  // weights of patches' ends: [warp][8 cells][lane]
     at += config::kSliding ? 0 : config::kWarps * ((config::kFlux + 8) / 8) * kWarp * 16;
     l.gates = at;  // [warp][cell][16]
@@ -90,7 +92,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 
   const uint32_t shared = shared_address(shared_memory);
   const uint32_t side_bytes = layout.side_bytes;
-  float* const added = reinterpret_cast<float*>(shared_memory + layout.added);
+  const auto added = [&](int warp, int side, int cell) {
+    return reinterpret_cast<float*>(shared_memory + layout.scratch + warp * config::kScratch) +
+           (side % config::kSidesAtOnce * kFlux + cell) * config::kAddedStride;
+  };
   float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + warp * kFlux * kPatch;
   uint4* const end_weights = reinterpret_cast<uint4*>(shared_memory + layout.ends) + warp * Weights::kFluxTiles * kWarp;
   float* const decays = reinterpret_cast<float*>(shared_memory + layout.decays);
@@ -117,27 +122,26 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     }
   }
 
-  // A thread copies one chunk of every kRowsAtOnce-th row.
-  constexpr int kRowsAtOnce = config::kThreads / Row::kChunks;
-  const int copy_row = threadIdx.x / Row::kChunks, copy_chunk = threadIdx.x % Row::kChunks;
-  const auto fetch = [&](int time, int stage) {
-    const int from_row = max(walk.begin - time, 0), to_row = min(walk.end - time, kTile);
+  // A warp fetches the tokens of its own patch; a lane copies one chunk of every kRowsAtOnce-th row.
+  constexpr int kRowsAtOnce = kWarp / Row::kChunks;
+  const auto fetch = [&](int patch, int stage, int side) {
+    const int thread = hidden(lane), copy_row = thread / Row::kChunks, copy_chunk = thread % Row::kChunks;
+    const View& view = side ? p.value : p.key;
+    const int first = max(walk.begin - patch, 0), last = min(walk.end - patch, kPatch);
+    const storage* from = row_of<const storage>(view, walk.batch, head, walk.row + patch + copy_row) + copy_chunk * 8;
+    const int64_t step = kRowsAtOnce * view.token;
+    const uint32_t to = Row::at(shared + layout.tiles + ((stage * 2 + side) * kTile + warp * kPatch) * config::kRow,
+                                copy_row, copy_chunk);
+    const auto place = [&](int i) { return (to ^ (i * kRowsAtOnce % 8 << 4)) + i * kRowsAtOnce * config::kRow; };
+    if (first == 0 && last == kPatch && (side ? p.value_dim : p.key_dim) == kDim) {
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const View& view = side ? p.value : p.key;
-      const storage* from = row_of<const storage>(view, walk.batch, head, walk.row + time + copy_row) + copy_chunk * 8;
-      const int64_t step = kRowsAtOnce * view.token;
-      uint32_t to = Row::at(shared + layout.tiles + (stage * 2 + side) * kTile * config::kRow, copy_row, copy_chunk);
-      if (from_row == 0 && to_row == kTile && (side ? p.value_dim : p.key_dim) == kDim) {
-#pragma unroll
-        for (int i = 0; i < kTile / kRowsAtOnce; ++i) copy_async(to + i * kRowsAtOnce * config::kRow, from + i * step);
-      } else {
-        const bool exists = copy_chunk * 8 < (side ? p.value_dim : p.key_dim);
-        for (int i = 0; i < kTile / kRowsAtOnce; ++i) {
-          const int row = copy_row + i * kRowsAtOnce;
-          const bool valid = exists && row >= from_row && row < to_row;
-          copy_async_or_zero(to + i * kRowsAtOnce * config::kRow, valid ? from + i * step : view.data, valid);
-        }
+      for (int i = 0; i < kPatch / kRowsAtOnce; ++i) copy_async(place(i), from + i * step);
+    } else {
+      const bool exists = copy_chunk * 8 < (side ? p.value_dim : p.key_dim);
+      for (int i = 0; i < kPatch / kRowsAtOnce; ++i) {
+        const int row = copy_row + i * kRowsAtOnce;
+        const bool valid = exists && row >= first && row < last;
+        copy_async_or_zero(place(i), valid ? from + i * step : view.data, valid);
       }
     }
     commit_copies();
@@ -176,13 +180,21 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const auto store_row = [](void* rows, int64_t row, int chunk, const uint4& words) {
     store_global(static_cast<uint4*>(rows) + row * Row::kChunks + chunk, words);
   };
-  fetch(0, 0);
-  for (int time = 0, stage = 0; time < walk.own_end; time += kTile, stage ^= 1) {
+  for (int side = 0; side < 2; ++side) fetch(warp * kPatch, 0, side);
+  __syncthreads();  // the ring and the table are there
+  for (int time = 0, odd = 0; time < walk.own_end; time += kTile, odd ^= 1) {
+    const int patch = time + warp * kPatch, stage = odd % config::kStages;
+    // The next patch's tokens, once those of this one are done with, or there is room for both.
+    const auto fetch_next = [&](int side) {
+      __syncwarp();
+      if (time + kTile < walk.own_end) fetch(patch + kTile, stage ^ (config::kStages - 1), side);
+    };
     wait_copies<0>();
-    __syncthreads();  // the tile is there, and the one before is done with
-    if (time + kTile < walk.own_end) fetch(time + kTile, stage ^ 1);
+    __syncwarp();
+    if constexpr (config::kStages == 2) {
+      for (int side = 0; side < 2; ++side) fetch_next(side);
+    }
 
-    const int patch = time + warp * kPatch;
     int offset = tile_offset + warp * kPatch % resolution, cell = tile_cell + warp * kPatch / resolution;
     if (offset >= resolution) {
       offset -= resolution;
@@ -203,9 +215,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     // What the patch adds to its cells.
     const uint32_t tile_base = shared + layout.tiles + stage * 2 * kTile * config::kRow;
     if constexpr (config::kSliding) {
+      __syncthreads();  // the tile before is done with
       // The tile's tokens are its cells.
-      for (int item = threadIdx.x; item < 2 * kTile * Row::kChunks; item += config::kThreads) {
-        const int chunk = item % Row::kChunks, row = item / Row::kChunks % kTile, side = item / Row::kChunks / kTile;
+      for (int item = lane; item < 2 * kPatch * Row::kChunks; item += kWarp) {
+        const int chunk = item % Row::kChunks, side = item / Row::kChunks / kPatch;
+        const int row = warp * kPatch + item / Row::kChunks % kPatch;
         if (time + row < walk.begin) continue;
         const uint4 words = load_shared(Row::at(tile_base + side * kTile * config::kRow, row, chunk));
         if (!finite<storage>(words)) report();
@@ -217,95 +231,100 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       uint4 ends[Weights::kFluxTiles];
 #pragma unroll
       for (int tile = 0; tile < Weights::kFluxTiles; ++tile) ends[tile] = end_weights[tile * kWarp + lane];
+      for (int from_side = 0; from_side < 2; from_side += config::kSidesAtOnce) {
+        if (from_side > 0) __syncthreads();
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const uint32_t rows = tile_base + side * kTile * config::kRow;
+        for (int side = from_side; side < from_side + config::kSidesAtOnce; ++side) {
+          const uint32_t rows = tile_base + side * kTile * config::kRow;
 #pragma unroll
-        for (int m = 0; m < kDim / 16; ++m) {
-          uint32_t a[4];
-          load_matrices_transposed(a,
-                                   Row::at(rows, warp * kPatch + (lane / 16) * 8 + lane % 8, 2 * m + (lane / 8) % 2));
+          for (int m = 0; m < kDim / 16; ++m) {
+            uint32_t a[4];
+            load_matrices_transposed(a,
+                                     Row::at(rows, warp * kPatch + (lane / 16) * 8 + lane % 8, 2 * m + (lane / 8) % 2));
 #pragma unroll
-          for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
-            float sum[4] = {};
-            mma<storage>(sum, a, ends[tile].x, ends[tile].y);
-            mma<storage>(sum, a, ends[tile].z, ends[tile].w);
+            for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
+              float sum[4] = {};
+              mma<storage>(sum, a, ends[tile].x, ends[tile].y);
+              mma<storage>(sum, a, ends[tile].z, ends[tile].w);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int j = 8 * tile + 2 * q + e % 2, d = 16 * m + g + 8 * (e / 2);
-              if (j < kFlux) {
-                added[((warp * 2 + side) * kFlux + j) * config::kAddedStride + d] = sum[e];
-              } else if (sum[e] != 0.f) {
-                report();  // the weights are zero
+              for (int e = 0; e < 4; ++e) {
+                const int j = 8 * tile + 2 * q + e % 2, d = 16 * m + g + 8 * (e / 2);
+                if (j < kFlux) {
+                  added(warp, side, j)[d] = sum[e];
+                } else if (sum[e] != 0.f) {
+                  report();  // the weights are zero
+                }
               }
             }
           }
         }
-      }
-      __syncthreads();
+        if (config::kContents && config::kStages == 1) {
+          for (int side = from_side; side < from_side + config::kSidesAtOnce; ++side) fetch_next(side);
+        }
+        __syncthreads();
 
-      // The cells that take tokens of this tile, each from patch to patch: a thread has one chunk of one cell. A cell
-      // may need what the one before it in its slot left, so no more than `slots` at a time.
-      const int further = tokens_left + tile_offset;
-      const int cells_here = cells_per_tile + (further > resolution ? 3 : further > 0 ? 2 : 1);
-      for (int lap = 0; lap < cells_here; lap += slots) {
-        if (lap > 0) __syncthreads();
-        const int items = min(slots, cells_here - lap) * 2 * Row::kChunks;
-        for (int item = threadIdx.x; item < items; item += config::kThreads) {
-          const int chunk = item % Row::kChunks, side = item / Row::kChunks % 2;
-          const int number = lap + item / (2 * Row::kChunks), c = tile_cell + number;
-          const int centre = c * resolution - walk.offset - time, last = centre + resolution - 1;
-          const int lobe = centre - resolution + 1;
-          const uint32_t ring = shared + layout.ring + side * side_bytes;
-          const uint32_t carried = shared + layout.carried + (2 * side + (c & 1)) * config::kRow + chunk * 16;
-          const uint32_t carried_tile = 4 * config::kRow;
-          const int before_row = wrap(tile_row + number, ring_rows), own_row = wrap(before_row + slots, ring_rows);
-          const uint32_t own = Row::at(ring, own_row, chunk);
-          uint32_t from = Row::at(ring, before_row, chunk);
-          if (c < walk.given - slots) from = own;  // left by what came before the walk
-          if (lobe < 0 && time > 0) from = carried + stage * carried_tile;
-          uint4 words = load_shared(from);
-          float content[8];
-          const auto unpack_words = [&] {
-            const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+        // The cells that take tokens of this tile, each from patch to patch: a thread has one chunk of one cell. A cell
+        // may need what the one before it in its slot left, so no more than `slots` at a time.
+        const int further = tokens_left + tile_offset;
+        const int cells_here = cells_per_tile + (further > resolution ? 3 : further > 0 ? 2 : 1);
+        for (int lap = 0; lap < cells_here; lap += slots) {
+          if (lap > 0) __syncthreads();
+          const int items = min(slots, cells_here - lap) * config::kSidesAtOnce * Row::kChunks;
+          for (int item = threadIdx.x; item < items; item += config::kThreads) {
+            const int chunk = item % Row::kChunks, side = from_side + item / Row::kChunks % config::kSidesAtOnce;
+            const int number = lap + item / (config::kSidesAtOnce * Row::kChunks), c = tile_cell + number;
+            const int centre = c * resolution - walk.offset - time, last = centre + resolution - 1;
+            const int lobe = centre - resolution + 1;
+            const uint32_t ring = shared + layout.ring + side * side_bytes;
+            const uint32_t carried = shared + layout.carried + (2 * side + (c & 1)) * config::kRow + chunk * 16;
+            const uint32_t carried_tile = 4 * config::kRow;
+            const int before_row = wrap(tile_row + number, ring_rows), own_row = wrap(before_row + slots, ring_rows);
+            const uint32_t own = Row::at(ring, own_row, chunk);
+            uint32_t from = Row::at(ring, before_row, chunk);
+            if (c < walk.given - slots) from = own;  // left by what came before the walk
+            if (lobe < 0 && time > 0) from = carried + odd * carried_tile;
+            uint4 words = load_shared(from);
+            float content[8];
+            const auto unpack_words = [&] {
+              const uint32_t w[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float2 pair = unpack<storage>(w[i]);
-              content[2 * i] = pair.x;
-              content[2 * i + 1] = pair.y;
-            }
-          };
-          unpack_words();
-          const int end_patch = min(last / kPatch, kWarps - 1);
-          const uint32_t started = shared + layout.started + side * side_bytes + chunk * 16;
-          for (int w = max(lobe, 0) / kPatch; w <= end_patch; ++w) {
-            const int j = c - patch_cells[w];
-            if (lobe < w * kPatch) {
-              if constexpr (!config::kContents) {
-                store_shared(started + (2 * w + j) * config::kRow, words);
-              } else if (time + w * kPatch + kPatch > walk.own_begin && time + w * kPatch < walk.own_end) {
-                const int64_t row = started_row + (time / kPatch + w) * 2 * p.kv_heads;
-                store_row(contents.started, 2 * row + 2 * side + j, chunk, words);
+              for (int i = 0; i < 4; ++i) {
+                const float2 pair = unpack<storage>(w[i]);
+                content[2 * i] = pair.x;
+                content[2 * i + 1] = pair.y;
               }
+            };
+            unpack_words();
+            const int end_patch = min(last / kPatch, kWarps - 1);
+            const uint32_t started = shared + layout.started + side * side_bytes + chunk * 16;
+            for (int w = max(lobe, 0) / kPatch; w <= end_patch; ++w) {
+              const int j = c - patch_cells[w];
+              if (lobe < w * kPatch) {
+                if constexpr (!config::kContents) {
+                  store_shared(started + (2 * w + j) * config::kRow, words);
+                } else if (time + w * kPatch + kPatch > walk.own_begin && time + w * kPatch < walk.own_end) {
+                  const int64_t row = started_row + (time / kPatch + w) * 2 * p.kv_heads;
+                  store_row(contents.started, 2 * row + 2 * side + j, chunk, words);
+                }
+              }
+              const float4* sums = reinterpret_cast<const float4*>(added(w, side, j) + chunk * 8);
+              const float decay = decays[w * kFlux + j];
+              const float4 low = sums[0], high = sums[1];
+              content[0] = decay * content[0] + low.x;
+              content[1] = decay * content[1] + low.y;
+              content[2] = decay * content[2] + low.z;
+              content[3] = decay * content[3] + low.w;
+              content[4] = decay * content[4] + high.x;
+              content[5] = decay * content[5] + high.y;
+              content[6] = decay * content[6] + high.z;
+              content[7] = decay * content[7] + high.w;
+              words = make_uint4(pack<storage>(content[0], content[1]), pack<storage>(content[2], content[3]),
+                                 pack<storage>(content[4], content[5]), pack<storage>(content[6], content[7]));
             }
-            const float4* sums = reinterpret_cast<const float4*>(
-                added + ((w * 2 + side) * kFlux + j) * config::kAddedStride + chunk * 8);
-            const float decay = decays[w * kFlux + j];
-            const float4 low = sums[0], high = sums[1];
-            content[0] = decay * content[0] + low.x;
-            content[1] = decay * content[1] + low.y;
-            content[2] = decay * content[2] + low.z;
-            content[3] = decay * content[3] + low.w;
-            content[4] = decay * content[4] + high.x;
-            content[5] = decay * content[5] + high.y;
-            content[6] = decay * content[6] + high.z;
-            content[7] = decay * content[7] + high.w;
-            words = make_uint4(pack<storage>(content[0], content[1]), pack<storage>(content[2], content[3]),
-                               pack<storage>(content[4], content[5]), pack<storage>(content[6], content[7]));
-          }
-          store_shared(last < kTile ? own : carried + (stage ^ 1) * carried_tile, words);
-          if (config::kContents && last < kTile && owns(time + last)) {
-            store_row(contents.cells, 2 * (cell_row + c) + side, chunk, words);
+            store_shared(last < kTile ? own : carried + (odd ^ 1) * carried_tile, words);
+            if (config::kContents && last < kTile && owns(time + last)) {
+              store_row(contents.cells, 2 * (cell_row + c) + side, chunk, words);
+            }
           }
         }
       }
@@ -329,10 +348,16 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       ++tile_row;
     }
     tile_row = wrap(tile_row, ring_rows);
-    if (config::kContents || patch + kPatch <= walk.own_begin || patch >= walk.own_end) continue;
+    if constexpr (config::kContents) continue;
+    if (patch + kPatch <= walk.own_begin || patch >= walk.own_end) {
+      if constexpr (config::kStages == 1) {
+        for (int side = 0; side < 2; ++side) fetch_next(side);
+      }
+      continue;
+    }
     if constexpr (!config::kContents) {
       const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to base 2
-      const uint32_t staged = shared + layout.added + warp * kPatch * config::kRow;
+      const uint32_t staged = shared + layout.scratch + warp * config::kScratch;
       for (int i = 0; i < group; ++i) {
         const int query_head = head * group + i;
         if (i > 0) load_query(attend, patch, i);
@@ -340,6 +365,19 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         typename Attend<config>::Raw raw, shares = {};
         float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
         attend.token_products(raw, 0);
+        const auto fetch_once_read = [&](int side) {
+          if constexpr (config::kStages == 1) {
+            if (i + 1 == group) fetch_next(side);
+          }
+        };
+        fetch_once_read(0);
+        constexpr bool kOwnFirst = config::kStages == 1 && !config::kMore;
+        const auto gather_own = [&] {
+          uint32_t weights[4];
+          attend.pack_pair(weights, shares[0], shares[1]);
+          attend.gather_tokens(out, weights, 1);
+          fetch_once_read(1);
+        };
         for (int first = 0; first < (config::kMore ? slots : 1); first += config::kColumns) {
           typename Attend<config>::Scores score;
           if (config::kMore || i == 0) attend.find_places(first);
@@ -383,6 +421,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             }
           } else {
             attend.template split<0>(score, shares);
+            if constexpr (kOwnFirst) gather_own();
           }
 #pragma unroll
           for (int m = 0; m < config::kColumns / 16; ++m) {
@@ -391,9 +430,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             attend.gather_columns(out, weights, 1, m);
           }
         }
-        uint32_t weights[4];
-        attend.pack_pair(weights, shares[0], shares[1]);
-        attend.gather_tokens(out, weights, 1);
+        if constexpr (!kOwnFirst) gather_own();
         float inverse[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

@@ -493,9 +493,10 @@ void run_attention(Case& c, Checks& checks) {
   problem.value_dim = p.value_dim;
   problem.slots = p.slots;
   problem.sequences = sequences;
+  std::vector<double> echoes;
   for (const Cells& cells : p.cells) {
     problem.longest_window = std::max(problem.longest_window, cells.window());
-    if (p.kernel == Kernel::fejer) problem.echo = std::max(problem.echo, echo(cells, p.sharpness));
+    if (p.kernel == Kernel::fejer) echoes.push_back(echo(cells, p.sharpness));
   }
   problem.scale = p.scale;
   problem.query = query.view;
@@ -503,6 +504,7 @@ void run_attention(Case& c, Checks& checks) {
   problem.value = value.view;
   problem.laws = laws.data();
   problem.cells = p.cells.data();
+  problem.echoes = echoes.data();
   problem.gates = gate_table.data();
   if (c.packed) problem.cu_seqlens = c.wide_ends ? static_cast<const void*>(c.ends.data()) : narrow_ends.data();
   problem.cu_seqlens_is_64 = c.wide_ends;
