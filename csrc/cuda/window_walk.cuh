@@ -22,7 +22,7 @@ struct Config {
   // Two blocks on a multiprocessor hide each other's waits: shared memory is kept small for that.
   static constexpr int kBlocks = dim > 64 || flux != 9 ? 2 : 1;
   // Tiles of tokens there: with one, a warp fetches its next patch as soon as it is done with this one.
-  static constexpr int kStages = dim > 64 || kSliding ? 1 : 2;
+  static constexpr int kStages = dim <= 64 && flux != 5 && !kSliding ? 2 : 1;
   static constexpr int kSidesAtOnce = dim > 64 && flux == 9 ? 1 : 2;  // whose cells are advanced
   static constexpr int kRow = Rows<dim>::kBytes;
   static constexpr int kAddedStride = dim + 4;  // floats of a row of what a patch adds to its cells
@@ -33,7 +33,7 @@ struct Config {
 // Shared memory of a walk, by offsets in bytes.
 struct Layout {
   int ring_rows;
-  uint32_t tiles, ring, started, side_bytes, carried, scratch, ends, gates, decays, table, cells, bytes;
+  uint32_t tiles, ring, started, side_bytes, carried, scratch, ends, decays, table, cells, bytes;
 
   template <typename config>
   __host__ __device__ static Layout make(int slots, int resolution) {
@@ -52,12 +52,12 @@ struct Layout {
     l.carried = at;  // and at the end of a tile, for the next: [tile mod
                      // 2][side][cell mod 2]; neither permuted
     at += config::kSliding ? 0 : 2 * 2 * 2 * config::kRow;
-    l.scratch = at;  // of each warp: what its patch adds to cells, [side][cell][element], float; later the rows of out
+    // Of each warp: gates, [cell][16], then what its patch adds to cells, [side][cell][element], float, then rows of
+    // out.
+    l.scratch = at;
     at += config::kWarps * config::kScratch;
     l.ends = at;  // weights of patches' ends: [warp][8 cells][lane]
     at += config::kSliding ? 0 : config::kWarps * ((config::kFlux + 8) / 8) * kWarp * 16;
-    l.gates = at;  // [warp][cell][16]
-    at += config::kWarps * in_flux * kPatch * 4;
     l.decays = at;  // of whole patches: [warp][cell]
     at += config::kWarps * in_flux * 4;
     l.cells = at;  // the trailing cells of patches: [warp]
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     return reinterpret_cast<float*>(shared_memory + layout.scratch + warp * config::kScratch) +
            (side % config::kSidesAtOnce * kFlux + cell) * config::kAddedStride;
   };
-  float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + warp * kFlux * kPatch;
+  float* const gates = added(warp, 0, 0);
   uint4* const end_weights = reinterpret_cast<uint4*>(shared_memory + layout.ends) + warp * Weights::kFluxTiles * kWarp;
   float* const decays = reinterpret_cast<float*>(shared_memory + layout.decays);
   float* const table = reinterpret_cast<float*>(shared_memory + layout.table);
@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
         };
         fetch_once_read(0);
-        constexpr bool kOwnFirst = config::kStages == 1 && !config::kMore;
+        constexpr bool kOwnFirst = (kDim > 64 || config::kSliding) && !config::kMore;
         const auto gather_own = [&] {
           uint32_t weights[4];
           attend.pack_pair(weights, shares[0], shares[1]);
