@@ -38,7 +38,7 @@ build/cuda-objects/%.sm_$(1).o: csrc/cuda/%.cu $(CUDA_HEADERS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow sanitize fuzz mutants emulate cuda-objects api audit lint format build tools clang system clean
+.PHONY: help demo test slow sanitize fuzz mutants emulate cuda-objects sass api audit lint format build tools clang system clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,9 @@ emulate:  ## run the CUDA kernels on the CPU against the law in float64, on rand
 cuda-objects:  ## compile the CUDA kernels, warnings being errors, for two generations of cards; needs nvcc alone
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory -j2 $(CUDA_OBJECTS); \
 	else echo "cuda-objects: no nvcc here, nothing is compiled"; fi
+
+sass: $(VENV)/.installed cuda-objects  ## check those objects' instructions: tensor cores are used, no registers spilled but those that are listed
+	@! command -v $(NVCC) >/dev/null || CUDA_OBJECTS=build/cuda-objects $(BIN)/python -m pytest tests/test_sass.py
 
 api: $(VENV)/.built  ## write docs/api.md from the docstrings
 	$(BIN)/python docs/api.py

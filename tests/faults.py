@@ -467,7 +467,8 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/window.cuh",
-        ("CUDA window: no warm-up", "plan.warm_up = laps * c.longest_window", "plan.warm_up = 0 * c.longest_window", WALK),
+        ("CUDA window: no warm-up", "plan.warm_up = laps * c.longest_window", "plan.warm_up = 0 * c.longest_window",
+         WALK),
         ("CUDA window: stretches overlap", "static_cast<int>(t - first_time > least ? t - first_time : least);",
          "static_cast<int>(t - first_time > least ? t - first_time - 1 : least);", WALK),
     ),

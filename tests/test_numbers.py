@@ -54,7 +54,9 @@ def test_denormal_values_are_not_lost(kernel, dtype, device):
     torch.testing.assert_close(out, denormal, rtol=0.03, atol=0)
 
 
-def drift(tokens: int, window: BlurryWindow, device: torch.device) -> tuple[float, float]:
+def drift(
+    tokens: int, window: BlurryWindow, device: torch.device, state_dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
     """Relative error of prefill and of steps in float32, over the last 64 of many tokens, against float64."""
     inputs = make_inputs(1, 1, None, tokens, 4, dtype=torch.float64, device=device)
     last = slice(tokens - 64, tokens)
@@ -62,6 +64,7 @@ def drift(tokens: int, window: BlurryWindow, device: torch.device) -> tuple[floa
     inputs = tuple(x.float() for x in inputs)
     whole = blurry_window_attention(*inputs, window)[:, :, last]
     _, state = blurry_window_attention(*(x[:, :, :1] for x in inputs), window, return_state=True)
+    state = state.to(state_dtype)
     steps = []
     for token in zip(*(x[:, :, 1:].split(1, 2) for x in inputs), strict=True):
         steps.append(blurry_window_step(*token, state))
@@ -77,6 +80,15 @@ def test_steps_do_not_drift(window, device):
         for tokens in (200, 20_000):
             whole, steps = drift(tokens, window, device)
             assert whole <= 1e-5 and steps <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_steps_with_a_bfloat16_state_do_not_drift(tokens, device):
+    """The error stays that of one rounding, however many tokens went by."""
+    with torch.no_grad():
+        _, steps = drift(tokens, BlurryWindow(4, 64), device, torch.bfloat16)
+    print(f"bfloat16 state: error over the last of {tokens} tokens {steps:.1e}")
+    assert steps <= 2**-8
 
 
 @pytest.mark.slow
