@@ -42,10 +42,11 @@ def joined() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    device = int(os.environ["LOCAL_RANK"])
+    device, backend = int(os.environ["LOCAL_RANK"]), "gloo"
     if device < torch.cuda.device_count():
         torch.cuda.set_device(device)
-    dist.init_process_group()
+        backend = "cpu:gloo,cuda:nccl"  # flags are agreed upon on the CPU
+    dist.init_process_group(backend)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
         yield
     dist.destroy_process_group()
