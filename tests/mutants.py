@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from faults import CPU, CUDA, PYTHON, QUICK, Edit, Fault
+from faults import CPU, CUDA, PYTHON, QUICK, QUICK_CUDA, Edit, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "mutants.md"
@@ -47,14 +47,14 @@ fails. Written by [mutants.py](../tests/mutants.py); [internals.md](internals.md
 
 
 class Copy:
-    """A copy of the tree that is built in place. It stays, so that the next one compiles only what changed."""
+    """A copy of the tree, with a few edits, that is built in place. It stays, so that the next one compiles only what changed."""
 
-    def __init__(self, folder: Path, python: str, **environment: str) -> None:
+    def __init__(self, folder: Path, python: str, edits: list[Edit], **environment: str) -> None:
         self.folder, self.python = folder, python
         programs = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, "PATH": programs, **environment}
         self.sources = {path.relative_to(ROOT): path.read_bytes() for path in self._files(ROOT)}
-        for edit in QUICK:
+        for edit in edits:
             self.sources[Path(edit.file)] = self._edited(edit)
         for path in self._files(folder):
             if path.relative_to(folder) not in self.sources:
@@ -215,7 +215,7 @@ def is_built(fault: Fault) -> bool:
 
 def check_cpu(faults: list[Fault], table: Path, unmutated: bool) -> bool:
     python = sys.executable
-    copy = Copy(ROOT / "build" / "mutants", python, BLURRY_CUDA="0")
+    copy = Copy(ROOT / "build" / "mutants", python, QUICK, BLURRY_CUDA="0")
     copy.build()
     if unmutated:
         check_unmutated(faults, copy.folder, copy.folder, "not cuda", python)
@@ -237,7 +237,7 @@ def stored(folder: Path, name: str) -> Path:
 
 
 def build_cuda(faults: list[Fault], python: str, folder: Path) -> None:
-    copy = Copy(ROOT / "build" / "mutants-cuda", python, BLURRY_CUDA="1")
+    copy = Copy(ROOT / "build" / "mutants-cuda", python, [*QUICK, *QUICK_CUDA], BLURRY_CUDA="1")
     folder.mkdir(parents=True, exist_ok=True)
 
     def store(name: str) -> None:

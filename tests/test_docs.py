@@ -103,7 +103,7 @@ def test_readme_names_make_targets_that_exist() -> None:
 # The numbers of tables are those of the results that lie in the repository.
 
 
-MQAR, LM = "mqar/results/nvidia-h200.jsonl", "lm/results/compare.json"
+MQAR, LM = "mqar/results/cuda.jsonl", "lm/results/compare.json"
 
 
 def result(path: str) -> Any:
@@ -146,21 +146,6 @@ def drift_rows(shown: list[list[str]]) -> list[list[str]]:
         sharp, every_second, *others = measured[state, int(tokens.replace(",", "") or 100_000)]
         rows.append([label, tokens, *map(error, (max(sharp, every_second), *others))])
     return rows
-
-
-def recall_rows(shown: list[list[str]]) -> list[list[str]]:
-    """Every point that was measured, in the order shown."""
-    from benchmarks.sweep.report import points
-
-    rows = {}
-    for point in points(result(MQAR)):
-        name = point.family.removesuffix(", 4 heads of 32")
-        name = {"sliding": "sliding window", "full": "full attention"}.get(name, name.replace("fejer", '"fejer"'))
-        spread = f"{share(min(point.scores))}, {share(max(point.scores))}"
-        sizes = (point.slots, point.state, 4 * point.state, 2 * point.state)
-        rows[name, str(point.slots)] = [name, *map(str, sizes), share(point.mean), spread]
-    order = [(name, slots) for name, slots, *_ in shown]
-    return [rows.pop(key) for key in order] + list(rows.values())
 
 
 def language_rows(shown: list[list[str]]) -> list[list[str]]:
@@ -212,7 +197,6 @@ SOURCES = {
     ("README.md", "Which window?"): which_rows,
     ("docs/results.md", "Context parallel"): context_rows,
     ("docs/results.md", "A state in bfloat16"): drift_rows,
-    ("docs/results.md", "Recall on an H200"): recall_rows,
     ("docs/results.md", "A language model on an H200"): language_rows,
     ("docs/results.md", "Switching a model trained with full attention"): switch_rows,
 }
@@ -230,13 +214,19 @@ def test_reports_are_those_of_the_results() -> None:
     """What benchmarks print stands on the page as it was printed."""
     pytest.importorskip("matplotlib")
     from benchmarks.decode.__main__ import table as decode_table
+    from benchmarks.lm.report import table as text_table
     from benchmarks.speed.report import table as speed_table
+    from benchmarks.sweep.report import table as sweep_table
 
-    printed = [
-        table(result(f"{name}/results/{device}.json"))
-        for name, table in (("speed", speed_table), ("decode", decode_table))
-        for device in ("cpu", "cuda")
-    ]
+    both, trained = ("cpu.json", "cuda.json"), ("cuda.jsonl",)
+    reports = {
+        "speed": (speed_table, both),
+        "decode": (decode_table, both),
+        "mqar": (sweep_table, trained),
+        "regbench": (sweep_table, trained),
+        "lm": (text_table, trained),
+    }
+    printed = [table(result(f"{name}/results/{file}")) for name, (table, files) in reports.items() for file in files]
     shown = re.findall(r"^```text\n(.*?)\n```$", (ROOT / "docs/results.md").read_text(), re.MULTILINE | re.DOTALL)
     assert sorted(shown) == sorted(printed)
 

@@ -9,6 +9,7 @@ from .recall import Recall
 
 STEPS = 10_700
 RATES = (2e-3, 4e-3, 6e-3)
+MIXED = (8, 8, 8, 8, 16, 16, 16, 16)
 
 
 def fejer(slots: int, *resolutions: int, head_dim: int = 32, sharpness: float | None = None) -> Mixer:
@@ -71,7 +72,19 @@ def _moonshot() -> Sweep:
     points = (
         *_points(task, fejer(16, *same(8, 16)), recipe=recipe),
         *_points(curriculum, fejer(16, *same(8, 16)), recipe=long_warm_up, note="curriculum"),
-        *_points(task, fejer(16, 8, 8, 8, 8, 16, 16, 16, 16), recipe=recipe),
+        *_points(task, fejer(16, *MIXED), recipe=recipe),
+        *_points(
+            task,
+            fejer(16, *MIXED),
+            fejer(20, *MIXED),
+            sliding(256, heads=8),
+            sliding(128, heads=8),
+            fejer(16, 4, 6, 8, 10, 12, 14, 16, 16),
+            fejer(24, *MIXED),
+            sliding(64, heads=8),
+            recipe=long_warm_up,
+            note="long warm-up",
+        ),
         *_points(task, fejer(16, *same(16, 16)), recipe=recipe),
         *_points(task, sliding(128, heads=8), sliding(64, heads=8), recipe=recipe),
         *_points(task, fejer(16, *same(8, 16)), recipe=long_warm_up, note="long warm-up"),

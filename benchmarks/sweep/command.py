@@ -17,7 +17,7 @@ import torch
 
 from . import report
 from .model import Mixer
-from .results import Results, Row, file_name, hardware, now, versions
+from .results import Results, Row, hardware, now, versions
 from .task import Task
 from .training import CaptureFailed, Course, Member, OutOfTime, Trainer, train
 
@@ -207,7 +207,7 @@ def main(
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(given)
     device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available() and not args.plot:
         parser.error(f"--device {device}: no CUDA device is available")
     sweep = sweeps[args.sweep]
     chosen = tuple(
@@ -218,9 +218,9 @@ def main(
     if not chosen:
         parser.error(f"no point of {args.sweep} has {args.only!r} in its name and these slots")
     sweep = Sweep(sweep.about, chosen, args.rates or sweep.rates, args.seeds or sweep.seeds)
-    results = Results(args.out / f"{file_name(device)}.jsonl")
+    results = Results(args.out / f"{device.type}.jsonl")
     if not args.plot:
-        command = " ".join([f"python -m benchmarks.{name}", *given])
+        command = command_line(name, given)
         deadline = time.monotonic() + args.seconds
         options = {option: getattr(args, option) for option in runner.OPTIONS}
         runner(results, device, command=command, deadline=deadline, **options).run(sweep)
@@ -235,6 +235,12 @@ def main(
         written = f"{results.file}; no plot: {error}"
     print(f"\n{report.table(results.rows)}\n\n{written}")
     return 0
+
+
+def command_line(name: str, given: Sequence[str]) -> str:
+    """How a benchmark was called, but for where its results went."""
+    kept = [word for before, word in zip(["", *given], given, strict=False) if "--out" not in (before, word)]
+    return " ".join([f"python -m benchmarks.{name}", *kept])
 
 
 def _numbers(kind: type) -> Any:

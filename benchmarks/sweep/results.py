@@ -54,12 +54,6 @@ def hardware(device: torch.device) -> str:
     return f"{torch.get_num_threads()} threads of {model[1] if model else platform.machine()}"
 
 
-def file_name(device: torch.device) -> str:
-    """A GPU by its name, a CPU as "cpu"."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     try:
