@@ -300,6 +300,7 @@ def _backward_shapes(
     state_key: Tensor | None,
     state_value: Tensor | None,
     position: Tensor | None,
+    contents: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     if state_key is None:

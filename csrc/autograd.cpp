@@ -2,6 +2,7 @@
 #include <ATen/Functions.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -18,11 +19,15 @@ using ForwardSignature = ForwardResult(const at::Tensor&, const at::Tensor&, con
                                        at::IntArrayRef, at::IntArrayRef, c10::string_view, double, double,
                                        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                        const OptionalTensor&, bool);
+using KeptSignature = KeptResult(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, at::IntArrayRef,
+                                 at::IntArrayRef, c10::string_view, double, double, const OptionalTensor&,
+                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, bool);
 using BackwardSignature = BackwardResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                                          const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                          const at::Tensor&, const at::Tensor&, int64_t, at::IntArrayRef,
                                          at::IntArrayRef, c10::string_view, double, double, const OptionalTensor&,
-                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&);
+                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                         const OptionalTensor&);
 using StepSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&,
                                  at::Tensor&, int64_t, at::IntArrayRef, at::IntArrayRef, c10::string_view, double,
                                  double);
@@ -33,6 +38,7 @@ const c10::TypedOperatorHandle<signature>& find(const char* name) {
   return handle;
 }
 const auto& forward_operator() { return find<ForwardSignature>("blurry_attn::forward"); }
+const auto& keeping_operator() { return find<KeptSignature>("blurry_attn::forward_with_contents"); }
 const auto& backward_operator() { return find<BackwardSignature>("blurry_attn::backward"); }
 const auto& step_operator() { return find<StepSignature>("blurry_attn::step"); }
 
@@ -54,6 +60,11 @@ void refuse_forward_mode(const tensors&... given) {
                               "blurry_attn: forward-mode differentiation is not implemented; use reverse mode");
 }
 
+// Whether the backward shall find what the slots held. Not while a call is traced: how much that is only kernels know.
+bool is_worth_keeping(const at::Tensor& query) {
+  return query.is_cuda() && !query.key_set().has(c10::DispatchKey::Python) && !c10::impl::dispatch_mode_enabled();
+}
+
 OptionalTensor given(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 // Everything of a call that is no tensor.
@@ -72,12 +83,20 @@ class Attend : public torch::autograd::Function<Attend> {
                                                 const OptionalTensor& cu_seqlens, const OptionalTensor& position,
                                                 const Settings& settings, bool return_state) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, lse, end_key, end_value, end_position] = forward_operator().call(
-        query, key, value, settings.slots, settings.window, settings.phase, settings.kernel, settings.sharpness,
-        settings.scale, cu_seqlens, state_key, state_value, position, return_state);
+    const auto call = [&](const auto& forward) {
+      return forward.call(query, key, value, settings.slots, settings.window, settings.phase, settings.kernel,
+                          settings.sharpness, settings.scale, cu_seqlens, state_key, state_value, position,
+                          return_state);
+    };
+    at::Tensor out, lse, end_key, end_value, end_position, contents;
+    if (is_worth_keeping(query)) {
+      std::tie(out, lse, end_key, end_value, end_position, contents) = call(keeping_operator());
+    } else {
+      std::tie(out, lse, end_key, end_value, end_position) = call(forward_operator());
+    }
     const auto or_undefined = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
     context->save_for_backward({query, key, value, out, lse, or_undefined(state_key), or_undefined(state_value),
-                                or_undefined(cu_seqlens), or_undefined(position)});
+                                or_undefined(cu_seqlens), or_undefined(position), contents});
     context->set_materialize_grads(false);
     context->saved_data["slots"] = settings.slots;
     context->saved_data["window"] = settings.window;
@@ -105,7 +124,7 @@ class Attend : public torch::autograd::Function<Attend> {
         grad_out, given(gradients[1]), given(gradients[2]), given(gradients[3]), saved[0], saved[1], saved[2], out,
         saved[4], context->saved_data["slots"].toInt(), window, phase, kernel,
         context->saved_data["sharpness"].toDouble(), context->saved_data["scale"].toDouble(), given(saved[7]),
-        given(saved[5]), given(saved[6]), given(saved[8]));
+        given(saved[5]), given(saved[6]), given(saved[8]), given(saved[9]));
     const bool stated = saved[5].defined();
     const at::Tensor none;
     return {query, key, value, stated ? state_key : none, stated ? state_value : none, none, none, none, none};
@@ -133,7 +152,8 @@ BackwardResult backward_autograd(const at::Tensor& grad_out, const OptionalTenso
                                  const at::Tensor& out, const at::Tensor& lse, int64_t slots, at::IntArrayRef window,
                                  at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
                                  const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                                 const OptionalTensor& state_value, const OptionalTensor& position) {
+                                 const OptionalTensor& state_value, const OptionalTensor& position,
+                                 const OptionalTensor& contents) {
   const bool wanted =
       is_recorded(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, state_key, state_value);
   TORCH_CHECK_NOT_IMPLEMENTED(!wanted,
@@ -141,7 +161,18 @@ BackwardResult backward_autograd(const at::Tensor& grad_out, const OptionalTenso
   at::AutoDispatchBelowADInplaceOrView guard;
   return backward_operator().call(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse,
                                   slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key, state_value,
-                                  position);
+                                  position, contents);
+}
+
+KeptResult keeping_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                            at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
+                            double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                            const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!is_recorded(query, key, value, state_key, state_value),
+                              "blurry_attn: forward_with_contents has no gradient; forward has");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return keeping_operator().call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens,
+                                 state_key, state_value, position, return_state);
 }
 
 at::Tensor step_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
@@ -187,6 +218,7 @@ double default_scale(const at::Tensor& query, std::optional<double> scale) {
 
 TORCH_LIBRARY_IMPL(blurry_attn, Autograd, m) {
   m.impl("forward", forward_autograd);
+  m.impl("forward_with_contents", keeping_autograd);
   m.impl("backward", backward_autograd);
   m.impl("step", step_autograd);
 }

@@ -149,7 +149,7 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
 
 void check_gradients(const Call& call, const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                      const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
-                     const at::Tensor& out, const at::Tensor& lse) {
+                     const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& contents) {
   const int64_t batch = call.batch(), heads = call.query_heads(), tokens = call.tokens();
   const at::ScalarType type = call.query.scalar_type(), compute = call.compute_type();
   check_shape(out, "out", {batch, heads, tokens, call.value_dim()}, type, call.query);
@@ -164,6 +164,7 @@ void check_gradients(const Call& call, const at::Tensor& grad_out, const Optiona
     check_shape(*grad_state_value, "grad_state_value", {states, kv_heads, slots, call.value_dim()}, compute,
                 call.query);
   }
+  if (contents) check_shape(*contents, "contents", {contents->numel()}, at::kByte, call.query);
 }
 
 void check_step(const Call& call) {

@@ -14,6 +14,8 @@ namespace blurry_attn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// With what the slots held, for the backward.
+using KeptResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 struct Call {
@@ -56,7 +58,7 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
 // Of the backward's inputs: shapes, dtypes and devices against the call's.
 void check_gradients(const Call& call, const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                      const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
-                     const at::Tensor& out, const at::Tensor& lse);
+                     const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& contents);
 // Of a step: one token.
 void check_step(const Call& call);
 // Of a step: a state whose every number has a place of its own, so that it can be written.

@@ -24,10 +24,16 @@ TORCH_LIBRARY(blurry_attn, m) {
       "forward(Tensor query, Tensor key, Tensor value, int slots, int[] window, int[] phase, str kernel, "
       "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position, "
       "bool return_state) -> (Tensor out, Tensor lse, Tensor state_key, Tensor state_value, Tensor position)");
+  m.def(  // CUDA alone; contents is empty where the backward can do nothing with it
+      "forward_with_contents(Tensor query, Tensor key, Tensor value, int slots, int[] window, int[] phase, str kernel, "
+      "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position, "
+      "bool return_state) -> (Tensor out, Tensor lse, Tensor state_key, Tensor state_value, Tensor position, "
+      "Tensor contents)");
   m.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_state_key, Tensor? grad_state_value, Tensor query, "
       "Tensor key, Tensor value, Tensor out, Tensor lse, int slots, int[] window, int[] phase, str kernel, "
-      "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position) -> "
+      "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position, "
+      "Tensor? contents=None) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_state_key, Tensor grad_state_value)");
   m.def(
       "step(Tensor query, Tensor key, Tensor value, Tensor(a!) state_key, Tensor(b!) state_value, "
@@ -173,10 +179,12 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
                             const at::Tensor& out, const at::Tensor& lse, int64_t slots, at::IntArrayRef window,
                             at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
                             const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                            const OptionalTensor& state_value, const OptionalTensor& position) {
+                            const OptionalTensor& state_value, const OptionalTensor& position,
+                            const OptionalTensor& contents) {
   const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
                                state_value, position);
-  check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse);
+  check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse, contents);
+  TORCH_CHECK_VALUE(!contents || contents->numel() == 0, "contents must be empty on the CPU");
   const at::Tensor grad_query = in_huge_pages(at::empty(query.sizes(), query.options()));
   const at::Tensor grad_key = in_huge_pages(at::empty(key.sizes(), key.options()));
   const at::Tensor grad_value = in_huge_pages(at::empty(value.sizes(), value.options()));

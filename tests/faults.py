@@ -514,12 +514,16 @@ CUDA = [
         ("CUDA window: stale carry between tiles", "if (lobe < 0 && time > 0) from = carried + odd * carried_tile;",
          "", WALK),
         ("CUDA window: what is not finite not noticed", "if (!finite<storage>(words)) report();", "", WALK_NAN),
+        ("CUDA window: cells kept by the wrong stretch", "if (keeps && last < kTile && owns(time + last)) {",
+         "if (keeps && last < kTile && !owns(time + last)) {", WALK),
         ("CUDA window: wrong sequence in a batch", "row_of<const storage>(view, walk.batch, head,",
          "row_of<const storage>(view, 0, head,", WALK),
     ),
     *faults(
         "csrc/cuda/window_forward.cu",
         ("CUDA window: state of too few laps", "sequence.end() - 4 * law", "sequence.end() - 1 * law", WALK),
+        ("CUDA window: given state not kept", "if (outputs.contents && p.state_key)",
+         "if (outputs.contents && !p.state_key)", WALK_STATES),
     ),
     *faults(
         "csrc/cuda/window_walk.cuh",
@@ -591,6 +595,7 @@ CUDA = [
         ("CUDA patches: stale gradient of slots", "grads[n][j / 2][2 + j % 2] *= decay;", "", PATCHES),
         ("CUDA patches: gradient of the state ignored", "if (walk.to_end && grad_state) {",
          "if (walk.to_end && grad_state && slots == 0) {", PATCHES),
-        ("CUDA patches: shut slots get a gradient", "walk.given_before(slot) ? grad : 0.f;", "grad;", PATCHES_STATES),
+        ("CUDA patches: gradient of open slots dropped", "walk.given_before(slot) ? grad : 0.f;",
+         "walk.given_before(slot) ? 0.f : grad;", PATCHES_STATES),
     ),
 ]  # fmt: skip

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "mutants.md"
 PARTS = ("blurry_attn", "csrc", "tests", "LICENSE", "README.md", "pyproject.toml", "setup.py")
 LIMIT = 120  # seconds that a fault's tests may take
-AT_ONCE = 6  # faults that share a card
+AT_ONCE = 8  # faults that share a card
 UNMUTATED = "unmutated"
 SURVIVED = "SURVIVED"
 HEAD = """\
@@ -47,7 +47,7 @@ fails. Written by [mutants.py](../tests/mutants.py); [internals.md](internals.md
 
 
 class Copy:
-    """A copy of the tree, with a few edits, that is built in place. It stays, so that the next one compiles only what changed."""
+    """A copy of the tree, with a few edits, built in place. It stays, so that the next one compiles what changed."""
 
     def __init__(self, folder: Path, python: str, edits: list[Edit], **environment: str) -> None:
         self.folder, self.python = folder, python

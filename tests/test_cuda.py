@@ -18,21 +18,19 @@ from helpers import (
     relative_error,
     run,
 )
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from blurry_attn import BlurryState, BlurryWindow, backend, blurry_window_attention, blurry_window_step
 
 pytestmark = [pytest.mark.cuda, pytest.mark.parametrize("device", ["cuda"], indirect=True)]
 
 DTYPES = (torch.float64, torch.float32, *HALVES)
-PYRAMID = {
-    "fejer": BlurryWindow(16, (16, 128, 320)),  # the third: no gate of 1, so an echo from stretch to stretch
-    "dirichlet": BlurryWindow(16, (16, 128, 320), "dirichlet"),
-}
+RESOLUTIONS = 1, 8, 20  # the third: "fejer" has no gate of 1, so an echo from stretch to stretch
 CPU = torch.device("cpu")
 
 
-def setup(kernel, dtype, device, tokens=1300, batch=2):
-    window = PYRAMID[kernel]
+def setup(kernel, dtype, device, tokens=1300, batch=2, slots=16):
+    window = BlurryWindow.pyramid(slots, RESOLUTIONS, kernel)
     inputs = make_inputs(batch, 6, 3, tokens, 24, 40, dtype, device)
     return window, inputs, make_state(window, [7 + 991 * b for b in range(batch)], 3, 24, 40, dtype, device)
 
@@ -44,11 +42,12 @@ def steps(inputs, state, tokens):
         )
 
 
+@pytest.mark.parametrize("slots", [16, 64])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_against_the_cpu_and_float64(kernel, dtype, device):
+def test_against_the_cpu_and_float64(kernel, dtype, slots, device):
     """Over several stretches of time, from states at different positions."""
-    window, inputs, state = setup(kernel, dtype, CPU)
+    window, inputs, state = setup(kernel, dtype, CPU, slots=slots)
     exact = run(oracle, *(x.double() for x in inputs), window, state=state.to(dtype=torch.float64))
     on_device = run(blurry_window_attention, *(x.to(device) for x in inputs), window, state=state.to(device))
     assert_accurate(on_device, exact, dtype, window)
@@ -93,17 +92,26 @@ PATCHES = {  # the same for "dirichlet"
     "phases": (16, (8, 9, 24), (3, 4, 23), (3, 64, 64), 600),
     "wide": (48, (8, 4), None, (6, 128, 96), 500),
     "wide and few": (17, (12,), 5, (1, 72, 128), 500),
+    "short": (64, (8, 32), None, (2, 64, 64), 50),  # slots stay shut
 }
 
 
-def hold_to_half_precision(window, backend_name, heads, dims, tokens, dtype, stated, device):
+def unwatched(*arguments, **options):
+    """The attention where a mode sees its operators, as in tracing: its forward keeps nothing for the backward."""
+    with BaseTorchDispatchMode():
+        return blurry_window_attention(*arguments, **options)
+
+
+def hold_to_half_precision(
+    window, backend_name, heads, dims, tokens, dtype, stated, device, attention=blurry_window_attention
+):
     """At most twice (gradients: three times) plain PyTorch's error; the same bits in every run."""
     kv_heads = len(window.window)
     inputs = make_inputs(2, heads, kv_heads, tokens, *dims, dtype, device)
     assert backend(*inputs, window) == backend_name
     state = make_state(window, [11, 10**10 + 7], kv_heads, *dims, dtype, device) if stated else None
-    found = run(blurry_window_attention, *inputs, window, state=state)
-    assert_same_bits(run(blurry_window_attention, *inputs, window, state=state), found)
+    found = run(attention, *inputs, window, state=state)
+    assert_same_bits(run(attention, *inputs, window, state=state), found)
     on_cpu = state and state.to(CPU)
     exact = run(
         blurry_window_attention,
@@ -120,9 +128,11 @@ def hold_to_half_precision(window, backend_name, heads, dims, tokens, dtype, sta
         error = relative_error(x, exact[name])
         if name in ("end_key", "end_value"):
             assert error <= (1e-4 if grown else 1e-5), f"{name}: {error:.2e}"
-        else:
-            factor = 3 if name.startswith("grad_") else 2
-            assert error <= factor * allowed, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
+        elif name.startswith("grad_"):
+            assert error <= 3 * allowed, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
+        else:  # slots of "dirichlet" grow, and the error of plain PyTorch with them
+            most = min(2 * allowed, 0.01 if dtype == torch.bfloat16 else 0.0015)
+            assert error <= most, f"{name}: {error:.2e}, allowed {most:.2e}"
 
 
 @pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
@@ -132,6 +142,41 @@ def test_window_kernels(walk, dtype, stated, device):
     slots, resolutions, phase, (heads, *dims), tokens = WALKS[walk]
     window = BlurryWindow(slots, tuple(slots * r for r in resolutions), phase=phase)
     hold_to_half_precision(window, "window", heads, dims, tokens, dtype, stated, device)
+
+
+@pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("walk", ["sliding", "coarse", "fine", "odd", "phases", "wide", "long"])
+def test_window_kernels_without_what_the_forward_kept(walk, stated, device):
+    slots, resolutions, phase, (heads, *dims), tokens = WALKS[walk]
+    window = BlurryWindow(slots, tuple(slots * r for r in resolutions), phase=phase)
+    hold_to_half_precision(window, "window", heads, dims, tokens, torch.bfloat16, stated, device, unwatched)
+
+
+def test_what_the_forward_keeps(device):
+    """Where the backward runs on tensor cores, and nothing else will do for it."""
+    law = (32, [256, 256], [0, 4], "fejer", 6.0, 0.125)
+    inputs = make_inputs(1, 2, None, 300, 64, dtype=torch.bfloat16, device=device)
+
+    def forward(tensors, slots=32):
+        given = (slots, [8 * slots] * 2, *law[2:])
+        return torch.ops.blurry_attn.forward_with_contents(*tensors, *given, None, None, None, None, False)
+
+    out, lse, *_, contents = forward(inputs)
+    assert contents.numel() > 0
+    assert forward([x.float() for x in inputs])[-1].numel() == 0
+    assert forward(inputs, slots=65)[-1].numel() == 0
+    with pytest.raises(NotImplementedError, match="forward_with_contents has no gradient"):
+        forward([x.requires_grad_() for x in make_inputs(1, 2, None, 8, 64, dtype=torch.bfloat16, device=device)])
+
+    def backward(contents):
+        arguments = (out, None, None, None, *inputs, out, lse, *law, None, None, None, None, contents)
+        return torch.ops.blurry_attn.backward(*arguments)[:3]
+
+    for kept, made in zip(backward(contents), backward(None), strict=True):
+        assert relative_error(kept, made) <= 1e-2
+    for wrong in (contents[1:], contents.float(), contents[None], contents.cpu()):
+        with pytest.raises((TypeError, ValueError), match=r"^contents must"):
+            backward(wrong)
 
 
 @pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
@@ -362,3 +407,23 @@ def test_more_elements_than_32_bits_count(kernel, device):
     assert torch.equal(out[-1:], last)
     for x, y in zip(grads, torch.autograd.grad(last, alone, last.detach()), strict=True):
         assert torch.equal(x[-1:], y)
+
+
+@pytest.mark.slow
+def test_window_kernels_beyond_two_to_the_31_elements(device):
+    """One head of 33 million tokens, forward and backward: the last ones are what they are without the first."""
+    tokens, tail, shown, window = 2**25 + 777, 2048, 256, BlurryWindow(16, 128, phase=3)
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [
+        torch.empty(1, 1, tokens, 64, dtype=torch.bfloat16, device=device).normal_(generator=generator).requires_grad_()
+        for _ in range(3)
+    ]
+    assert inputs[0].numel() > 2**31
+    ends = [x[:, :, -tail:].detach().clone().requires_grad_() for x in inputs]
+    state = make_state(window, [tokens - tail], 1, 64, 64, torch.bfloat16, device)  # forgotten within two laps
+    results = []
+    for given, before in ((inputs, None), (ends, state)):
+        out = blurry_window_attention(*given, window, state=before)
+        results.append((out, *torch.autograd.grad(out, given, torch.ones_like(out))))
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(*(x[:, :, -shown:] for x in (found, expected))) <= 1e-2

@@ -335,6 +335,19 @@ def test_a_packing_is_made_of_a_mask_alone(junk):
         Packing(junk)
 
 
+def test_the_backward_on_a_cpu_takes_no_contents():
+    query, key, value = make_inputs(tokens=6)
+    law = (4, [12, 20], [2, 0], "fejer", 6.0, 1.0)
+    out, lse, *_ = torch.ops.blurry_attn.forward(query, key, value, *law, None, None, None, None, False)
+    contents = torch.empty(0, dtype=torch.uint8)
+    arguments = (out, None, None, None, query, key, value, out, lse, *law, None, None, None, None)
+    torch.ops.blurry_attn.backward(*arguments, contents)
+    with pytest.raises(ValueError, match=r"^contents must be empty"):
+        torch.ops.blurry_attn.backward(*arguments, contents.new_zeros(1))
+    with pytest.raises(TypeError, match=r"^contents must"):
+        torch.ops.blurry_attn.backward(*arguments, contents.float())
+
+
 @pytest.mark.parametrize("name", ["grad_out", "grad_lse", "grad_state_key", "grad_state_value", "out", "lse"])
 @pytest.mark.parametrize("change", [lambda x: x[..., :-1], lambda x: x[:1], lambda x: x[None], lambda x: x.float()])
 def test_the_backward_operator_checks_its_own_arguments(name, change):

@@ -6,6 +6,7 @@
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <map>
@@ -344,8 +345,8 @@ void launch_early(const char* name, void (*kernel)(parameters...), int64_t block
   launch_with(config, name, kernel, blocks, threads, shared_bytes, stream, args...);
 }
 
-// Streams for work that may run at once: each begins where `main` is now, and when this is destroyed `main` waits for
-// all to end. The first is `main` itself. A host thread has its own for every device.
+// Streams for work that may run at once, what is to be begun first in front: each begins where `main` is now, and when
+// this is destroyed `main` waits for all to end. The last is `main` itself. A host thread has its own for every device.
 class Branches {
  public:
   static constexpr int kMost = 4;
@@ -354,11 +355,11 @@ class Branches {
     if (count_ <= 1) return;
     resources_ = &of_device();
     check(cudaEventRecord(resources_->begin, main_));
-    for (int i = 1; i < count_; ++i) check(cudaStreamWaitEvent(resources_->streams[i], resources_->begin, 0));
+    for (int i = 0; i < count_ - 1; ++i) check(cudaStreamWaitEvent(resources_->streams[i], resources_->begin, 0));
   }
-  cudaStream_t stream(int i) const { return i == 0 ? main_ : resources_->streams[i]; }
+  cudaStream_t stream(int i) const { return i + 1 >= count_ ? main_ : resources_->streams[i]; }
   ~Branches() {
-    for (int i = 1; i < count_; ++i) {
+    for (int i = 0; i < count_ - 1; ++i) {
       cudaEventRecord(resources_->ends[i], resources_->streams[i]);
       cudaStreamWaitEvent(main_, resources_->ends[i], 0);
     }
@@ -368,8 +369,8 @@ class Branches {
 
  private:
   struct Resources {
-    cudaStream_t streams[kMost];
-    cudaEvent_t begin, ends[kMost];
+    cudaStream_t streams[kMost - 1];
+    cudaEvent_t begin, ends[kMost - 1];
   };
 
   static void check(cudaError_t error) {
@@ -385,8 +386,10 @@ class Branches {
     if (is_new) {
       Resources& r = found->second;
       check(cudaEventCreateWithFlags(&r.begin, cudaEventDisableTiming));
-      for (int i = 1; i < kMost; ++i) {
-        check(cudaStreamCreateWithFlags(&r.streams[i], cudaStreamNonBlocking));
+      int least = 0, greatest = 0;
+      check(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+      for (int i = 0; i < kMost - 1; ++i) {
+        check(cudaStreamCreateWithPriority(&r.streams[i], cudaStreamNonBlocking, std::min(greatest + i, least)));
         check(cudaEventCreateWithFlags(&r.ends[i], cudaEventDisableTiming));
       }
     }

@@ -51,6 +51,7 @@ struct Outputs {
   void* lse;                  // compute (batch, query head, token), contiguous
   void* state_key = nullptr;  // compute, as the given one; null: not wanted
   void* state_value = nullptr;
+  void* contents = nullptr;  // window_contents() bytes for window_backward; null: not wanted
 };
 
 // Gradients: inputs first, results after. Null pointers: not given, or not wanted.
@@ -60,6 +61,7 @@ struct Gradients {
   const void* grad_lse = nullptr;
   const void* grad_state_key = nullptr;
   const void* grad_state_value = nullptr;
+  const void* contents = nullptr;  // what window_forward left; else window_backward makes it in its workspace
   View query, key, value;
   void* state_key = nullptr;
   void* state_value = nullptr;
@@ -79,7 +81,8 @@ const char* window_refusal(const Problem& problem);
 int64_t window_forward_workspace(const Problem& problem);
 void window_forward(const Problem& problem, const Outputs& outputs, void* workspace);
 
-// Its backward (window_backward.cu).
+// Its backward (window_backward.cu). window_contents: what the slots hold, in bytes; 0 where the backward would refuse.
+int64_t window_contents(const Problem& problem);
 const char* window_backward_refusal(const Problem& problem, const Gradients& gradients);
 int64_t window_backward_workspace(const Problem& problem);
 void window_backward(const Problem& problem, const Gradients& gradients, void* workspace);

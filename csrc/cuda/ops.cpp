@@ -173,7 +173,10 @@ struct Path {
   void (*forward)(const cuda::Problem&, const cuda::Outputs&, void*);
   int64_t (*backward_workspace)(const cuda::Problem&);
   void (*backward)(const cuda::Problem&, const cuda::Gradients&, void*);
-  const char* refusal = nullptr;  // why it is none but the scan
+  int64_t (*contents)(const cuda::Problem&) = nullptr;  // bytes that the forward can leave for the backward
+  const char* refusal = nullptr;                        // why it is none but the scan
+
+  int64_t contents_of(const cuda::Problem& problem) const { return contents ? contents(problem) : 0; }
 };
 constexpr Path kScan{
     "scan", nullptr, cuda::forward_workspace, cuda::scan_forward, cuda::backward_workspace, cuda::scan_backward};
@@ -182,7 +185,8 @@ constexpr Path kWindow{"window",
                        cuda::window_forward_workspace,
                        cuda::window_forward,
                        cuda::window_backward_workspace,
-                       cuda::window_backward};
+                       cuda::window_backward,
+                       cuda::window_contents};
 constexpr Path kPatches{"patches",
                         cuda::dirichlet_backward_refusal,
                         cuda::dirichlet_forward_workspace,
@@ -199,10 +203,11 @@ Path path_of(const cuda::Problem& problem) {
   return path;
 }
 
-ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                           at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
-                           double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                           const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
+KeptResult run_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                       at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
+                       double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                       const OptionalTensor& state_value, const OptionalTensor& position, bool return_state,
+                       bool keep) {
   const Call call = with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, scale,
                                          dense(cu_seqlens), state_key, state_value, position));
   check_limits(call);
@@ -218,9 +223,11 @@ ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const
     outputs.state_value = end_value.mutable_data_ptr();
   }
   const Path path = path_of(problem);
+  const at::Tensor contents = workspace(call, keep ? path.contents_of(problem) : 0);
+  if (contents.numel() > 0) outputs.contents = contents.mutable_data_ptr();
   const at::Tensor memory = workspace(call, path.forward_workspace(problem));
   path.forward(problem, outputs, memory.mutable_data_ptr());
-  return {out, lse, end_key, end_value, return_state ? call.positions_after() : call.none(at::kLong)};
+  return {out, lse, end_key, end_value, return_state ? call.positions_after() : call.none(at::kLong), contents};
 }
 
 BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -229,10 +236,11 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
                              const at::Tensor& out, const at::Tensor& lse, int64_t slots, at::IntArrayRef window,
                              at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
                              const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                             const OptionalTensor& state_value, const OptionalTensor& position) {
+                             const OptionalTensor& state_value, const OptionalTensor& position,
+                             const OptionalTensor& contents) {
   const Call call = with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, scale,
                                          dense(cu_seqlens), state_key, state_value, position));
-  check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse);
+  check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse, contents);
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
   const at::Tensor grad_query = at::empty(query.sizes(), query.options());
@@ -260,9 +268,33 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
   }
   Path path = path_of(problem);
   if (!path.refusal && path.backward_refusal(problem, gradients)) path = kScan;
-  const at::Tensor memory = workspace(call, path.backward_workspace(problem));
+  if (contents && contents->numel() > 0) {
+    TORCH_CHECK_VALUE(contents->numel() == path.contents_of(problem),
+                      "contents must be what forward returned for the same arguments");
+    gradients.contents = contents->const_data_ptr();
+  }
+  const at::Tensor memory = workspace(call, gradients.contents ? 0 : path.backward_workspace(problem));
   path.backward(problem, gradients, memory.mutable_data_ptr());
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
+}
+
+ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                           at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
+                           double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                           const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
+  auto [out, lse, end_key, end_value, end_position, contents] =
+      run_forward(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key, state_value,
+                  position, return_state, /*keep=*/false);
+  return {out, lse, end_key, end_value, end_position};
+}
+KeptResult forward_with_contents_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                      int64_t slots, at::IntArrayRef window, at::IntArrayRef phase,
+                                      c10::string_view kernel, double sharpness, double scale,
+                                      const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
+                                      const OptionalTensor& state_value, const OptionalTensor& position,
+                                      bool return_state) {
+  return run_forward(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
+                     state_value, position, return_state, /*keep=*/true);
 }
 
 std::string backend_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
@@ -300,6 +332,7 @@ at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::T
 TORCH_LIBRARY_IMPL(blurry_attn, CUDA, m) {
   m.impl("backend", backend_cuda);
   m.impl("forward", forward_cuda);
+  m.impl("forward_with_contents", forward_with_contents_cuda);
   m.impl("backward", backward_cuda);
   m.impl("step", step_cuda);
 }

@@ -28,6 +28,7 @@ struct Plans {
 template <typename storage>
 __global__ void __launch_bounds__(kStepThreads)
     window_repair(Problem p, Outputs outputs, Plans plans, const uint8_t* unsound, float* contents) {
+  wait_for_grid_before();
   const Sequence sequence(p, blockIdx.x / p.kv_heads);
   const int64_t head = blockIdx.x % p.kv_heads;
   const WalkPlan& plan = plans.of(p.laws[head].cells);
@@ -64,8 +65,8 @@ template <typename storage>
 void launch_repair(const Problem& p, const Outputs& outputs, const Plans& plans, void* workspace) {
   const StepShape<float, 1> shape(p);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
-  launch("window_repair", window_repair<storage>, p.sequences * p.kv_heads, shape.threads(), shape.shared_bytes(),
-         p.stream, p, outputs, plans, unsound, reinterpret_cast<float*>(unsound + marks(p, plans)));
+  launch_early("window_repair", window_repair<storage>, p.sequences * p.kv_heads, shape.threads(), shape.shared_bytes(),
+               p.stream, p, outputs, plans, unsound, reinterpret_cast<float*>(unsound + marks(p, plans)));
 }
 
 }  // namespace

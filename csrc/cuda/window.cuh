@@ -274,9 +274,20 @@ struct Walk {
 constexpr int64_t kSpareCells = 4,
                   kSparePatches = 10;  // of a sequence: cells and tiles that begin before it or end later
 struct Contents {
-  void* cells;        // of every head, what cells hold in the end; those of a given state first
-  void* started;      // of every patch and head, what two cells hold that go on in it: [patch][head][side][2][element]
-  int64_t of_states;  // rows of a sequence's given state
+  void* cells = nullptr;  // of every head, what cells hold in the end; those of a given state first
+  void* started =
+      nullptr;  // of every patch and head, what two cells hold that go on in it: [patch][head][side][2][element]
+  int64_t of_states = 0;  // rows of a sequence's given state
+
+  Contents() = default;
+  Contents(const Problem& p, void* memory) : cells(memory), of_states(p.state_key ? p.slots : 0) {
+    started = static_cast<unsigned char*>(memory) + all_cell_rows(p) * row_bytes(p);
+  }
+  static int64_t bytes(const Problem& p) {
+    Contents contents;
+    contents.of_states = p.state_key ? p.slots : 0;
+    return (contents.all_cell_rows(p) + started_rows(p)) * row_bytes(p);
+  }
 
   // Row of the cell that trails at the sequence's first token, within a head.
   __device__ int64_t cell_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row,
@@ -301,6 +312,14 @@ struct Contents {
            (p.cu_seqlens ? p.tokens / kPatch + p.sequences * kSparePatches
                          : p.batch * (p.tokens / kPatch + kSparePatches));
   }
+
+ private:
+  int64_t all_cell_rows(const Problem& p) const {
+    int64_t rows = 0;
+    for (int64_t h = 0; h < p.kv_heads; ++h) rows += cell_rows(p, p.cells[h].resolution);
+    return rows;
+  }
+  static int64_t row_bytes(const Problem& p) { return (p.key_dim > 64 || p.value_dim > 64 ? 128 : 64) * 2 * 2; }
 };
 
 // Calls body(storage{}) for bfloat16 or float16.
@@ -321,11 +340,14 @@ BLURRY_HOST_DEVICE inline int cells_in_flux(int64_t resolution) {
 }
 // Heads go by classes of it; what kFlux is for each.
 constexpr int kFluxClasses = 4;
-BLURRY_HOST_DEVICE inline int flux_class(int64_t resolution) {
-  const int flux = cells_in_flux(resolution);
-  return flux <= 3 ? 0 : flux <= 5 ? 1 : flux <= 9 ? 2 : 3;
+BLURRY_HOST_DEVICE inline int flux_of_class(int number) {
+  return number == 0 ? 3 : number == 1 ? 5 : number == 2 ? 9 : kPatch;
 }
-inline int flux_of_class(int number) { return number == 0 ? 3 : number == 1 ? 5 : number == 2 ? 9 : kPatch; }
+BLURRY_HOST_DEVICE inline int flux_class(int64_t resolution) {
+  int number = 0;
+  while (cells_in_flux(resolution) > flux_of_class(number)) ++number;
+  return number;
+}
 
 // The heads of a class.
 struct FluxClass {
@@ -334,7 +356,7 @@ struct FluxClass {
   int64_t longest_window;
   double echo;  // the largest
 };
-// Those there are, those with most work first.
+// Those there are. The longest walks begin first, or they would be under way when all others have ended.
 inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents) {
   FluxClass classes[kFluxClasses] = {};
   int64_t cell_rows = 0;
@@ -347,10 +369,12 @@ inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& con
     cell_rows += contents.cell_rows(p, p.cells[h].resolution);
   }
   std::vector<FluxClass> found;
-  for (int i = kFluxClasses - 1; i >= 0; --i) {
+  for (int i = 0; i < kFluxClasses; ++i) {
     classes[i].number = i;
     if (classes[i].heads.count > 0) found.push_back(classes[i]);
   }
+  std::stable_sort(found.begin(), found.end(),
+                   [](const FluxClass& a, const FluxClass& b) { return a.longest_window > b.longest_window; });
   return found;
 }
 // Calls body(class, problem) for each; they may run at once.
@@ -381,7 +405,8 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
   WalkPlan plan;
   plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
   // Where classes share the card, those whose walks warm up fast are cut finer, so that all end together.
-  const int64_t least = c.heads.count == problem.kv_heads ? 4096 : 1024, length = on_grid(8 * plan.warm_up);
+  const bool alone = c.heads.count == problem.kv_heads;
+  const int64_t least = alone ? 4096 : 1024, length = on_grid((alone ? 8 : 4) * plan.warm_up);
   plan.length = length < least ? least : length;
   plan.backward = task == Task::backward;
   // A walk for the output does no more than a third of its work where it warms up.

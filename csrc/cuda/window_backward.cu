@@ -164,6 +164,7 @@ struct WalkBack {
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads) {
+  wait_for_grid_before();
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   using Weights = PatchWeights<storage, config::kFlux>;
@@ -650,27 +651,6 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
 }
 
-// What the slots of a given state hold, as if cells held it that ended before the sequence.
-template <typename storage, int dim>
-__global__ void __launch_bounds__(256) window_given(Problem p, Contents contents, HeadList heads) {
-  const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
-  const Cells cells = p.laws[head].cells;
-  const Sequence s(p, blockIdx.x / heads.count);
-  const int64_t first_row =
-      heads.cell_rows[head_index] + contents.cell_row(p, s.index, s.batch, s.row, cells.resolution) - p.slots;
-  const int64_t oldest = cells.trailing(s.position) - p.slots;
-  for (int64_t i = threadIdx.x; i < p.slots * 2 * dim; i += 256) {
-    const int64_t row = i / (2 * dim), side = i / dim % 2, d = i % dim;
-    const int64_t slot = cells.slot(oldest + row), width = side ? p.value_dim : p.key_dim;
-    const float* const state = static_cast<const float*>(side ? p.state_value : p.state_key);
-    float content = 0.f;
-    if (d < width && s.position > cells.slot_opening(slot)) {
-      content = state[((s.index * p.kv_heads + head) * p.slots + slot) * width + d];
-    }
-    static_cast<storage*>(contents.cells)[first_row * 2 * dim + i] = to_storage<storage>(content);
-  }
-}
-
 // Calls body(config{}) with the shapes for heads of one class.
 template <typename storage, int dim, int flux, int patches, typename body_type>
 void with_back_columns(const Problem& p, const body_type& body) {
@@ -703,22 +683,9 @@ uint32_t back_bytes(const Problem& p, int resolution) {
   return BackLayout::make<config>(static_cast<int>(p.slots), resolution, group).bytes;
 }
 
-int64_t row_bytes(const Problem& p) { return (p.key_dim > 64 || p.value_dim > 64 ? 128 : 64) * 2 * 2; }
-
-Contents make_contents(const Problem& p, void* workspace) {
-  Contents contents{workspace, nullptr, p.state_key ? p.slots : 0};
-  int64_t rows = 0;
-  for (int64_t h = 0; h < p.kv_heads; ++h) rows += contents.cell_rows(p, p.cells[h].resolution);
-  contents.started = static_cast<unsigned char*>(workspace) + rows * row_bytes(p);
-  return contents;
-}
-
-}  // namespace
-
-const char* window_backward_refusal(const Problem& p, const Gradients& gradients) {
+const char* refusal_but_for_rows(const Problem& p) {
   if (const char* const refusal = window_refusal(p)) return refusal;
   if (p.slots > 64) return "backward: there are more than 64 slots";
-  if (!aligned(gradients.grad_out)) return "backward: rows are not aligned to 16 bytes";
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     const int resolution = static_cast<int>(p.cells[h].resolution);
     bool fits = true;
@@ -729,34 +696,38 @@ const char* window_backward_refusal(const Problem& p, const Gradients& gradients
   return nullptr;
 }
 
-int64_t window_backward_workspace(const Problem& p) {
-  const Contents contents = make_contents(p, nullptr);
-  return reinterpret_cast<intptr_t>(contents.started) + Contents::started_rows(p) * row_bytes(p);
+}  // namespace
+
+const char* window_backward_refusal(const Problem& p, const Gradients& gradients) {
+  if (const char* const refusal = refusal_but_for_rows(p)) return refusal;
+  return aligned(gradients.grad_out) ? nullptr : "backward: rows are not aligned to 16 bytes";
 }
 
+int64_t window_contents(const Problem& p) { return refusal_but_for_rows(p) ? 0 : Contents::bytes(p); }
+int64_t window_backward_workspace(const Problem& p) { return Contents::bytes(p); }
+
 void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
-  const Contents contents = make_contents(p, workspace);
+  const Contents contents(p, gradients.contents ? const_cast<void*>(gradients.contents) : workspace);
   on_branches(p, flux_classes(p, contents), [&](const FluxClass& c, const Problem& problem) {
     const HeadList& heads = c.heads;
     with_back_config(p, flux_of_class(c.number), [&](auto config_tag) {
       using config = decltype(config_tag);
       using storage = typename config::storage;
-      if (p.state_key) {
-        launch("window_given", window_given<storage, config::kDim>, p.sequences * heads.count, 256, 0, problem.stream,
-               problem, contents, heads);
-      }
-      if constexpr (!config::kSliding) {
-        using walk = Config<storage, config::kDim, config::kFlux, 32, false, true>;
-        if (p.tokens > 0) {
-          launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents, make_plan(p, c, Task::contents),
-                            heads, nullptr);
+      if (!gradients.contents) {
+        if (p.state_key) launch_given<config>(problem, contents, heads);
+        if constexpr (!config::kSliding) {
+          using walk = Config<storage, config::kDim, config::kFlux, 32, false, true>;
+          if (p.tokens > 0) {
+            launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents, make_plan(p, c, Task::contents),
+                              heads, nullptr);
+          }
         }
       }
       const uint32_t bytes = allow_shared_memory(window_back<config>, p, heads,
                                                  [&](int resolution) { return back_bytes<config>(p, resolution); });
       const WalkPlan back = make_plan(p, c, Task::backward);
-      launch("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes, problem.stream,
-             problem, gradients, contents, back, heads);
+      launch_early("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes,
+                   problem.stream, problem, gradients, contents, back, heads);
     });
   });
 }

@@ -86,17 +86,19 @@ const char* window_refusal(const Problem& p) {
 }
 
 int64_t window_forward_workspace(const Problem& p) {
-  return repair_workspace(p, make_plans(p, flux_classes(p, Contents{})));
+  return repair_workspace(p, make_plans(p, flux_classes(p, Contents())));
 }
 
 void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
-  const std::vector<FluxClass> classes = flux_classes(p, Contents{});
+  const Contents contents = outputs.contents ? Contents(p, outputs.contents) : Contents();
+  const std::vector<FluxClass> classes = flux_classes(p, contents);
   const Plans plans = make_plans(p, classes);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   if (p.tokens > 0) {
     on_branches(p, classes, [&](const FluxClass& c, const Problem& problem) {
       with_config(p, flux_of_class(c.number), [&](auto config) {
-        launch_walk<decltype(config)>("window_walk", problem, outputs, Contents{}, plans.of_class[c.number], c.heads,
+        if (outputs.contents && p.state_key) launch_given<decltype(config)>(problem, contents, c.heads);
+        launch_walk<decltype(config)>("window_walk", problem, outputs, contents, plans.of_class[c.number], c.heads,
                                       unsound);
       });
     });

@@ -72,6 +72,7 @@ struct Layout {
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, uint8_t* unsound) {
+  wait_for_grid_before();
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   constexpr int kDim = config::kDim, kFlux = config::kFlux, kWarps = config::kWarps, kTile = config::kTile;
@@ -80,9 +81,17 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
   const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
   __shared__ Walk walk;
+  // Rows of both sides of what cells hold in the end, from the walk's first cell on, and of what goes on in patches.
+  __shared__ int64_t cell_row, started_row;
+  const bool keeps = config::kContents || (!config::kMore && contents.cells);
   if (threadIdx.x == 0) {
     walk = Walk(p, plan, blockIdx.x / heads.count, head, kTile);
     if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 0;
+    if (keeps) {
+      cell_row = heads.cell_rows[head_index] - walk.trailing_at_begin +
+                 contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.resolution);
+      started_row = contents.started_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.first_patch, head);
+    }
   }
   __syncthreads();
   if (walk.own_begin >= walk.own_end) return;
@@ -153,16 +162,6 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     attend.load_rows(p.query, walk.batch, head * group + i, walk.row + patch, walk.own_begin - patch,
                      walk.own_end - patch, static_cast<int>(p.key_dim), query_sign);
   };
-  // Rows of both sides of what cells hold in the end, from the walk's first cell on, and of what goes on in patches.
-  const int64_t cell_row = config::kContents
-                               ? heads.cell_rows[head_index] +
-                                     contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, resolution) -
-                                     walk.trailing_at_begin
-                               : 0;
-  const int64_t started_row =
-      config::kContents ? contents.started_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.first_patch, head)
-                        : 0;
-
   Attend<config> attend(slots, ring_rows);
   attend.ring = shared + layout.ring;
   attend.started = shared + layout.started + 2 * warp * config::kRow;
@@ -206,7 +205,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       Weights::make_gates(cells, walk.time(walk.begin), walk.time(walk.end), walk.cell + cell, walk.time(patch), table,
                           gates);
       Weights::make_end(gates, decays + warp * kFlux, end_weights);
-      if constexpr (!config::kContents) attend.weights.make(cells, walk.cell + cell, walk.time(patch), gates);
+      if constexpr (!config::kContents) {
+        attend.weights.make(cells, walk.cell + cell, walk.time(patch), gates);
+        __syncwarp();  // what the patch adds takes the gates' place
+      }
       made_for = irregular ? -1 : offset;
     }
     if (lane == 0) patch_cells[warp] = cell;
@@ -300,9 +302,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             for (int w = max(lobe, 0) / kPatch; w <= end_patch; ++w) {
               const int j = c - patch_cells[w];
               if (lobe < w * kPatch) {
-                if constexpr (!config::kContents) {
-                  store_shared(started + (2 * w + j) * config::kRow, words);
-                } else if (time + w * kPatch + kPatch > walk.own_begin && time + w * kPatch < walk.own_end) {
+                if constexpr (!config::kContents) store_shared(started + (2 * w + j) * config::kRow, words);
+                if (keeps && time + w * kPatch + kPatch > walk.own_begin && time + w * kPatch < walk.own_end) {
                   const int64_t row = started_row + (time / kPatch + w) * 2 * p.kv_heads;
                   store_row(contents.started, 2 * row + 2 * side + j, chunk, words);
                 }
@@ -322,7 +323,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
                                  pack<storage>(content[4], content[5]), pack<storage>(content[6], content[7]));
             }
             store_shared(last < kTile ? own : carried + (odd ^ 1) * carried_tile, words);
-            if (config::kContents && last < kTile && owns(time + last)) {
+            if (keeps && last < kTile && owns(time + last)) {
               store_row(contents.cells, 2 * (cell_row + c) + side, chunk, words);
             }
           }
@@ -451,14 +452,41 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
 }
 
+// What the slots of a given state hold, as if cells held it that ended before the sequence.
+template <typename storage, int dim>
+__global__ void __launch_bounds__(256) window_given(Problem p, Contents contents, HeadList heads) {
+  const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
+  const Cells cells = p.laws[head].cells;
+  const Sequence s(p, blockIdx.x / heads.count);
+  const int64_t first_row =
+      heads.cell_rows[head_index] + contents.cell_row(p, s.index, s.batch, s.row, cells.resolution) - p.slots;
+  const int64_t oldest = cells.trailing(s.position) - p.slots;
+  for (int64_t i = threadIdx.x; i < p.slots * 2 * dim; i += 256) {
+    const int64_t row = i / (2 * dim), side = i / dim % 2, d = i % dim;
+    const int64_t slot = cells.slot(oldest + row), width = side ? p.value_dim : p.key_dim;
+    const float* const state = static_cast<const float*>(side ? p.state_value : p.state_key);
+    float content = 0.f;
+    if (d < width && s.position > cells.slot_opening(slot)) {
+      content = state[((s.index * p.kv_heads + head) * p.slots + slot) * width + d];
+    }
+    static_cast<storage*>(contents.cells)[first_row * 2 * dim + i] = to_storage<storage>(content);
+  }
+}
+
+template <typename config>
+void launch_given(const Problem& p, const Contents& contents, const HeadList& heads) {
+  launch("window_given", window_given<typename config::storage, config::kDim>, p.sequences * heads.count, 256, 0,
+         p.stream, p, contents, heads);
+}
+
 template <typename config>
 void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Contents& contents,
                  const WalkPlan& plan, const HeadList& heads, uint8_t* unsound) {
   const uint32_t bytes = allow_shared_memory(window_walk<config>, p, heads, [&](int resolution) {
     return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes;
   });
-  launch(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p, outputs, contents,
-         plan, heads, unsound);
+  launch_early(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p, outputs,
+               contents, plan, heads, unsound);
 }
 
 }  // namespace

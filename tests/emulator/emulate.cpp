@@ -77,6 +77,7 @@ class Buffer {
     const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data()) + kGuard;
     return reinterpret_cast<unsigned char*>((at + 255) / 256 * 256);
   }
+  int64_t size() const { return bytes; }
   bool guarded() {
     unsigned char *const begin = data() - kGuard, *const end = data() + bytes;
     for (int i = 0; i < kGuard; ++i) {
@@ -179,7 +180,7 @@ struct Case {
   std::string kind;
   DType dtype;
   reference::Problem p;
-  bool packed, wide_ends, wants_state, with_grad_lse, with_grad_state, backward, bad_token;
+  bool packed, wide_ends, wants_state, with_grad_lse, with_grad_state, backward, bad_token, keeps;
   Order order[4];  // query, key, value, grad_out
   std::vector<int64_t> ends;
 
@@ -202,6 +203,7 @@ struct Case {
     if (with_grad_lse) s += " grad_lse";
     if (with_grad_state) s += " grad_state";
     if (bad_token) s += " bad token";
+    if (keeps) s += " keeps";
     if (kind == "window") s += " stretch=" + std::to_string(emulator::stretch);
     return s;
   }
@@ -327,6 +329,7 @@ Case draw(const Options& o, uint64_t seed) {
     side[random.between(0, static_cast<int64_t>(side.size()) - 1)] =
         random.one_of({kNaN, std::numeric_limits<double>::infinity()});
   }
+  c.keeps = random.chance(50);
   return c;
 }
 
@@ -565,9 +568,12 @@ void run_attention(Case& c, Checks& checks) {
                              : chunks        ? cuda::dirichlet_forward_workspace
                                              : cuda::window_forward_workspace;
   const auto forward = !forward_window ? cuda::scan_forward : chunks ? cuda::dirichlet_forward : cuda::window_forward;
+  // What the forward leaves is as much as the backward's workspace.
+  Buffer contents(forward_window && !chunks && c.keeps ? cuda::window_contents(problem) : 0);
+  if (contents.size() > 0) outputs.contents = contents.data();
   Buffer workspace(forward_bytes(problem));
   forward(problem, outputs, workspace.data());
-  if (!workspace.guarded()) checks.fail("forward: the workspace was written out of bounds");
+  if (!workspace.guarded() || !contents.guarded()) checks.fail("forward: the workspace was written out of bounds");
   const Numbers got_lse = lse.numbers();
   checks.tokens("out", out.numbers(), want.out, p.query_heads, limit, .3 * Checks::rms(want.out));
   checks.tokens("lse", got_lse, want.lse, p.query_heads, limit, 1);
@@ -598,7 +604,8 @@ void run_attention(Case& c, Checks& checks) {
   const auto backward = !backward_window ? cuda::scan_backward
                         : chunks         ? cuda::dirichlet_backward
                                          : cuda::window_backward;
-  Buffer memory(backward_bytes(problem));
+  if (backward_window && contents.size() > 0) gradients.contents = contents.data();
+  Buffer memory(gradients.contents ? 0 : backward_bytes(problem));
   backward(problem, gradients, memory.data());
   if (!memory.guarded()) checks.fail("backward: the workspace was written out of bounds");
   // Gradients of query and key are differences, which say nothing where they are much smaller than their parts.
