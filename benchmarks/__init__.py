@@ -1,1 +1,11 @@
 """Benchmarks: one folder each, one command each (``python -m benchmarks.NAME``), results as JSON and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def command_line(name: str, given: Sequence[str]) -> str:
+    """How a benchmark was called, but for where its results went."""
+    kept = [word for before, word in zip(["", *given], given, strict=False) if "--out" not in (before, word)]
+    return " ".join([f"python -m benchmarks.{name}", *kept])

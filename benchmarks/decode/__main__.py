@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import command_line
 from ..speed.meters.cpu import cpu_model
 from ..speed.meters.cuda import driver
 from .measure import MIXERS, REPLAYS, SETUPS, make_model, measure_all, quick
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cores = len(os.sched_getaffinity(0))
         hardware = {"cpu": cpu_model(), "cores": f"{cores} cores", "threads": f"{args.threads} threads"}
     result = {
-        "command": " ".join(["python -m benchmarks.decode", *given]),
+        "command": command_line("decode", given),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": hardware,
         "versions": {

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import command_line
 from . import report
 from .cases import QUICK, SUITES, Case, Plan, Suite, one_call
 from .meters import METERS, Meter
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = [plan] if suite.sweeps > 1 else [{case: names} for case, names in plan.items()]
         for part in parts:
             measured: dict[str, Any] = {
-                "command": " ".join(["python -m benchmarks.speed", *given]),
+                "command": command_line("speed", given),
                 "date": _now(),
                 "hardware": meter.hardware(),
                 "versions": _versions(),

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .. import command_line
 from . import report
 from .model import Mixer
 from .results import Results, Row, hardware, now, versions
@@ -235,12 +236,6 @@ def main(
         written = f"{results.file}; no plot: {error}"
     print(f"\n{report.table(results.rows)}\n\n{written}")
     return 0
-
-
-def command_line(name: str, given: Sequence[str]) -> str:
-    """How a benchmark was called, but for where its results went."""
-    kept = [word for before, word in zip(["", *given], given, strict=False) if "--out" not in (before, word)]
-    return " ".join([f"python -m benchmarks.{name}", *kept])
 
 
 def _numbers(kind: type) -> Any:
