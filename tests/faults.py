@@ -595,6 +595,7 @@ CUDA = [
         ("CUDA patches: stale gradient of slots", "grads[n][j / 2][2 + j % 2] *= decay;", "", PATCHES),
         ("CUDA patches: gradient of the state ignored", "if (walk.to_end && grad_state) {",
          "if (walk.to_end && grad_state && slots == 0) {", PATCHES),
+        ("CUDA patches: shut slots get a gradient", "walk.given_before(slot) ? grad : 0.f;", "grad;", PATCHES_STATES),
         ("CUDA patches: gradient of open slots dropped", "walk.given_before(slot) ? grad : 0.f;",
          "walk.given_before(slot) ? 0.f : grad;", PATCHES_STATES),
     ),

@@ -270,7 +270,7 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
   if (!path.refusal && path.backward_refusal(problem, gradients)) path = kScan;
   if (contents && contents->numel() > 0) {
     TORCH_CHECK_VALUE(contents->numel() == path.contents_of(problem),
-                      "contents must be what forward returned for the same arguments");
+                      "contents must be what forward_with_contents returned for the same arguments");
     gradients.contents = contents->const_data_ptr();
   }
   const at::Tensor memory = workspace(call, gradients.contents ? 0 : path.backward_workspace(problem));
