@@ -81,7 +81,8 @@ const char* window_refusal(const Problem& problem);
 int64_t window_forward_workspace(const Problem& problem);
 void window_forward(const Problem& problem, const Outputs& outputs, void* workspace);
 
-// Its backward (window_backward.cu). window_contents: what the slots hold, in bytes; 0 where the backward would refuse.
+// Its backward (window_backward.cu). window_contents: what the slots hold, in bytes, of a problem that window_refusal()
+// takes; 0 where the backward would refuse.
 int64_t window_contents(const Problem& problem);
 const char* window_backward_refusal(const Problem& problem, const Gradients& gradients);
 int64_t window_backward_workspace(const Problem& problem);

@@ -683,8 +683,8 @@ uint32_t back_bytes(const Problem& p, int resolution) {
   return BackLayout::make<config>(static_cast<int>(p.slots), resolution, group).bytes;
 }
 
-const char* refusal_but_for_rows(const Problem& p) {
-  if (const char* const refusal = window_refusal(p)) return refusal;
+// Of a problem that window_refusal() takes.
+const char* refusal_of_slots(const Problem& p) {
   if (p.slots > 64) return "backward: there are more than 64 slots";
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     const int resolution = static_cast<int>(p.cells[h].resolution);
@@ -699,11 +699,12 @@ const char* refusal_but_for_rows(const Problem& p) {
 }  // namespace
 
 const char* window_backward_refusal(const Problem& p, const Gradients& gradients) {
-  if (const char* const refusal = refusal_but_for_rows(p)) return refusal;
+  if (const char* const refusal = window_refusal(p)) return refusal;
+  if (const char* const refusal = refusal_of_slots(p)) return refusal;
   return aligned(gradients.grad_out) ? nullptr : "backward: rows are not aligned to 16 bytes";
 }
 
-int64_t window_contents(const Problem& p) { return refusal_but_for_rows(p) ? 0 : Contents::bytes(p); }
+int64_t window_contents(const Problem& p) { return refusal_of_slots(p) ? 0 : Contents::bytes(p); }
 int64_t window_backward_workspace(const Problem& p) { return Contents::bytes(p); }
 
 void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
