@@ -9,3 +9,9 @@ def command_line(name: str, given: Sequence[str]) -> str:
     """How a benchmark was called, but for where its results went."""
     kept = [word for before, word in zip(["", *given], given, strict=False) if "--out" not in (before, word)]
     return " ".join([f"python -m benchmarks.{name}", *kept])
+
+
+def described(error: Exception) -> str:
+    """An error's type and the first line of its message, if it has one."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

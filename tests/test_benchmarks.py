@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,8 @@ from benchmarks.speed.providers import PROVIDERS, Provider
 from benchmarks.sweep.command import Point, Sweep
 from benchmarks.sweep.model import Mixer
 from benchmarks.sweep.training import Member
+from benchmarks.training import __main__ as training_report
+from benchmarks.training import measure as training
 from blurry_attn import BlurryWindow, blurry_window_attention, reference
 from blurry_attn.lm.data import load_text
 from blurry_attn.lm.model import LanguageModel, TokenCache, state_size
@@ -285,6 +287,76 @@ def test_decode_names_what_does_not_fit() -> None:
     speeds, memory = decode_report.plot(result).axes[:2], decode_report.plot(result).axes[2]
     assert [len(line.get_xdata()) for axes in speeds for line in axes.lines] == [2, 2, 1, 1] * 2
     assert [line.get_xdata().tolist() for line in memory.lines] == [[1024, 131072]] * 2
+
+
+def test_training_runs_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def prepare(case: Case):
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    missing = Provider("missing", "a missing peer", prepare)
+    monkeypatch.setattr(training, "MIXERS", (*training.MIXERS, missing))
+    assert training_report.main(["--device", "cpu", "--quick", "--steps", "2", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert {"command", "date", "hardware", "versions", "setup", "parameters", "time", "memory"} <= set(result)
+    rows = {row["provider"]: row for row in result["rows"]}
+    assert list(rows) == ["blurry", "fejer", "flash", "cudnn", "flex64", "missing"]
+    for name in ("blurry", "fejer", "flash"):
+        row = rows[name]
+        assert row["steps"] == 2 and 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        assert row["tokens_per_second"] == pytest.approx(2 * 128 / row["seconds"])
+        assert row["times_full"] == pytest.approx(row["tokens_per_second"] / rows["flash"]["tokens_per_second"])
+    table = training_report.table(result)
+    assert table.count("skipped: runs on CUDA alone") == 2
+    assert "failed: ModuleNotFoundError: No module named 'peer'" in table
+    assert capsys.readouterr().out.rstrip().endswith(table)
+
+
+@torch.no_grad()
+def test_training_compares_the_models_that_it_names() -> None:
+    """Attention apart, it is the language model itself; and that of the claims has 100 million parameters."""
+    tokens = torch.randint(256, (2, 300), generator=torch.Generator().manual_seed(0))
+    blurry = LanguageModel(training.QUICK.model)
+    full = LanguageModel(replace(blurry.config, mixer="full"))
+    full.load_state_dict(blurry.state_dict())
+    mixers = {mixer.name: mixer.prepare(training.QUICK.case) for mixer in training.MIXERS if mixer.name != "flex64"}
+    for name, model in (("blurry", blurry), ("flash", full)):
+        torch.testing.assert_close(training.Mixed(blurry, mixers[name])(tokens), model(tokens))
+    with torch.device("meta"):
+        assert sum(p.numel() for p in LanguageModel(training.WHOLE.model).parameters()) == pytest.approx(1e8, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flash", "flex64", "said"),
+    [
+        (0.16, 0.09, ["1.60x  must be >= 1.5x  met", "0.90x                                    goal >= 1x  NOT met"]),
+        (0.14, 0.11, ["1.40x  must be >= 1.5x  NOT met", "1.10x                                    goal >= 1x  met"]),
+        (None, None, ["not measured  must be >= 1.5x", "not measured                                    goal >= 1x"]),
+    ],
+)
+def test_training_is_held_against_full_attention(flash, flex64, said) -> None:
+    """Tokens per second of blurry window attention, at a tenth of a second, over those of its peers."""
+    setup = training.WHOLE
+    case, rows = asdict(setup.case), []
+    for name, seconds in (("blurry", 0.1), ("flash", flash), ("flex64", flex64)):
+        row = {"provider": name, "label": name, "mode": training.MODE, "case": case}
+        rows.append(row | ({"seconds": seconds} if seconds else {"failed": "no room"}))
+    result = {"rows": rows, "checks": report.checks(rows, setup.claims), "setup": asdict(setup), "parameters": 1}
+    lines = training_report.table(result | {"hardware": "", "versions": {"torch": ""}, "date": ""}).splitlines()
+    assert [line.split("training step")[1].strip() for line in lines[-2:]] == said
+    assert sum(line.endswith("failed: no room") for line in lines) == (0 if flash else 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu", "--steps", "0"], "--steps must be at least 1, got 0"),
+        *([] if torch.cuda.is_available() else [([], "no CUDA device is available")]),
+    ],
+)
+def test_training_that_cannot_be_run_is_refused(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        training_report.main(arguments)
+    assert refusal.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_drift_is_that_of_the_law() -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -182,6 +184,25 @@ def test_nothing_is_seen_ahead_and_the_spans_are_as_said(mixer: str):
         assert not changed[20 + config.slots :].any() and changed[20 : 20 + config.slots].all()
     else:
         assert changed[20 : 20 + config.slots * max(config.resolutions) // 2].all()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operator made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@torch.no_grad()
+def test_full_attention_over_a_whole_sequence_makes_no_mask():
+    model, length = LanguageModel(replace(TINY, mixer="full", layers=1)), 512
+    with Largest() as largest:
+        model(torch.zeros(1, length, dtype=torch.int64))
+    assert largest.elements == length * 256  # the logits
 
 
 def test_generate_streams_text_and_says_what_it_took(run: training.Result):

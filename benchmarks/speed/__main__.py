@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import command_line
+from .. import command_line, described
 from . import report
 from .cases import QUICK, SUITES, Case, Plan, Suite, one_call
 from .meters import METERS, Meter
@@ -67,7 +67,7 @@ def prepare(case: Case, providers: Sequence[str], meter: Meter, device: str) -> 
                 call()
                 row["peak_bytes"] = meter.peak_bytes(name, case, mode, call)
             except Exception as error:
-                row["failed"] = _reason(error)
+                row["failed"] = described(error)
     return rows
 
 
@@ -82,7 +82,7 @@ def sample(case: Case, rows: dict[tuple[str, str], Row], suite: Suite, meter: Me
                 call()
                 calls[name, mode] = call
             except Exception as error:
-                row["failed"] = _reason(error)
+                row["failed"] = described(error)
     start = time.perf_counter()
     for done in range(MAX_ROUNDS):
         if done >= suite.rounds and time.perf_counter() - start >= suite.seconds:
@@ -137,11 +137,6 @@ def merge(old: dict[str, Any] | None, new: dict[str, Any], suite: Suite) -> dict
 
 def _key(row: Row) -> tuple[str, Case, str]:
     return row["provider"], Case(**row["case"]), row["mode"]
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _now() -> str:

@@ -114,16 +114,22 @@ def table(result: dict[str, Any]) -> str:
             case = Case(**row["case"])
             where = f"{shape(case)}, T = {case.length}" if len(groups) > 1 else f"T = {case.length}"
             lines.append(f"failed: {row['label']}, {row['mode']}, {where}: {row['failed']}")
-    width = max((42, *(len(check["check"]) for check in result["checks"])))
-    for check in result["checks"]:
+    return "\n".join([*lines, *check_lines(result["checks"])]).rstrip()
+
+
+def check_lines(checks: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each check its value, its bounds and whether they were met."""
+    lines = []
+    width = max((42, *(len(check["check"]) for check in checks)))
+    for check in checks:
         unit = check.get("unit", "x")
         value = check["value"]
         shown = "not measured" if value is None else f"{value:.{2 if unit == 'x' else 3}f}{unit}"
         must = _bound("must be", check["must"], unit, check["met"])
         goal = _bound("goal", check.get("goal"), unit, check.get("goal_met"))
-        gap = 34 if any(other.get("goal") for other in result["checks"]) else 0
+        gap = 34 if any(other.get("goal") for other in checks) else 0
         lines.append(f"{check['check']:{width}} {check['mode']:18}{shown:>12}  {must:{gap}}{goal}".rstrip())
-    return "\n".join(lines).rstrip()
+    return lines
 
 
 def _bound(name: str, bound: str | None, unit: str, met: bool | None) -> str:
