@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import KERNELS, make_inputs, make_state, run
+from helpers import KERNELS, make_inputs, make_state, run, shut_slots
 
 from blurry_attn import BlurryWindow, blurry_window_attention, reference
 
@@ -125,3 +125,18 @@ def test_nan_in_a_given_slot(kernel, device):
     for name, x in bad.items():
         assert torch.equal(x[1], clean[name][1]), name
         assert name == "position" or torch.equal(x[0, 1], clean[name][0, 1]), name
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_in_a_query_leaves_shut_slots_without_gradient(kernel, dtype, device):
+    """What opened later replaced them whole: no product with zero lets a NaN through."""
+    window, position = BlurryWindow(16, (16, 64, 128), kernel), [11, 40]
+    inputs = make_inputs(2, 3, 3, 300, 64, dtype=dtype, device=device)
+    state = make_state(window, position, 3, 64, dtype=dtype, device=device)
+    inputs[0][:, :, -1] = math.nan
+    found = run(blurry_window_attention, *inputs, window, state=state)
+    shut = shut_slots(window, position, 3).to(device)
+    assert shut.any()
+    for name in ("grad_state_key", "grad_state_value"):
+        assert torch.equal(found[name][shut], torch.zeros_like(found[name][shut])), name
