@@ -58,8 +58,8 @@ QUICK_CUDA = [
     only_if(
         "dim == 64",
         "csrc/cuda/window_backward.cu",
-        "  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches>());\n"
-        "  body(BackConfig<storage, dim, flux, 64, patches>());\n",
+        "  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches, sharing>());\n"
+        "  body(BackConfig<storage, dim, flux, 64, patches, sharing>());\n",
     ),
 ]
 
@@ -490,12 +490,22 @@ CUDA = [
          "return time - sequence.position;", CUDA_PACKED),
     ),
     *faults(
-        "csrc/cuda/window.cuh",
+        "csrc/cuda/window_weights.cuh",
         ("CUDA window: opening token not written whole", "gates[i] = lies ? cells.gate(table, c, t) : 0.f;",
          "gates[i] = lies ? table[t - cells.flux_begin(c)] : 0.f;", WALK),
         ("CUDA window: shut slots seen", "shut ? -1.f : product;", "product;", WALK),
+        ("CUDA window: shut slots of many cells seen", "if (j < kFlux && shut) decay[tile][e] = -1.f;", "", WALK),
+        ("CUDA window: shares after a gate of 1 no larger", "scale = ldexpf(scale, steps);", "", WALK),
         ("CUDA window: tokens before the state taken", "c >= cells.first() && t >= begin &&", "c >= cells.first() &&",
          WALK_STATES),
+        ("CUDA window: later tokens of the patch seen", "past(half, e) ? raw[half][e] : 0.f", "raw[half][e]", WALK),
+        ("CUDA window: later tokens of the patch get a gradient", "past(half, e) ? of_tokens[half][e] : 0.f",
+         "of_tokens[half][e]", WALK),
+        ("CUDA window: what went before omitted in a gradient", "++e) sums[tile][e] *= fmaxf(decay[tile][e], 0.f);",
+         "++e) sums[tile][e] *= decay[tile][e] > 0.f;", WALK),
+    ),
+    *faults(
+        "csrc/cuda/window.cuh",
         ("CUDA window: slot of the given state a cell off", "const int64_t c = cell + given - slots - 1 - back;",
          "const int64_t c = cell + given - slots - 2 - back;", WALK_STATES),
         ("CUDA window: phase ignored", "first_time = floor_div(from - cells.phase, tile) * tile + cells.phase;",
@@ -536,19 +546,17 @@ CUDA = [
         "csrc/cuda/window_attend.cuh",
         ("CUDA window: ended cells' slots not seen",
          "if (column < ended) at = wrap(at + slots, ring_rows);", "", WALK_STATES),
-        ("CUDA window: what went before omitted in a gradient", "sums[tile][e] *= fmaxf(weights.decay[tile][e], 0.f);",
-         "sums[tile][e] *= weights.decay[tile][e] > 0.f;", WALK),
     ),
     *faults(
         "csrc/cuda/window_backward.cu",
-        ("CUDA window: delta omitted", "score[tile][e] * (grad[tile][e] - delta);", "score[tile][e] * grad[tile][e];",
-         WALK),
+        ("CUDA window: delta omitted", "score[tile][e] * (grad[tile][e] - delta[half]);",
+         "score[tile][e] * grad[tile][e];", WALK),
         ("CUDA window: scale dropped in backward", "grad[tile][e] = static_cast<float>(p.scale) * score",
          "grad[tile][e] = score", WALK),
         ("CUDA window: cells of the next tile read too late", "load_cells(oldest(tile - 2), oldest(tile - 1), thread",
          "load_cells(oldest(tile - 2) + 1, oldest(tile - 1), thread", WALK),
-        ("CUDA window: weights of other cells not cleared", "for (int n = lane; n < 4 * clear; n += kWarp) {",
-         "for (int n = lane; n < 0 * clear; n += kWarp) {", WALK),
+        ("CUDA window: weights of other cells not cleared", "+ lane; n < 4 * clear; n +=",
+         "+ lane; n < 0 * clear; n +=", WALK),
         ("CUDA window: gradient of the cell before dropped", "grads[before[j]] = held[j] + at_begin[j];", "", WALK),
         ("CUDA window: gradient of finished cells not cleared",
          "              now = 0.f;\n", "", WALK),

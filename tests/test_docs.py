@@ -217,17 +217,18 @@ def test_reports_are_those_of_the_results() -> None:
     from benchmarks.lm.report import table as text_table
     from benchmarks.speed.report import table as speed_table
     from benchmarks.sweep.report import table as sweep_table
+    from benchmarks.training.__main__ import table as training_table
 
     both, trained = ("cpu.json", "cuda.json"), ("cuda.jsonl",)
     reports = {
-        "speed": (speed_table, both),
+        "speed": (speed_table, (*both, "h100.json")),
+        "training": (training_table, ("cuda.json",)),
         "decode": (decode_table, both),
         "mqar": (sweep_table, trained),
         "regbench": (sweep_table, trained),
         "lm": (text_table, trained),
     }
     printed = [table(result(f"{name}/results/{file}")) for name, (table, files) in reports.items() for file in files]
-    printed += [(ROOT / "benchmarks/speed/results/h100.txt").read_text().rstrip("\n")]  # a report alone
     shown = re.findall(r"^```text\n(.*?)\n```$", (ROOT / "docs/results.md").read_text(), re.MULTILINE | re.DOTALL)
     assert sorted(shown) == sorted(printed)
 

@@ -68,6 +68,16 @@ def test_rotary_keeps_the_dtype_and_its_digits_far_out(dtype):
     assert (got.double() - expected).abs().max() < 4 * torch.finfo(dtype).eps * x.abs().max()
 
 
+def test_rotary_gradients():
+    x, positions = double(2, 3, 5, 6).requires_grad_(), torch.tensor([0, 1, 2, 7, 10**7])
+    assert torch.autograd.gradcheck(lambda x: rotary(x, positions, 50.0), x)
+    assert torch.autograd.gradgradcheck(lambda x: rotary(x, positions, 50.0), x)
+    close(
+        torch.vmap(lambda x: rotary(x, positions, 50.0))(torch.stack((x, 2 * x))),
+        rotary(torch.stack((x, 2 * x)).flatten(0, 1), positions, 50.0).unflatten(0, (2, 2)),
+    )
+
+
 def test_rotary_refuses_an_odd_head_dim():
     with pytest.raises(ValueError, match="x must have an even head_dim for rotary embedding, got 5"):
         rotary(torch.zeros(1, 1, 2, 5), torch.arange(2), 100.0)

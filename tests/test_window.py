@@ -63,6 +63,8 @@ def test_pyramid():
     assert window == BlurryWindow(64, (64, 64, 128, 128, 512, 512), sharpness=4.0)
     assert window.phases(6) == (0, 0, 0, 1, 0, 4)
     assert BlurryWindow.pyramid(4, (2,), "dirichlet", phase=1) == BlurryWindow(4, (8,), "dirichlet", phase=1)
+    assert BlurryWindow.pyramid(32) == BlurryWindow.pyramid(32, (1, 1, 2, 2, 4, 4, 8, 8))
+    assert BlurryWindow.pyramid(32, heads=12).resolutions(12) == (1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8)
 
 
 def test_state_elements():
@@ -120,6 +122,11 @@ def test_refused_pyramid():
         BlurryWindow.pyramid(4, (1.5,))
     with pytest.raises(TypeError, match="slots must be an int"):
         BlurryWindow.pyramid("4", (1,))
+    for heads in (0, 6):
+        with pytest.raises(ValueError, match=f"heads must be a positive multiple of 4, got {heads}"):
+            BlurryWindow.pyramid(4, heads=heads)
+    with pytest.raises(ValueError, match="heads must be None beside resolutions, got 4"):
+        BlurryWindow.pyramid(4, (1, 2, 4, 8), heads=4)
 
 
 @pytest.mark.parametrize("method", ["windows", "resolutions", "phases"])

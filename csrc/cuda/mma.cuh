@@ -26,6 +26,21 @@ __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with a left side of 8 columns in float32, as sums of another mma, of which 11 bits are taken: x of
+// to_tf32(). b: rows 2q, 2q + 1, column g.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&x)[4], const uint32_t (&b)[2]) {
+  // The instruction's columns q and q + 4 are x's 2q and 2q + 1.
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(x[0]), "r"(x[2]), "r"(x[1]), "r"(x[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
 template <typename storage>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 template <>

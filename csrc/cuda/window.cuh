@@ -44,103 +44,6 @@ __device__ __forceinline__ uint32_t made_anew(uint32_t x) {
 }
 __device__ __forceinline__ uint32_t made_anew(uint32_t x, int turn) { return x ^ (blockIdx.y & turn); }
 
-// One head's decays and weights in one patch, as the fragments of an mma have them.
-template <typename storage, int kFlux>
-struct PatchWeights {
-  static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
-
-  // Pairs of half, of tokens (columns): the first eight in row g, the first and the last eight in row g + 8. A token
-  // has no weight before its time.
-  uint32_t weight[kFlux][3];
-  float decay[kFluxTiles][4];  // of the columns of cells: [8 cells][fragment]; below zero: shut
-
-  // Two weights of a cell: of tokens 8 tile + 2 q and the next in row g + 8 half. Below zero, `use` is the first one.
-  template <int use>
-  __device__ __forceinline__ float2 pair(int j, int half, int tile) const {
-    const uint32_t words = weight[j][half + tile];
-    return unpack<__half>(use < 0 ? words : made_anew<use>(words));
-  }
-
-  // Writes the gates of the patch's tokens, begin <= t < end, in its cells: [kFlux][kPatch]; for all lanes of a warp.
-  __device__ __forceinline__ static void make_gates(const Cells& cells, int64_t begin, int64_t end, int64_t cell,
-                                                    int64_t token, const float* table, float* gates) {
-    for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
-      const int64_t c = cell + i / kPatch, t = token + i % kPatch, x = t - cells.centre(c);
-      const bool lies = c >= cells.first() && t >= begin && t < end && x > -cells.resolution && x < cells.resolution;
-      gates[i] = lies ? cells.gate(table, c, t) : 0.f;
-    }
-    __syncwarp();
-  }
-  __device__ __forceinline__ void make(const Cells& cells, int64_t cell, int64_t token, const float* gates) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int tile = 0; tile < kFluxTiles; ++tile) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) decay[tile][e] = 1.f;
-    }
-#pragma unroll
-    for (int j = 0; j < kFlux; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = g + 8 * half;
-        float product = 1.f;
-        float w[4] = {};
-        for (int s = row; s >= 0; --s) {
-          const float gate = gates[j * kPatch + s];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (s == 8 * (i / 2) + 2 * q + i % 2) w[i] = gate * product;
-          }
-          product *= 1.f - gate;
-        }
-        weight[j][half] = pack<__half>(w[0], w[1]);
-        if (half) weight[j][2] = pack<__half>(w[2], w[3]);
-        const int64_t c = cell + j;
-        const bool shut = cells.opens(c) && (c < cells.first() || token + row < cells.opening(c));
-        if (j % 8 / 2 == q) decay[j / 8][2 * half + j % 2] = shut ? -1.f : product;
-      }
-    }
-  }
-  // Of the patch's end: the decays, and for each thread its fragments of b, high and low parts, of the weights:
-  // [kFluxTiles][lane].
-  __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, uint4* end_weights) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int tile = 0; tile < kFluxTiles; ++tile) {
-      float w[4] = {};
-      const int j = 8 * tile + g;
-      if (j < kFlux) {
-        float product = 1.f;
-        for (int s = kPatch - 1; s >= 0; --s) {
-          const float gate = gates[j * kPatch + s];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (s == 8 * (i / 2) + 2 * q + i % 2) w[i] = gate * product;
-          }
-          product *= 1.f - gate;
-        }
-        if (q == 0) end_decays[j] = product;
-      }
-      const auto low = [](float x) { return x - to_compute<float>(to_storage<storage>(x)); };
-      end_weights[tile * kWarp + lane] =
-          make_uint4(pack<storage>(w[0], w[1]), pack<storage>(w[2], w[3]), pack<storage>(low(w[0]), low(w[1])),
-                     pack<storage>(low(w[2]), low(w[3])));
-    }
-    __syncwarp();
-  }
-  // The same as plain numbers: [kFlux][kPatch] and [kFlux].
-  __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, float* end_weights) {
-    for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
-      const int j = i / kPatch;
-      float product = 1.f;
-      for (int t = kPatch - 1; t > i % kPatch; --t) product *= 1.f - gates[j * kPatch + t];
-      end_weights[i] = gates[i] * product;
-      if (i % kPatch == 0) end_decays[j] = product * (1.f - gates[i]);
-    }
-    __syncwarp();
-  }
-};
-
 // Which heads a launch takes.
 constexpr int kMaxWindowHeads = 256;
 struct HeadList {
@@ -356,8 +259,11 @@ struct FluxClass {
   int64_t longest_window;
   double echo;  // the largest
 };
-// Those there are. The longest walks begin first, or they would be under way when all others have ended.
-inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents) {
+// Those there are, in the order in which they begin: that after which all have ended soonest, as measured with a
+// quarter of the heads at r = 1, 2, 4 and 8 each.
+constexpr int kForwardOrder[] = {0, 2, 3, 1}, kBackwardOrder[] = {2, 0, 1, 3};
+inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents,
+                                           const int (&order)[kFluxClasses]) {
   FluxClass classes[kFluxClasses] = {};
   int64_t cell_rows = 0;
   for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -369,12 +275,10 @@ inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& con
     cell_rows += contents.cell_rows(p, p.cells[h].resolution);
   }
   std::vector<FluxClass> found;
-  for (int i = 0; i < kFluxClasses; ++i) {
-    classes[i].number = i;
-    if (classes[i].heads.count > 0) found.push_back(classes[i]);
+  for (const int number : order) {
+    classes[number].number = number;
+    if (classes[number].heads.count > 0) found.push_back(classes[number]);
   }
-  std::stable_sort(found.begin(), found.end(),
-                   [](const FluxClass& a, const FluxClass& b) { return a.longest_window > b.longest_window; });
   return found;
 }
 // Calls body(class, problem) for each; they may run at once.
@@ -404,15 +308,16 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
   const int laps = c.echo <= (problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14) ? 1 : 2;
   WalkPlan plan;
   plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
-  // Where classes share the card, those whose walks warm up fast are cut finer, so that all end together.
-  const bool alone = c.heads.count == problem.kv_heads;
-  const int64_t least = alone ? 4096 : 1024, length = on_grid((alone ? 8 : 4) * plan.warm_up);
+  // Where classes share the card they are cut finer, so that all end together: as measured, too.
+  const bool alone = c.heads.count == problem.kv_heads, forward = task == Task::forward;
+  const int64_t least = alone ? 4096 : forward ? 1024 : c.number == kBackwardOrder[3] ? 1280 : 2048;
+  const int64_t length = on_grid(alone ? 8 * plan.warm_up : forward ? 4 * plan.warm_up : 16 * plan.warm_up / 3);
   plan.length = length < least ? least : length;
   plan.backward = task == Task::backward;
   // A walk for the output does no more than a third of its work where it warms up.
-  plan.extra = task == Task::forward ? plan.warm_up / 3 : plan.warm_up;
+  plan.extra = forward ? plan.warm_up / 3 : plan.warm_up;
   plan.halved = plan.length;
-  if (task == Task::forward) {
+  if (forward) {
     const int64_t halved = on_grid(plan.warm_up + plan.warm_up / 2);
     plan.halved = halved < 1024 ? 1024 : halved;
   } else if (problem.sequences > 0) {

@@ -2,7 +2,7 @@
 // the slots hold at each token, and back. Shared by the walk forward and the walk backward over time.
 #pragma once
 
-#include "window.cuh"
+#include "window_weights.cuh"
 
 namespace blurry_attn::cuda {
 
@@ -13,11 +13,9 @@ struct Attend {
   using Row = Rows<config::kDim>;
   using Weights = PatchWeights<storage, config::kFlux>;
   static constexpr int kDim = config::kDim, kFlux = config::kFlux, kColumns = config::kColumns;
-  static constexpr int kSteps = kDim / 16, kWords = kDim / 8, kColumnTiles = kColumns / 8;
+  static constexpr int kSteps = kDim / 16, kWords = kDim / 8;
   static constexpr bool kSliding = config::kSliding;
-  using Scores = float[kColumnTiles][4];  // of columns, which are slots
-  using Raw = float[2][4];                // of the patch's own tokens
-  using Sums = float[kDim / 8][4];
+  using Raw = Tiles<2>;  // of the patch's own tokens
 
   int lane, g, q, slots, ring_rows;
   // Shared memory. Of the keys, and `side_bytes` further on of the values: cells, number c in row c mod ring_rows; the
@@ -54,12 +52,15 @@ struct Attend {
       }
     }
   }
-  // Writes rows from .. to - 1, times a number each, through 16 rows of shared memory.
-  __device__ __forceinline__ void store_rows(const Sums& sums, const float (&times)[2], const View& view, int64_t batch,
-                                             int64_t head, int64_t first, int from, int to, int dim, uint32_t staged) {
-    const uint32_t place = made_anew(Row::at(staged, lane % 16, lane / 16));
+  // Writes the chunks from `first_chunk` on of rows from .. to - 1, times a number each, through 16 rows of shared
+  // memory.
+  template <int chunks>
+  __device__ __forceinline__ void store_rows(const Tiles<chunks>& sums, const float (&times)[2], const View& view,
+                                             int64_t batch, int64_t head, int64_t first, int from, int to, int dim,
+                                             uint32_t staged, int first_chunk = 0) {
+    const uint32_t place = made_anew(Row::at(staged, lane % 16, lane / 16)) + 16 * first_chunk;
 #pragma unroll
-    for (int m = 0; m < kDim / 16; ++m) {
+    for (int m = 0; m < chunks / 2; ++m) {
       const uint32_t words[4] = {pack<storage>(sums[2 * m][0] * times[0], sums[2 * m][1] * times[0]),
                                  pack<storage>(sums[2 * m][2] * times[1], sums[2 * m][3] * times[1]),
                                  pack<storage>(sums[2 * m + 1][0] * times[0], sums[2 * m + 1][1] * times[0]),
@@ -67,8 +68,8 @@ struct Attend {
       store_matrices((place ^ (m % 4 << 5)) + 128 * (m / 4), words);
     }
     __syncwarp();
-    constexpr int kRowsAtOnce = kWarp / Row::kChunks;
-    const int first_token = lane / Row::kChunks, chunk = lane % Row::kChunks;
+    constexpr int kRowsAtOnce = kWarp / chunks;
+    const int first_token = lane / chunks, chunk = first_chunk + lane % chunks;
     storage* at = row_of<storage>(view, batch, head, first + first_token) + chunk * 8;
 #pragma unroll
     for (int n = 0; n < kPatch / kRowsAtOnce; ++n, at += kRowsAtOnce * view.token) {
@@ -107,10 +108,13 @@ struct Attend {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) product(sums[tile], Row::at(tokens[side], 8 * tile + g, 0));
   }
-  __device__ __forceinline__ void column_products(Scores& sums, int side) const {
+  // With eight columns each, from tile `from` on.
+  template <int tiles>
+  __device__ __forceinline__ void column_products(Tiles<tiles>& sums, int side, int from = 0) const {
 #pragma unroll
-    for (int tile = 0; tile < kColumnTiles; ++tile) {
-      product(sums[tile], side * side_bytes + __shfl_sync(kAllLanes, places[tile / 4], tile % 4 * 8 + g));
+    for (int i = 0; i < tiles; ++i) {
+      const int tile = from + i;
+      product(sums[i], side * side_bytes + __shfl_sync(kAllLanes, places[tile / 4], tile % 4 * 8 + g));
     }
   }
   // With r = 1: whether the row's token, or one of the patch before it, has replaced the column's cell.
@@ -118,9 +122,9 @@ struct Attend {
     const int column = 8 * tile + 2 * q + e % 2;
     return kSliding && tile < 2 && column <= g + 8 * (e / 2) && column >= ended;
   }
-  // From products with what the slots held to products with what they hold at the row's token; `use` as for pair().
-  template <int use>
-  __device__ __forceinline__ void advance(Scores& sums, const Raw& raw) const {
+  // From products with what the slots held to products with what they hold at the row's token; `use`: see FewWeights.
+  template <int use, int tiles>
+  __device__ __forceinline__ void advance(Tiles<tiles>& sums, const Raw& raw) const {
     if constexpr (kSliding) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
@@ -128,31 +132,14 @@ struct Attend {
         for (int e = 0; e < 4; ++e) sums[tile][e] = fresh(tile, e) ? raw[tile][e] : sums[tile][e];
       }
     } else {
-#pragma unroll
-      for (int j = 0; j < kFlux; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float sum = 0.f;
-#pragma unroll
-          for (int tile = 0; tile <= half; ++tile) {
-            const float2 weight = weights.template pair<use>(j, half, tile);
-            sum += weight.x * raw[tile][2 * half];
-            sum += weight.y * raw[tile][2 * half + 1];
-          }
-          sum += __shfl_xor_sync(kAllLanes, sum, 1);
-          sum += __shfl_xor_sync(kAllLanes, sum, 2);
-          if (j % 8 / 2 == q) {
-            float& s = sums[j / 8][2 * half + j % 2];
-            s = s * weights.decay[j / 8][2 * half + j % 2] + sum;
-          }
-        }
-      }
+      weights.template advance<use>(sums, raw);
     }
   }
-  __device__ __forceinline__ void mask(Scores& score, int first) const {
-    if (masked > 0 || first + kColumns > slots) {
+  template <int tiles>
+  __device__ __forceinline__ void mask(Tiles<tiles>& score, int first) const {
+    if (masked > 0 || first + 8 * tiles > slots) {
 #pragma unroll
-      for (int tile = 0; tile < kColumnTiles; ++tile) {
+      for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int column = first + 8 * tile + 2 * q + e % 2;
@@ -173,8 +160,8 @@ struct Attend {
   }
   // The adjoint of advance(): splits weights of what the slots hold at the row's token into those of the patch's
   // tokens, which are added to, and of what the slots held.
-  template <int use>
-  __device__ __forceinline__ void split(Scores& sums, Raw& shares) const {
+  template <int use, int tiles>
+  __device__ __forceinline__ void split(Tiles<tiles>& sums, Raw& shares) const {
     if constexpr (kSliding) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
@@ -185,24 +172,7 @@ struct Attend {
         }
       }
     } else {
-#pragma unroll
-      for (int j = 0; j < kFlux; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float share = __shfl_sync(kAllLanes, sums[j / 8][2 * half + j % 2], (lane & ~3) | (j % 8 / 2));
-#pragma unroll
-          for (int tile = 0; tile <= half; ++tile) {
-            const float2 weight = weights.template pair<use>(j, half, tile);
-            shares[tile][2 * half] += share * weight.x;
-            shares[tile][2 * half + 1] += share * weight.y;
-          }
-        }
-      }
-#pragma unroll
-      for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[tile][e] *= fmaxf(weights.decay[tile][e], 0.f);
-      }
+      weights.template split<use>(sums, shares);
     }
   }
   // Two tiles of weights as the left side of a product.
@@ -212,22 +182,27 @@ struct Attend {
     a[2] = pack<storage>(odd[0], odd[1]);
     a[3] = pack<storage>(odd[2], odd[3]);
   }
-  // out += what 16 columns, or the patch's tokens, hold, by weight.
-  __device__ __forceinline__ void gather(Sums& out, const uint32_t (&a)[4], uint32_t address) const {
+  // out += what 16 columns, or the patch's tokens, hold, by weight; of the elements from chunk `first_chunk` on.
+  template <int chunks>
+  __device__ __forceinline__ void gather(Tiles<chunks>& out, const uint32_t (&a)[4], uint32_t address) const {
 #pragma unroll
-    for (int d = 0; d < kDim / 16; ++d) {
+    for (int d = 0; d < chunks / 2; ++d) {
       uint32_t b[4];
       load_matrices_transposed(b, (address ^ ((d % 4) << 5)) + 128 * (d / 4));
       mma<storage>(out[2 * d], a, b[0], b[1]);
       mma<storage>(out[2 * d + 1], a, b[2], b[3]);
     }
   }
-  __device__ __forceinline__ void gather_columns(Sums& out, const uint32_t (&a)[4], int side, int m) const {
+  template <int chunks>
+  __device__ __forceinline__ void gather_columns(Tiles<chunks>& out, const uint32_t (&a)[4], int side, int m,
+                                                 int first_chunk = 0) const {
     const uint32_t place = __shfl_sync(kAllLanes, places[m / 2], m % 2 * 16 + lane % 16);
-    gather(out, a, side * side_bytes + (place ^ (lane / 16 << 4)));
+    gather(out, a, side * side_bytes + (place ^ (lane / 16 << 4)) + 16 * first_chunk);
   }
-  __device__ __forceinline__ void gather_tokens(Sums& out, const uint32_t (&a)[4], int side) const {
-    gather(out, a, tokens[side] + lane % 16 * Row::kBytes + (((lane / 16) ^ (lane & 7)) << 4));
+  template <int chunks>
+  __device__ __forceinline__ void gather_tokens(Tiles<chunks>& out, const uint32_t (&a)[4], int side,
+                                                int first_chunk = 0) const {
+    gather(out, a, tokens[side] + lane % 16 * Row::kBytes + (((lane / 16) ^ (lane & 7)) << 4) + 16 * first_chunk);
   }
 };
 

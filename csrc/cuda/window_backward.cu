@@ -8,21 +8,22 @@ namespace {
 constexpr int kSlice = 32;  // elements of key or value of which a warp has the gradients
 
 // Shapes of a walk backward at compile time.
-template <typename storage_type, int dim, int flux, int columns, int patches>
+template <typename storage_type, int dim, int flux, int columns, int patches, int sharing>
 struct BackConfig {
   using storage = storage_type;
   static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
   static constexpr bool kSliding = flux == kPatch;
-  static constexpr int kPatches = patches;  // of a tile; a warp attends for each
+  static constexpr int kPatches = patches, kSharing = sharing;  // patches of a tile; warps that attend for each
   static constexpr int kTile = kPatches * kPatch;
   static constexpr int kSlices = 2 * dim / kSlice;  // a warp each
-  static constexpr int kAttending = kPatches * kWarp;
-  // Registers are given and taken by four warps together, so there are always four that may attend.
-  static constexpr int kFirstSlice = 4, kSumming = kSlices * kWarp, kThreads = kFirstSlice * kWarp + kSumming;
+  static constexpr int kFirstSlice = patches * sharing;
+  static constexpr int kAttending = kFirstSlice * kWarp, kSumming = kSlices * kWarp, kThreads = kAttending + kSumming;
   static constexpr int kBlocks = dim <= 64 && flux <= 3 ? 2 : 1;
-  // Registers of those that attend and of the others; 0: as they are.
-  static constexpr int kAttendRegisters = dim > 64 ? 240 : kBlocks == 2 ? 168 : 0;
-  static constexpr int kSumRegisters = dim > 64 ? 128 : kBlocks == 2 ? 88 : 0;
+  // Registers of those that attend and of the others, given and taken by four warps together; 0: as they are.
+  static_assert(kFirstSlice % 4 == 0 && kSlices % 4 == 0);
+  static constexpr bool kMany = kThreads >= 512 || kBlocks == 2, kNarrow = dim <= 64 && sharing == 1;
+  static constexpr int kAttendRegisters = kMany ? 168 : kNarrow ? 0 : dim <= 64 ? 184 : 240;
+  static constexpr int kSumRegisters = kMany ? 88 : kNarrow ? 0 : dim <= 64 ? 136 : 128;
   static constexpr int kRow = Rows<dim>::kBytes;
 };
 
@@ -38,10 +39,10 @@ struct BackLayout {
   int ring_rows;  // of what cells hold, and
   int grad_rows;  // of its gradients
   // Rows of a patch's weights, 16 tokens each: of the cells in grad_rows, of the cells that go on and of the patch's
-  // tokens.
-  int piece_started, piece_tokens, piece_rows;
+  // tokens; some that nobody reads.
+  int piece_started, piece_tokens, piece_spare, piece_rows;
   uint32_t ring, started, side_bytes, tokens, grads, grads_started, sums, pieces, gates, weights, decays, patches,
-      barriers, bytes;
+      shared_weights, shared_deltas, barriers, bytes;
 
   template <typename config>
   __host__ __device__ static BackLayout make(int slots, int resolution, int group) {
@@ -56,7 +57,9 @@ struct BackLayout {
     l.grad_rows = rounded(slots + between_patches + (config::kSliding ? kPatch : in_flux), 16);
     l.piece_started = l.grad_rows;
     l.piece_tokens = l.piece_started + 8;
-    l.piece_rows = l.piece_tokens + kPatch;
+    // One warp writes over the spare rows in the end; two must not meet there.
+    l.piece_spare = l.piece_tokens + (config::kSharing > 1 ? kPatch : 0);
+    l.piece_rows = l.piece_spare + kPatch;
     uint32_t at = 0;
     l.ring = at;                                  // of each side: [cell],
     l.started = at + l.ring_rows * config::kRow;  // [tile mod 2][patch][2]
@@ -80,11 +83,22 @@ struct BackLayout {
     at += config::kPatches * in_flux * 4;
     l.patches = at = rounded(at, 16);  // [patch]
     at += config::kPatches * sizeof(PatchPlace);
-    l.barriers = at;
-    at += 16;
+    l.shared_weights = at;  // between the warps of a patch: [patch][16 columns, in the end the tokens][lane][4]
+    at += config::kSharing > 1 ? config::kPatches * (config::kColumns / 16 + 1) * kWarp * 16 : 0;
+    l.shared_deltas = at;  // float: [patch][warp][token]
+    at += config::kSharing > 1 ? config::kPatches * config::kSharing * kPatch * 4 : 0;
+    l.barriers = at;  // of a tile's weights: written, read; of the warps of each patch
+    at += 16 + 8 * config::kPatches;
     l.bytes = (at + 15) / 16 * 16;
     return l;
   }
+};
+
+// Which of a patch's columns, by tiles of eight, a warp attends to. The first ones are with the patch's tokens.
+template <int from, int tiles>
+struct Share {
+  static constexpr int kFrom = from, kTiles = tiles;
+  static constexpr bool kFirst = from == 0;
 };
 
 // Offset in bytes of half of a row of weights: chunks are permuted so that eight rows' same half lies in different
@@ -157,10 +171,10 @@ struct WalkBack {
   }
 };
 
-// Some warps attend, one per patch of a tile, and leave weights: of what the slots held when the patch began, and of
-// its tokens. The others sum them up, a slice of elements of key or value each, one tile behind. A block has one
-// stretch of one sequence and kv head; it begins plan.warm_up tokens later, for what cells of the stretch give to later
-// tokens.
+// Some warps attend, one per patch of a tile, or two that divide its columns, and leave weights: of what the slots held
+// when the patch began, and of its tokens. The others sum them up, a slice of elements of key or value each, one tile
+// behind. A block has one stretch of one sequence and kv head; it begins plan.warm_up tokens later, for what cells of
+// the stretch give to later tokens.
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads) {
@@ -179,6 +193,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     layout = BackLayout::make<config>(walk.slots, walk.resolution, walk.group);
     barrier_init(shared_address(shared_memory) + layout.barriers, config::kAttending);
     barrier_init(shared_address(shared_memory) + layout.barriers + 8, config::kSumming);
+    for (int i = 0; i < kPatches; ++i) {
+      barrier_init(shared_address(shared_memory) + layout.barriers + 16 + 8 * i, config::kSharing * kWarp);
+    }
   }
   __syncthreads();
   const uint32_t shared = shared_address(shared_memory);
@@ -266,25 +283,42 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   wait_copies<0>();
   __syncthreads();
 
-  if (attends) {
-    take_registers<config::kAttendRegisters>();
-    if (warp >= kPatches) return;
+  const auto attend_to = [&](auto share) {
+    constexpr int kFrom = decltype(share)::kFrom, kTiles = decltype(share)::kTiles;
+    constexpr bool kFirst = decltype(share)::kFirst, kAlone = config::kSharing == 1;
+    constexpr int kPairs = kTiles / 2 + kFirst;  // of tiles, for whose columns and tokens it has weights
+    constexpr int kChunks = config::kDim / 8 / config::kSharing;  // of the query's gradient
+    static_assert(kAlone || kChunks % 8 == 0, "chunks are permuted within every eight");
+    const int patch = warp % kPatches, first_chunk = warp / kPatches * kChunks;
     Attend<config> attend(slots, ring_rows);
     attend.ring = shared + layout.ring;
     attend.side_bytes = layout.side_bytes;
-    for (int i = 0; i < 2; ++i) attend.tokens[i] = shared + layout.tokens + (2 * warp + i) * kPatch * kRow;
-    float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + warp * kFlux * kPatch;
-    float* const end_weights = reinterpret_cast<float*>(shared_memory + layout.weights) + warp * kFlux * kPatch;
-    PatchPlace& place = reinterpret_cast<PatchPlace*>(shared_memory + layout.patches)[warp];
-    float* const end_decays = reinterpret_cast<float*>(shared_memory + layout.decays) + warp * kFlux;
-    const uint32_t pieces = shared + layout.pieces + warp * layout.piece_rows * 32;  // of the keys
+    for (int i = 0; i < 2; ++i) attend.tokens[i] = shared + layout.tokens + (2 * patch + i) * kPatch * kRow;
+    float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + patch * kFlux * kPatch;
+    float* const end_weights = reinterpret_cast<float*>(shared_memory + layout.weights) + patch * kFlux * kPatch;
+    PatchPlace& place = reinterpret_cast<PatchPlace*>(shared_memory + layout.patches)[patch];
+    float* const end_decays = reinterpret_cast<float*>(shared_memory + layout.decays) + patch * kFlux;
+    const uint32_t pieces = shared + layout.pieces + patch * layout.piece_rows * 32;  // of the keys
     const uint32_t of_values = kPatches * layout.piece_rows * 32;
+    [[maybe_unused]] const uint32_t shared_weights =
+        shared + layout.shared_weights + (patch * (kColumns / 16 + 1) * kWarp + lane) * sizeof(uint4);
+    float* const deltas = reinterpret_cast<float*>(shared_memory + layout.shared_deltas) + 2 * patch * kPatch;
     const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to walk.base 2
     const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;
+    // The warps of a patch wait for each other.
+    [[maybe_unused]] int meetings = 0;
+    const auto meet = [&] {
+      if constexpr (!kAlone) {
+        const uint32_t barrier = shared + layout.barriers + 16 + 8 * patch;
+        barrier_arrive(barrier);
+        barrier_wait(barrier, meetings & 1);
+        ++meetings;
+      }
+    };
     const auto load_tokens = [&](int tile) {
       constexpr int kRowsAtOnce = kWarp / Row::kChunks;
       const int first_token = lane / Row::kChunks, chunk = lane % Row::kChunks;
-      const int t = walk.tile_token(tile) + warp * kPatch + first_token;
+      const int t = walk.tile_token(tile) + patch * kPatch + first_token;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const View& view = i ? p.value : p.key;
@@ -299,38 +333,41 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       commit_copies();
     };
-    load_tokens(last_tile);
-    int made_for = -1;  // the regular patch that weights are of: its offset from the trailing cell's centre
+    if constexpr (kFirst) load_tokens(last_tile);
+    int made_for = -1;  // the patch that weights are of, as in window_walk
     int parity = 0;
     for (int tile = last_tile; tile >= first_tile; --tile) {
-      const int t = walk.tile_token(tile) + warp * kPatch;
+      const int t = walk.tile_token(tile) + patch * kPatch;
       int offset;
-      const int cell = walk.trailing(tile, warp, &offset);
+      const int cell = walk.trailing(tile, patch, &offset);
       const bool irregular = cell - slots < walk.first || t < 0 || t + kPatch > walk.length;
-      const bool make = !kSliding && (irregular || made_for != offset);
+      const bool opening =
+          t >= 0 && t + kPatch <= walk.length && cell > walk.first + 1 && cell + kFlux - 1 - slots < walk.first;
+      const int alike = !irregular ? offset : opening ? walk.resolution + offset : -1;
+      const bool make = kFirst && !kSliding && (alike < 0 || made_for != alike);
       if (make) {
         Weights::make_gates(walk.cells, walk.position, walk.end(), walk.base + cell, walk.position + t,
                             static_cast<const float*>(p.gates) + p.laws[walk.head].gates, gates);
         attend.weights.make(walk.cells, walk.base + cell, walk.position + t, gates);
-        made_for = irregular ? -1 : offset;
+        made_for = alike;
       }
       attend.row = (cell - slots) % ring_rows;
       attend.irregular = irregular;
       attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
       attend.ended = irregular ? walk.given - cell : 0;
       attend.going_on = goes_on(offset);
-      attend.started = shared + layout.started + ((tile & 1) * kPatches + warp) * 2 * kRow;
+      attend.started = shared + layout.started + ((tile & 1) * kPatches + patch) * 2 * kRow;
       attend.find_places(0);
       const int from = walk.own_begin - t, until = walk.walk_end - t;  // of the patch's tokens
       for (int i = 0; i < group; ++i) {
         const int64_t query_head = static_cast<int64_t>(walk.head) * group + i, row = walk.row + t;
-        uint32_t key_weights[kColumns / 16 + 1][4], value_weights[kColumns / 16 + 1][4];
+        uint32_t key_weights[kPairs][4], value_weights[kPairs][4];
         {
-          typename Attend<config>::Scores score, grad;
+          Tiles<kTiles> score, grad;
           typename Attend<config>::Raw raw, shares = {}, grad_shares = {};
           attend.load_rows(p.query, walk.batch, query_head, row, from, until, static_cast<int>(p.key_dim), query_sign);
           const int64_t scalar = (walk.batch * p.query_heads + query_head) * p.tokens + row + g;
-          float lse[2], grad_lse[2];
+          float lse[2], grad_lse[2], delta[2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half;
@@ -339,63 +376,100 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             grad_lse[half] =
                 gradients.grad_lse && valid ? static_cast<const float*>(gradients.grad_lse)[scalar + 8 * half] : 0.f;
           }
-          wait_copies<0>();
-          __syncwarp();
-          attend.token_products(raw, 0);
-          attend.column_products(score, 0);
-          attend.template advance<-1>(score, raw);
-          attend.mask(score, 0);
+          if constexpr (kFirst) {
+            wait_copies<0>();
+            __syncwarp();
+            attend.token_products(raw, 0);
+          }
+          attend.column_products(score, 0, kFrom);
+          if constexpr (kFirst) attend.template advance<-1>(score, raw);
+          attend.mask(score, 8 * kFrom);
           attend.load_rows(gradients.grad_out, walk.batch, query_head, row, from, until, static_cast<int>(p.value_dim),
                            0);
-          attend.token_products(raw, 1);
-          attend.column_products(grad, 1);
-          attend.template advance<0>(grad, raw);
+          if constexpr (kFirst) attend.token_products(raw, 1);
+          attend.column_products(grad, 1, kFrom);
+          if constexpr (kFirst) attend.template advance<0>(grad, raw);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half;
             const bool valid = token >= from && token < until;
-            float delta = 0.f;
+            float sum = 0.f;
 #pragma unroll
-            for (int tile = 0; tile < kColumns / 8; ++tile) {
+            for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
               for (int e = 2 * half; e < 2 * half + 2; ++e) {
                 score[tile][e] = valid ? exp2_fast(score[tile][e] * factor - lse[half]) : 0.f;
-                delta += score[tile][e] * grad[tile][e];
+                sum += score[tile][e] * grad[tile][e];
               }
             }
-            delta += __shfl_xor_sync(kAllLanes, delta, 1);
-            delta += __shfl_xor_sync(kAllLanes, delta, 2);
-            delta -= grad_lse[half];
+            sum += __shfl_xor_sync(kAllLanes, sum, 1);
+            sum += __shfl_xor_sync(kAllLanes, sum, 2);
+            delta[half] = sum;
+            if (!kAlone && q == 0) deltas[(kFirst ? 0 : kPatch) + token] = sum;
+          }
+          meet();
 #pragma unroll
-            for (int tile = 0; tile < kColumns / 8; ++tile) {
+          for (int half = 0; half < 2; ++half) {
+            if constexpr (!kAlone) delta[half] += deltas[(kFirst ? kPatch : 0) + g + 8 * half];
+            delta[half] -= grad_lse[half];
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
               for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                grad[tile][e] = static_cast<float>(p.scale) * score[tile][e] * (grad[tile][e] - delta);
+                grad[tile][e] = static_cast<float>(p.scale) * score[tile][e] * (grad[tile][e] - delta[half]);
               }
             }
           }
-          attend.template split<1>(score, shares);
-          attend.template split<2>(grad, grad_shares);
+          if constexpr (kFirst) {
+            attend.template split<1>(score, shares);
+            attend.template split<2>(grad, grad_shares);
+            attend.pack_pair(key_weights[kPairs - 1], grad_shares[0], grad_shares[1]);
+            attend.pack_pair(value_weights[kPairs - 1], shares[0], shares[1]);
+          }
 #pragma unroll
-          for (int m = 0; m < kColumns / 16; ++m) {
+          for (int m = 0; m < kTiles / 2; ++m) {
             attend.pack_pair(key_weights[m], grad[2 * m], grad[2 * m + 1]);
             attend.pack_pair(value_weights[m], score[2 * m], score[2 * m + 1]);
           }
-          attend.pack_pair(key_weights[kColumns / 16], grad_shares[0], grad_shares[1]);
-          attend.pack_pair(value_weights[kColumns / 16], shares[0], shares[1]);
+        }
+        // Columns of this warp's pair m, as a pair of all columns; the tokens come last.
+        const auto pair_of = [&](int m) { return kFirst && m == kPairs - 1 ? kColumns / 16 : kFrom / 2 + m; };
+        if constexpr (!kAlone) {
+#pragma unroll
+          for (int m = 0; m < kPairs; ++m) {
+            const uint32_t (&w)[4] = key_weights[m];
+            store_shared(shared_weights + pair_of(m) * kWarp * sizeof(uint4), make_uint4(w[0], w[1], w[2], w[3]));
+          }
+          meet();
         }
         {
-          typename Attend<config>::Sums out = {};
+          Tiles<kChunks> out = {};
 #pragma unroll
-          for (int m = 0; m < kColumns / 16; ++m) attend.gather_columns(out, key_weights[m], 0, m);
-          attend.gather_tokens(out, key_weights[kColumns / 16], 0);
+          for (int m = 0; m <= kColumns / 16; ++m) {
+            uint32_t w[4];
+            if constexpr (kAlone) {
+#pragma unroll
+              for (int n = 0; n < 4; ++n) w[n] = key_weights[m][n];
+            } else {
+              const uint4 words = load_shared(shared_weights + m * kWarp * sizeof(uint4));
+              w[0] = words.x, w[1] = words.y, w[2] = words.z, w[3] = words.w;
+            }
+            if (m < kColumns / 16) {
+              attend.gather_columns(out, w, 0, m, first_chunk);
+            } else {
+              attend.gather_tokens(out, w, 0, first_chunk);
+            }
+          }
           __syncwarp();  // the values have been read
           attend.store_rows(out, {1.f, 1.f}, gradients.query, walk.batch, query_head, row, from,
-                            min(until, walk.own_end - t), static_cast<int>(p.key_dim), attend.tokens[1]);
-          if (i + 1 < group) {
-            load_tokens(tile);
-          } else if (tile > first_tile) {
-            load_tokens(tile - 1);
+                            min(until, walk.own_end - t), static_cast<int>(p.key_dim), attend.tokens[1], first_chunk);
+          meet();
+          if constexpr (kFirst) {
+            if (i + 1 < group) {
+              load_tokens(tile);
+            } else if (tile > first_tile) {
+              load_tokens(tile - 1);
+            }
           }
         }
         if (i > 0 || tile < last_tile) {
@@ -404,34 +478,45 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
         if (make && i == 0) Weights::make_end(gates, end_decays, end_weights);
         const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
-        if (lane == 0) place = {before_row, own_row, walk.given - cell, attend.going_on};
+        if (kFirst && lane == 0) place = {before_row, own_row, walk.given - cell, attend.going_on};
         // The gradients' rows of cells that no column has are cleared.
         const int clear = irregular ? grad_rows : grad_rows - slots + attend.going_on;
 #pragma unroll 1
-        for (int n = lane; n < 4 * clear; n += kWarp) {
+        for (int n = warp / kPatches * kWarp + lane; n < 4 * clear; n += config::kSharing * kWarp) {
           store_shared(pieces + (n & 1) * of_values + piece_at(wrap(own_row + n / 4, grad_rows), n / 2 % 2),
                        make_uint4(0, 0, 0, 0));
         }
-        if (attend.going_on == 1 && lane < 4) {
-          store_shared(pieces + (lane & 1) * of_values + piece_at(layout.piece_started + 2 * warp + 1, lane / 2),
+        if (kFirst && attend.going_on == 1 && lane < 4) {
+          store_shared(pieces + (lane & 1) * of_values + piece_at(layout.piece_started + 2 * patch + 1, lane / 2),
                        make_uint4(0, 0, 0, 0));
         }
         __syncwarp();
+        if (irregular) meet();  // some of these rows may be the other warp's
 #pragma unroll
-        for (int m = 0; m <= kColumns / 16; ++m) {
+        for (int m = 0; m < kPairs; ++m) {
           if (slots < kColumns) __syncwarp();  // columns past the last share rows
-          const int column = 16 * m + 8 * (lane / 16) + lane % 8;
+          const int column = 16 * pair_of(m) + 8 * (lane / 16) + lane % 8;
           int to_row = wrap(before_row + column, grad_rows);
           if (column < attend.ended) to_row = wrap(to_row + slots, grad_rows);
-          if (column < attend.going_on) to_row = layout.piece_started + 2 * warp + column;
-          if (column >= slots) to_row = layout.piece_tokens + column % 16;  // written over in the end
-          if (m == kColumns / 16) to_row = layout.piece_tokens + column - kColumns;
+          if (column < attend.going_on) to_row = layout.piece_started + 2 * patch + column;
+          if (column >= slots) to_row = layout.piece_spare + column % 16;
+          if (pair_of(m) == kColumns / 16) to_row = layout.piece_tokens + column - kColumns;
           const uint32_t at = piece_at(to_row, lane / 8 % 2);
           store_matrices_transposed(pieces + at, key_weights[m]);
           store_matrices_transposed(pieces + of_values + at, value_weights[m]);
         }
         barrier_arrive(written);
       }
+    }
+  };
+  if (attends) {
+    take_registers<config::kAttendRegisters>();
+    if constexpr (config::kSharing == 1) {
+      attend_to(Share<0, kColumns / 8>{});
+    } else if (warp < kPatches) {
+      attend_to(Share<0, 2>{});
+    } else {
+      attend_to(Share<2, kColumns / 8 - 2>{});
     }
     return;
   }
@@ -652,25 +737,25 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 }
 
 // Calls body(config{}) with the shapes for heads of one class.
-template <typename storage, int dim, int flux, int patches, typename body_type>
+template <typename storage, int dim, int flux, int patches, int sharing, typename body_type>
 void with_back_columns(const Problem& p, const body_type& body) {
-  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches>());
-  body(BackConfig<storage, dim, flux, 64, patches>());
+  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches, sharing>());
+  body(BackConfig<storage, dim, flux, 64, patches, sharing>());
 }
 template <typename storage, typename body_type>
 void with_back_flux(const Problem& p, int flux, const body_type& body) {
   if (p.key_dim <= 64 && p.value_dim <= 64) {
-    if (flux <= 3) return with_back_columns<storage, 64, 3, 4>(p, body);
-    if (flux <= 5) return with_back_columns<storage, 64, 5, 4>(p, body);
-    if (flux <= 9) return with_back_columns<storage, 64, 9, 4>(p, body);
-    return with_back_columns<storage, 64, kPatch, 4>(p, body);
+    if (flux <= 3) return with_back_columns<storage, 64, 3, 4, 1>(p, body);
+    if (flux <= 5) return with_back_columns<storage, 64, 5, 4, 1>(p, body);
+    if (flux <= 9) return with_back_columns<storage, 64, 9, 4, 1>(p, body);
+    return with_back_columns<storage, 64, kPatch, 4, 1>(p, body);
   }
-  if (flux <= 3 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 3, 4>(p, body);
-  if (flux <= 3) return with_back_columns<storage, 128, 3, 2>(p, body);
-  if (flux <= 5 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 5, 4>(p, body);
-  if (flux <= 5) return with_back_columns<storage, 128, 5, 2>(p, body);
-  if (flux <= 9) return with_back_columns<storage, 128, 9, 2>(p, body);
-  with_back_columns<storage, 128, kPatch, 2>(p, body);
+  if (flux <= 3 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 3, 4, 1>(p, body);
+  if (flux <= 3) return with_back_columns<storage, 128, 3, 2, 2>(p, body);
+  if (flux <= 5 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 5, 4, 1>(p, body);
+  if (flux <= 5) return with_back_columns<storage, 128, 5, 2, 2>(p, body);
+  if (flux <= 9) return with_back_columns<storage, 128, 9, 2, 2>(p, body);
+  with_back_columns<storage, 128, kPatch, 2, 2>(p, body);
 }
 template <typename body_type>
 void with_back_config(const Problem& p, int flux, const body_type& body) {
@@ -709,7 +794,7 @@ int64_t window_backward_workspace(const Problem& p) { return Contents::bytes(p);
 
 void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
   const Contents contents(p, gradients.contents ? const_cast<void*>(gradients.contents) : workspace);
-  on_branches(p, flux_classes(p, contents), [&](const FluxClass& c, const Problem& problem) {
+  on_branches(p, flux_classes(p, contents, kBackwardOrder), [&](const FluxClass& c, const Problem& problem) {
     const HeadList& heads = c.heads;
     with_back_config(p, flux_of_class(c.number), [&](auto config_tag) {
       using config = decltype(config_tag);

@@ -86,12 +86,12 @@ const char* window_refusal(const Problem& p) {
 }
 
 int64_t window_forward_workspace(const Problem& p) {
-  return repair_workspace(p, make_plans(p, flux_classes(p, Contents())));
+  return repair_workspace(p, make_plans(p, flux_classes(p, Contents(), kForwardOrder)));
 }
 
 void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   const Contents contents = outputs.contents ? Contents(p, outputs.contents) : Contents();
-  const std::vector<FluxClass> classes = flux_classes(p, contents);
+  const std::vector<FluxClass> classes = flux_classes(p, contents, kForwardOrder);
   const Plans plans = make_plans(p, classes);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   if (p.tokens > 0) {

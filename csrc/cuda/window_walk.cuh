@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   attend.ring = shared + layout.ring;
   attend.started = shared + layout.started + 2 * warp * config::kRow;
   attend.side_bytes = side_bytes;
-  int made_for = -1;         // the regular patch that weights are of: its offset from the trailing cell's centre
+  // The patch that weights are of: its offset from the trailing cell's centre, plus r where all cells open slots.
+  int made_for = -1;
   const auto report = [&] {  // a token is not finite
     if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 1;
   };
@@ -200,7 +201,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       ++cell;
     }
     const bool irregular = cell - slots < walk.first || patch < walk.begin;
-    if (!config::kSliding && (irregular || made_for != offset)) {
+    const bool opening = patch >= walk.begin && cell > walk.first + 1 && cell + kFlux - 1 - slots < walk.first;
+    const int alike = !irregular ? offset : opening ? resolution + offset : -1;
+    if (!config::kSliding && (alike < 0 || made_for != alike)) {
       const Cells cells = p.laws[head].cells;
       Weights::make_gates(cells, walk.time(walk.begin), walk.time(walk.end), walk.cell + cell, walk.time(patch), table,
                           gates);
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         attend.weights.make(cells, walk.cell + cell, walk.time(patch), gates);
         __syncwarp();  // what the patch adds takes the gates' place
       }
-      made_for = irregular ? -1 : offset;
+      made_for = alike;
     }
     if (lane == 0) patch_cells[warp] = cell;
     if constexpr (!config::kContents) load_query(attend, patch, 0);
@@ -362,7 +365,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       for (int i = 0; i < group; ++i) {
         const int query_head = head * group + i;
         if (i > 0) load_query(attend, patch, i);
-        typename Attend<config>::Sums out = {};
+        Tiles<kDim / 8> out = {};
         typename Attend<config>::Raw raw, shares = {};
         float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
         attend.token_products(raw, 0);
@@ -380,7 +383,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           fetch_once_read(1);
         };
         for (int first = 0; first < (config::kMore ? slots : 1); first += config::kColumns) {
-          typename Attend<config>::Scores score;
+          Tiles<config::kColumns / 8> score;
           if (config::kMore || i == 0) attend.find_places(first);
           attend.column_products(score, 0);
           if (first == 0) attend.template advance<-1>(score, raw);

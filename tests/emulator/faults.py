@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from faults import CUDA  # noqa: E402
 
-WAITS = re.compile(r"__syncthreads\(\);|__syncwarp\(\);|wait_copies<\w+>\(\);|__pipeline_wait_prior\(\w+\);")
+WAITS = re.compile(
+    r"\bmeet\(\);|__syncthreads\(\);|__syncwarp\(\);|wait_copies<\w+>\(\);|__pipeline_wait_prior\(\w+\);"
+)
 
 
 def faults() -> list[tuple[str, str, int, str, str]]:

@@ -55,6 +55,34 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
   });
 }
 
+inline uint32_t to_tf32(float x) { return (emulator_bits<uint32_t>(x) + 0x1000u) & 0xffffe000u; }
+inline void mma_tf32(float (&d)[4], const uint32_t (&x)[4], const uint32_t (&b)[2]) {
+  struct Lane {
+    float* d;
+    const uint32_t *x, *b;
+  } mine{d, x, b};
+  emulator::together(kAllLanes, "mma_tf32", mine, [](Lane* const* lanes) {
+    const auto number = [](uint32_t bits) { return emulator_bits<float>(bits & 0xffffe000u); };
+    float x[16][8], b[8][8], d[16][8];
+    for (int l = 0; l < kWarp; ++l) {
+      const int g = l / 4, q = l % 4;
+      for (int i = 0; i < 4; ++i) {
+        x[g + i / 2 * 8][2 * q + i % 2] = number(lanes[l]->x[i]);
+        d[g + i / 2 * 8][2 * q + i % 2] = lanes[l]->d[i];
+      }
+      for (int i = 0; i < 2; ++i) b[2 * q + i][g] = number(lanes[l]->b[i]);
+    }
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 8; ++k) {
+        for (int column = 0; column < 8; ++column) d[row][column] += x[row][k] * b[k][column];
+      }
+    }
+    for (int l = 0; l < kWarp; ++l) {
+      for (int i = 0; i < 4; ++i) lanes[l]->d[i] = d[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2];
+    }
+  });
+}
+
 template <typename storage>
 inline bool finite(const uint4& words) {
   for (const uint32_t word : {words.x, words.y, words.z, words.w}) {

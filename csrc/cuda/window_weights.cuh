@@ -1,0 +1,284 @@
+// What the tokens of a patch weigh in the cells in flux: how products with what slots held become products with what
+// they hold at each token, and back.
+#pragma once
+
+#include <type_traits>
+
+#include "window.cuh"
+
+namespace blurry_attn::cuda {
+
+// 16 tokens by eights of columns, which are slots, the patch's own tokens, or elements; as an mma has them.
+template <int tiles>
+using Tiles = float[tiles][4];
+
+// The gates of a patch in its cells in flux, and what follows from them for the patch's end.
+template <typename storage, int kFlux>
+struct PatchGates {
+  static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
+
+  // Writes the gates of the patch's tokens, begin <= t < end, in its cells: [kFlux][kPatch]; for all lanes of a warp.
+  __device__ __forceinline__ static void make_gates(const Cells& cells, int64_t begin, int64_t end, int64_t cell,
+                                                    int64_t token, const float* table, float* gates) {
+    for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
+      const int64_t c = cell + i / kPatch, t = token + i % kPatch, x = t - cells.centre(c);
+      const bool lies = c >= cells.first() && t >= begin && t < end && x > -cells.resolution && x < cells.resolution;
+      gates[i] = lies ? cells.gate(table, c, t) : 0.f;
+    }
+    __syncwarp();
+  }
+  // Of the patch's end: the decays, and for each thread its fragments of b, high and low parts, of the weights:
+  // [kFluxTiles][lane].
+  __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, uint4* end_weights) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int tile = 0; tile < kFluxTiles; ++tile) {
+      float w[4] = {};
+      const int j = 8 * tile + g;
+      if (j < kFlux) {
+        float product = 1.f;
+        for (int s = kPatch - 1; s >= 0; --s) {
+          const float gate = gates[j * kPatch + s];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (s == 8 * (i / 2) + 2 * q + i % 2) w[i] = gate * product;
+          }
+          product *= 1.f - gate;
+        }
+        if (q == 0) end_decays[j] = product;
+      }
+      const auto low = [](float x) { return x - to_compute<float>(to_storage<storage>(x)); };
+      end_weights[tile * kWarp + lane] =
+          make_uint4(pack<storage>(w[0], w[1]), pack<storage>(w[2], w[3]), pack<storage>(low(w[0]), low(w[1])),
+                     pack<storage>(low(w[2]), low(w[3])));
+    }
+    __syncwarp();
+  }
+  // The same as plain numbers: [kFlux][kPatch] and [kFlux].
+  __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, float* end_weights) {
+    for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
+      const int j = i / kPatch;
+      float product = 1.f;
+      for (int t = kPatch - 1; t > i % kPatch; --t) product *= 1.f - gates[j * kPatch + t];
+      end_weights[i] = gates[i] * product;
+      if (i % kPatch == 0) end_decays[j] = product * (1.f - gates[i]);
+    }
+    __syncwarp();
+  }
+};
+
+// One head's decays and weights in one patch, as the fragments of an mma have them. Both kinds have make(); advance(),
+// from products with what the slots held to products with what they hold at the row's token; and its adjoint, split(),
+// which splits weights of what the slots hold at the row's token into those of the patch's tokens, which are added to,
+// and of what the slots held. `decay` is of tokens (rows) and cells (columns); below zero: shut.
+
+// For few cells: the weight of each token at each later one.
+template <typename storage, int kFlux>
+struct FewWeights : PatchGates<storage, kFlux> {
+  using PatchGates<storage, kFlux>::kFluxTiles;
+
+  // Pairs of half, of tokens (columns): the first eight in row g, the first and the last eight in row g + 8. A token
+  // has no weight before its time.
+  uint32_t weight[kFlux][3];
+  float decay[kFluxTiles][4];
+
+  // Two weights of a cell: of tokens 8 tile + 2 q and the next in row g + 8 half. Below zero, `use` is the first one.
+  template <int use>
+  __device__ __forceinline__ float2 pair(int j, int half, int tile) const {
+    const uint32_t words = weight[j][half + tile];
+    return unpack<__half>(use < 0 ? words : made_anew<use>(words));
+  }
+  __device__ __forceinline__ void make(const Cells& cells, int64_t cell, int64_t token, const float* gates) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int tile = 0; tile < kFluxTiles; ++tile) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) decay[tile][e] = 1.f;
+    }
+#pragma unroll
+    for (int j = 0; j < kFlux; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = g + 8 * half;
+        float product = 1.f;
+        float w[4] = {};
+        for (int s = row; s >= 0; --s) {
+          const float gate = gates[j * kPatch + s];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (s == 8 * (i / 2) + 2 * q + i % 2) w[i] = gate * product;
+          }
+          product *= 1.f - gate;
+        }
+        weight[j][half] = pack<__half>(w[0], w[1]);
+        if (half) weight[j][2] = pack<__half>(w[2], w[3]);
+        const int64_t c = cell + j;
+        const bool shut = cells.opens(c) && (c < cells.first() || token + row < cells.opening(c));
+        if (j % 8 / 2 == q) decay[j / 8][2 * half + j % 2] = shut ? -1.f : product;
+      }
+    }
+  }
+  template <int use, int tiles>
+  __device__ __forceinline__ void advance(Tiles<tiles>& sums, const Tiles<2>& raw) const {
+    const int q = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < kFlux; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = 0.f;
+#pragma unroll
+        for (int tile = 0; tile <= half; ++tile) {
+          const float2 weight = pair<use>(j, half, tile);
+          sum += weight.x * raw[tile][2 * half];
+          sum += weight.y * raw[tile][2 * half + 1];
+        }
+        sum += __shfl_xor_sync(kAllLanes, sum, 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
+        if (j % 8 / 2 == q) {
+          float& s = sums[j / 8][2 * half + j % 2];
+          s = s * decay[j / 8][2 * half + j % 2] + sum;
+        }
+      }
+    }
+  }
+  template <int use, int tiles>
+  __device__ __forceinline__ void split(Tiles<tiles>& sums, Tiles<2>& shares) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int j = 0; j < kFlux; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float share = __shfl_sync(kAllLanes, sums[j / 8][2 * half + j % 2], (lane & ~3) | (j % 8 / 2));
+#pragma unroll
+        for (int tile = 0; tile <= half; ++tile) {
+          const float2 weight = pair<use>(j, half, tile);
+          shares[tile][2 * half] += share * weight.x;
+          shares[tile][2 * half + 1] += share * weight.y;
+        }
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kFluxTiles; ++tile) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[tile][e] *= fmaxf(decay[tile][e], 0.f);
+    }
+  }
+};
+
+// For many cells: products on tensor cores. The weight of a token s at a later one t, gate(s) times 1 - gate of all
+// after it up to t, is share(s) factor(t): factor is the product of all 1 - gate up to t, share is gate over the
+// product up to s. Where a gate is 1 both products begin anew, and shares are 2^steps larger from there on, so that
+// what came before is lost in the rounding of what follows.
+template <typename storage, int kFlux>
+struct ManyWeights : PatchGates<storage, kFlux> {
+  using PatchGates<storage, kFlux>::kFluxTiles;
+  static constexpr int kMostSteps = 90;  // over all gates of 1: few, as these are cells of two or three tokens
+
+  // In tf32, of cells 8 tile .. and tokens 8 half ..: cell g, tokens 2q and 2q + 1; token g, cells 2q and 2q + 1.
+  uint32_t token_shares[kFluxTiles][2][2], cell_shares[kFluxTiles][2][2];
+  float factor[kFluxTiles][4], decay[kFluxTiles][4];
+
+  __device__ __forceinline__ void make(const Cells& cells, int64_t cell, int64_t token, const float* gates) {
+    // A lane goes along the tokens of one cell, and hands what it finds to those that need it.
+    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+    const auto gate_at = [&](int t) { return lane < kFlux ? gates[lane * kPatch + t] : 0.f; };
+    int whole = 0;
+    for (int t = 0; t < kPatch; ++t) whole += gate_at(t) == 1.f;
+    const int steps = whole > 0 ? min(30, kMostSteps / whole) : 0;
+    float scale = ldexpf(1.f, -steps * whole / 2), product = 1.f, left = 1.f;
+#pragma unroll
+    for (int t = 0; t < kPatch; ++t) {
+      const float gate = gate_at(t);
+      if (gate == 1.f) {
+        product = 1.f;
+        scale = ldexpf(scale, steps);
+      } else {
+        product *= 1.f - gate;
+      }
+      left *= 1.f - gate;
+      const uint32_t share = to_tf32(gate / product * scale);
+      const float ratio = product / scale;
+#pragma unroll
+      for (int tile = 0; tile < kFluxTiles; ++tile) {
+        const uint32_t of_column = __shfl_sync(kAllLanes, share, 8 * tile + g);
+        if (q == t % 8 / 2) token_shares[tile][t / 8][t % 2] = of_column;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int from = 8 * tile + 2 * q + i;
+          const uint32_t of_row = __shfl_sync(kAllLanes, share, from);
+          const float its_ratio = __shfl_sync(kAllLanes, ratio, from), its_left = __shfl_sync(kAllLanes, left, from);
+          if (g != t % 8) continue;
+          cell_shares[tile][t / 8][i] = of_row;
+          factor[tile][2 * (t / 8) + i] = its_ratio;
+          decay[tile][2 * (t / 8) + i] = its_left;
+        }
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kFluxTiles; ++tile) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int j = 8 * tile + 2 * q + e % 2, row = g + 8 * (e / 2);
+        const int64_t c = cell + j;
+        const bool shut = cells.opens(c) && (c < cells.first() || token + row < cells.opening(c));
+        if (j < kFlux && shut) decay[tile][e] = -1.f;
+      }
+    }
+  }
+  // Whether a token of the patch, column e of a tile, is the row's or one before it.
+  __device__ __forceinline__ static bool past(int tile, int e) {
+    const int lane = threadIdx.x % kWarp;
+    return 8 * tile + lane % 4 * 2 + e % 2 <= lane / 4 + 8 * (e / 2);
+  }
+  template <int use, int tiles>
+  __device__ __forceinline__ void advance(Tiles<tiles>& sums, const Tiles<2>& raw) const {
+    uint32_t high[2][4], low[2][4];  // products in two parts, which have 22 bits
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float x = past(half, e) ? raw[half][e] : 0.f;
+        high[half][e] = to_tf32(x);
+        low[half][e] = __float_as_uint(x - __uint_as_float(high[half][e]));
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kFluxTiles; ++tile) {
+      float sum[4] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        mma_tf32(sum, high[half], token_shares[tile][half]);
+        mma_tf32(sum, low[half], token_shares[tile][half]);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums[tile][e] = sums[tile][e] * decay[tile][e] + sum[e] * factor[tile][e];
+      }
+    }
+  }
+  template <int use, int tiles>
+  __device__ __forceinline__ void split(Tiles<tiles>& sums, Tiles<2>& shares) const {
+    Tiles<2> of_tokens = {};
+#pragma unroll
+    for (int tile = 0; tile < kFluxTiles; ++tile) {
+      uint32_t x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        x[e] = to_tf32(sums[tile][e] * factor[tile][e]);
+        sums[tile][e] *= fmaxf(decay[tile][e], 0.f);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) mma_tf32(of_tokens[half], x, cell_shares[tile][half]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) shares[half][e] += past(half, e) ? of_tokens[half][e] : 0.f;
+    }
+  }
+};
+
+template <typename storage, int kFlux>
+using PatchWeights = std::conditional_t<(kFlux > 5), ManyWeights<storage, kFlux>, FewWeights<storage, kFlux>>;
+
+}  // namespace blurry_attn::cuda
