@@ -320,8 +320,8 @@ PYTHON = [
     ),
     *faults(
         "blurry_attn/modules.py",
-        ("rotary: turned backwards", "first * cos - second * sin, second * cos + first * sin",
-         "first * cos + second * sin, second * cos - first * sin", MODULES),
+        ("rotary: turned backwards", "angle.sin().to(work))", "-angle.sin().to(work))", MODULES),
+        ("rotary: gradient not turned back", "_Turn.apply(grad, cos, -sin)", "_Turn.apply(grad, cos, sin)", MODULES),
         ("rotary: angles in float32", "device=x.device, dtype=torch.float64) / dim)", "device=x.device) / dim)",
          MODULES),
         ("modules: positions begin anew after a state", "tokens if state is None else tokens + state.position",

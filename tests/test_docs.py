@@ -181,10 +181,15 @@ def context_rows(_: list[list[str]]) -> list[list[str]]:
     ]
 
 
-def which_rows(shown: list[list[str]]) -> list[list[str]]:
+def recall_by_slots() -> dict[tuple[str, int], str]:
     from benchmarks.sweep.report import points
 
-    recall = {(p.family.split(", 4 heads")[0], p.slots): share(p.mean) for p in points(result(MQAR))}
+    rows = [row for row in result(MQAR) if row["task"] == "32 pairs in 256 tokens"]
+    return {(p.family.split(", 4 heads")[0], p.slots): share(p.mean) for p in points(rows)}
+
+
+def which_rows(shown: list[list[str]]) -> list[list[str]]:
+    recall = recall_by_slots()
     text = {name: f"{run['validation'][-1][1]:.3f}" for name, run in result(LM)["runs"].items()}
     rows = [[f"sliding window of {n} tokens", str(n), recall["sliding", n], ""] for n in (32, 64, 128, 256)]
     rows[0][3] = text["sliding"]
@@ -193,8 +198,32 @@ def which_rows(shown: list[list[str]]) -> list[list[str]]:
     return [*rows, ["full attention", "all", recall["full", 256], text["full"]]]
 
 
+def law_rows(shown: list[list[str]]) -> list[list[str]]:
+    from benchmarks.lm.report import bits
+    from benchmarks.sweep.report import points
+
+    recall = recall_by_slots()
+    rows = [row for row in result("lm/results/cuda.jsonl") if row["task"].endswith("4 layers of 512")]
+    text = {(p.family.split(", 8 heads")[0], p.slots): f"{-p.mean:.3f}" for p in points(rows, lambda row: -bits(row))}
+    steep = "pyramid 1,1,1,1,4,4,32,32"
+    spans = (32, 64, 128, 256)
+    return [
+        [
+            f"sliding window of {' / '.join(map(str, spans))} tokens",
+            " / ".join(recall["sliding", n] for n in spans),
+            " / ".join(text.get(("sliding", n), "–") for n in spans),
+        ],
+        ["fejer, r = 8", recall["fejer, window 256", 32], text["fejer, window 256", 32]],
+        ["fejer, r = 1, 1, 2, 2, 4, 4, 8, 8", "", text["fejer, pyramid 1,1,2,2,4,4,8,8", 32]],
+        ["fejer, r = 1, 1, 1, 1, 4, 4, 32, 32", "", text[f"fejer, {steep}", 32]],
+        ["dirichlet, r = 1, 1, 1, 1, 4, 4, 32, 32", "", text[f"dirichlet, {steep}", 32]],
+        ["full attention", recall["full", 256], text["full", 1024]],
+    ]
+
+
 SOURCES = {
     ("README.md", "Which window?"): which_rows,
+    ("docs/law.md", 'Why "fejer" is the default'): law_rows,
     ("docs/results.md", "Context parallel"): context_rows,
     ("docs/results.md", "A state in bfloat16"): drift_rows,
     ("docs/results.md", "A language model on an H200"): language_rows,
