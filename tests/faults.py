@@ -58,8 +58,8 @@ QUICK_CUDA = [
     only_if(
         "dim == 64",
         "csrc/cuda/window_backward.cu",
-        "  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches, sharing>());\n"
-        "  body(BackConfig<storage, dim, flux, 64, patches, sharing>());\n",
+        "  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches>());\n"
+        "  body(BackConfig<storage, dim, flux, 64, patches>());\n",
     ),
 ]
 

@@ -8,22 +8,21 @@ namespace {
 constexpr int kSlice = 32;  // elements of key or value of which a warp has the gradients
 
 // Shapes of a walk backward at compile time.
-template <typename storage_type, int dim, int flux, int columns, int patches, int sharing>
+template <typename storage_type, int dim, int flux, int columns, int patches>
 struct BackConfig {
   using storage = storage_type;
   static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
   static constexpr bool kSliding = flux == kPatch;
-  static constexpr int kPatches = patches, kSharing = sharing;  // patches of a tile; warps that attend for each
+  static constexpr int kPatches = patches;  // of a tile
   static constexpr int kTile = kPatches * kPatch;
   static constexpr int kSlices = 2 * dim / kSlice;  // a warp each
-  static constexpr int kFirstSlice = patches * sharing;
+  // Registers are given and taken by four warps together, so four attend: two for each patch where a tile has two.
+  static constexpr int kFirstSlice = 4, kSharing = kFirstSlice / patches;
   static constexpr int kAttending = kFirstSlice * kWarp, kSumming = kSlices * kWarp, kThreads = kAttending + kSumming;
   static constexpr int kBlocks = dim <= 64 && flux <= 3 ? 2 : 1;
-  // Registers of those that attend and of the others, given and taken by four warps together; 0: as they are.
-  static_assert(kFirstSlice % 4 == 0 && kSlices % 4 == 0);
-  static constexpr bool kMany = kThreads >= 512 || kBlocks == 2, kNarrow = dim <= 64 && sharing == 1;
-  static constexpr int kAttendRegisters = kMany ? 168 : kNarrow ? 0 : dim <= 64 ? 184 : 240;
-  static constexpr int kSumRegisters = kMany ? 88 : kNarrow ? 0 : dim <= 64 ? 136 : 128;
+  // Registers of those that attend and of the others; 0: as they are.
+  static constexpr int kAttendRegisters = dim > 64 ? 240 : kBlocks == 2 ? 168 : 0;
+  static constexpr int kSumRegisters = dim > 64 ? 128 : kBlocks == 2 ? 88 : 0;
   static constexpr int kRow = Rows<dim>::kBytes;
 };
 
@@ -737,25 +736,25 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 }
 
 // Calls body(config{}) with the shapes for heads of one class.
-template <typename storage, int dim, int flux, int patches, int sharing, typename body_type>
+template <typename storage, int dim, int flux, int patches, typename body_type>
 void with_back_columns(const Problem& p, const body_type& body) {
-  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches, sharing>());
-  body(BackConfig<storage, dim, flux, 64, patches, sharing>());
+  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches>());
+  body(BackConfig<storage, dim, flux, 64, patches>());
 }
 template <typename storage, typename body_type>
 void with_back_flux(const Problem& p, int flux, const body_type& body) {
   if (p.key_dim <= 64 && p.value_dim <= 64) {
-    if (flux <= 3) return with_back_columns<storage, 64, 3, 4, 1>(p, body);
-    if (flux <= 5) return with_back_columns<storage, 64, 5, 4, 1>(p, body);
-    if (flux <= 9) return with_back_columns<storage, 64, 9, 4, 1>(p, body);
-    return with_back_columns<storage, 64, kPatch, 4, 1>(p, body);
+    if (flux <= 3) return with_back_columns<storage, 64, 3, 4>(p, body);
+    if (flux <= 5) return with_back_columns<storage, 64, 5, 4>(p, body);
+    if (flux <= 9) return with_back_columns<storage, 64, 9, 4>(p, body);
+    return with_back_columns<storage, 64, kPatch, 4>(p, body);
   }
-  if (flux <= 3 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 3, 4, 1>(p, body);
-  if (flux <= 3) return with_back_columns<storage, 128, 3, 2, 2>(p, body);
-  if (flux <= 5 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 5, 4, 1>(p, body);
-  if (flux <= 5) return with_back_columns<storage, 128, 5, 2, 2>(p, body);
-  if (flux <= 9) return with_back_columns<storage, 128, 9, 2, 2>(p, body);
-  with_back_columns<storage, 128, kPatch, 2, 2>(p, body);
+  if (flux <= 3 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 3, 4>(p, body);
+  if (flux <= 3) return with_back_columns<storage, 128, 3, 2>(p, body);
+  if (flux <= 5 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 5, 4>(p, body);
+  if (flux <= 5) return with_back_columns<storage, 128, 5, 2>(p, body);
+  if (flux <= 9) return with_back_columns<storage, 128, 9, 2>(p, body);
+  with_back_columns<storage, 128, kPatch, 2>(p, body);
 }
 template <typename body_type>
 void with_back_config(const Problem& p, int flux, const body_type& body) {
