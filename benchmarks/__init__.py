@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
 
 def command_line(name: str, given: Sequence[str]) -> str:
     """How a benchmark was called, but for where its results went."""
     kept = [word for before, word in zip(["", *given], given, strict=False) if "--out" not in (before, word)]
     return " ".join([f"python -m benchmarks.{name}", *kept])
+
+
+def now() -> str:
+    """The minute that a result is of."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def described(error: Exception) -> str:

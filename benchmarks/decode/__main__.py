@@ -15,14 +15,13 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import command_line
+from .. import command_line, now
 from ..speed.meters.cpu import cpu_model
 from ..speed.meters.cuda import driver
 from .measure import MIXERS, REPLAYS, SETUPS, make_model, measure_all, quick
@@ -133,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hardware = {"cpu": cpu_model(), "cores": f"{cores} cores", "threads": f"{args.threads} threads"}
     result = {
         "command": command_line("decode", given),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": now(),
         "hardware": hardware,
         "versions": {
             "python": platform.python_version(),

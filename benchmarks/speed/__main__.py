@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import command_line, described
+from .. import command_line, described, now
 from . import report
 from .cases import QUICK, SUITES, Case, Plan, Suite, one_call
 from .meters import METERS, Meter
@@ -57,7 +56,7 @@ def prepare(case: Case, providers: Sequence[str], meter: Meter, device: str) -> 
         print(f"  {name}", file=sys.stderr, flush=True)
         for mode in provider.modes:
             row: Row = {"provider": name, "label": provider.label.format(**asdict(case)), "mode": mode}
-            row |= {"case": asdict(case), "date": _now()}
+            row |= {"case": asdict(case), "date": now()}
             rows[name, mode] = row
             if reason := provider.skip(case):
                 row["skipped"] = reason
@@ -137,10 +136,6 @@ def merge(old: dict[str, Any] | None, new: dict[str, Any], suite: Suite) -> dict
 
 def _key(row: Row) -> tuple[str, Case, str]:
     return row["provider"], Case(**row["case"]), row["mode"]
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _versions() -> dict[str, str]:
@@ -225,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in parts:
             measured: dict[str, Any] = {
                 "command": command_line("speed", given),
-                "date": _now(),
+                "date": now(),
                 "hardware": meter.hardware(),
                 "versions": _versions(),
                 "time": f"{meter.time}; median of rounds in which all providers take turns, in {suite.sweeps} "

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import command_line
+from .. import command_line, now
 from . import report
 from .model import Mixer
-from .results import Results, Row, hardware, now, versions
+from .results import Results, Row, hardware, versions
 from .task import Task
 from .training import CaptureFailed, Course, Member, OutOfTime, Trainer, train
 

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 from collections.abc import Iterable
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,10 +59,6 @@ def versions() -> dict[str, str]:
         return found | {"blurry_attn": metadata.version("blurry_attn")}
     except metadata.PackageNotFoundError:
         return found | {"blurry_attn": "not installed"}
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _read(path: str) -> str:

@@ -18,11 +18,11 @@ import torch
 
 from blurry_attn.lm.model import LanguageModel
 
-from .. import command_line
+from .. import command_line, now
 from ..speed.cases import Case
 from ..speed.meters.cuda import driver
 from ..speed.report import check_lines, checks
-from ..sweep.results import hardware, now, versions
+from ..sweep.results import hardware, versions
 from .measure import QUICK, WHOLE, Setup, measure
 
 # Title, width, field, factor and format.

@@ -568,7 +568,6 @@ void run_attention(Case& c, Checks& checks) {
                              : chunks        ? cuda::dirichlet_forward_workspace
                                              : cuda::window_forward_workspace;
   const auto forward = !forward_window ? cuda::scan_forward : chunks ? cuda::dirichlet_forward : cuda::window_forward;
-  // What the forward leaves is as much as the backward's workspace.
   Buffer contents(forward_window && !chunks && c.keeps ? cuda::window_contents(problem) : 0);
   if (contents.size() > 0) outputs.contents = contents.data();
   Buffer workspace(forward_bytes(problem));
