@@ -16,8 +16,8 @@ def fejer(slots: int, *resolutions: int, head_dim: int = 32, sharpness: float | 
     return Mixer("fejer", slots, resolutions, head_dim, sharpness)
 
 
-def sliding(slots: int, heads: int = 4) -> Mixer:
-    return Mixer("sliding", slots, (1,) * heads)
+def sliding(slots: int, heads: int = 4, head_dim: int = 32) -> Mixer:
+    return Mixer("sliding", slots, (1,) * heads, head_dim)
 
 
 def same(heads: int, resolution: int) -> tuple[int, ...]:
@@ -48,6 +48,10 @@ def _main() -> Sweep:
         Mixer("dirichlet", 32, same(4, 8)),
         sliding(8),
         fejer(8, *same(4, 32)),
+        fejer(8, *same(4, 8)),
+        fejer(128, *same(4, 2)),
+        fejer(28, *same(4, 9)),
+        sliding(192),
     )
     return Sweep("32 pairs in 256 tokens", _points(Recall(), *mixers, recipe=Recipe(STEPS)), RATES)
 
@@ -99,6 +103,21 @@ def _moonshot() -> Sweep:
             fejer(16, *same(8, 8)),
             fejer(16, *same(6, 8), *same(2, 16)),
             fejer(16, *same(8, 8), *same(8, 16)),
+            recipe=long_warm_up,
+            note="long warm-up",
+        ),
+        *_points(
+            task,
+            fejer(16, *MIXED, head_dim=64),
+            sliding(128, heads=8, head_dim=64),
+            fejer(16, 8, 8, 16, 16, head_dim=64),
+            sliding(128, head_dim=64),
+            fejer(12, *MIXED, head_dim=64),
+            sliding(64, heads=8, head_dim=64),
+            fejer(16, *same(8, 12)),
+            fejer(16, 4, 4, 8, 8, 8, 8, 16, 16),
+            fejer(16, *same(6, 8), *same(6, 16)),
+            fejer(16, *same(4, 8), *same(4, 10)),
             recipe=long_warm_up,
             note="long warm-up",
         ),

@@ -92,16 +92,11 @@ void launch_rows(const Problem& p, const RowTables& tables) {
 inline WalkPlan make_patch_plan(const Problem& p, bool backward) {
   WalkPlan plan;
   const int64_t least = 2 * p.longest_window;
-  plan.length = plan.halved = least > 2048 ? (least + kGrid - 1) / kGrid * kGrid : 2048;
+  plan.length = plan.halved = least > 2048 ? least : 2048;
   plan.warm_up = p.longest_window;
   plan.extra = plan.warm_up / (backward ? 2 : 4);
   plan.backward = backward;
-  plan.per_batch = 0;
-  plan.count = p.sequences ? p.tokens / plan.unit() + p.sequences : 0;
-  if (!p.cu_seqlens) {
-    plan.per_batch = plan.stretches(p.tokens);
-    plan.count = plan.per_batch * p.sequences;
-  }
+  plan.count_stretches(p);
   return plan;
 }
 

@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kStepThreads)
   const int64_t head = blockIdx.x % p.kv_heads;
   const WalkPlan& plan = plans.of(p.laws[head].cells);
   bool sound = true;
-  for (int64_t x = plan.first(p, sequence.index), i = 0; i < plan.stretches(sequence.length); ++i) {
-    sound = sound && !unsound[(x + i) * p.kv_heads + head];
+  for (int64_t i = 0; i < plan.stretches(sequence.length); ++i) {
+    sound = sound && !unsound[plan.index(p, sequence.index, i) * p.kv_heads + head];
   }
   if (sound) return;
   const int64_t lane = sequence.index * p.kv_heads + head;

@@ -61,35 +61,44 @@ struct WalkPlan {
   int64_t warm_up;
   int64_t extra;
   bool backward;
-  int64_t per_batch;  // stretches of a batch entry; 0: sequences are packed
-  int64_t count;
+  bool packed;
+  int64_t count;  // of stretches, those included that hold no token
 
   __host__ __device__ int64_t stretches(int64_t tokens) const {
     return tokens > length ? (tokens + length - 1) / length : tokens >= halved ? 2 : 1;
   }
-  // Blocks are set aside for stretches() of every sequence, and some more.
-  __host__ __device__ int64_t unit() const { return length < halved ? length : halved; }
-  __device__ int64_t first(const Problem& problem, int64_t i) const {
-    return per_batch ? i * per_batch : Sequence::boundary(problem, i) / unit() + i;
+  // Number, in a launch, of a sequence's i-th stretch. The first of all sequences come before the second of any, so that
+  // what runs at once on a multiprocessor is of both kinds, with a warm-up and without. Where sequences are packed,
+  // numbers are set aside for stretches() of every one, and some more.
+  __device__ int64_t index(const Problem& problem, int64_t sequence, int64_t i) const {
+    if (!packed) return i * problem.sequences + sequence;
+    return Sequence::boundary(problem, sequence) / unit() + sequence + i;
   }
-  __device__ int64_t find(const Problem& problem, int64_t x) const {
-    if (per_batch) return x / per_batch;
+  __device__ int64_t sequence_of(const Problem& problem, int64_t x) const {
+    if (!packed) return x % problem.sequences;
     int64_t low = 0, high = problem.sequences;
     while (high - low > 1) {
       const int64_t middle = low + (high - low) / 2;
-      (first(problem, middle) <= x ? low : high) = middle;
+      (index(problem, middle, 0) <= x ? low : high) = middle;
     }
     return low;
   }
+  __device__ int64_t number_of(const Problem& problem, int64_t sequence, int64_t x) const {
+    return packed ? x - index(problem, sequence, 0) : x / problem.sequences;
+  }
+  void count_stretches(const Problem& problem) {
+    packed = problem.cu_seqlens;
+    count = problem.sequences == 0 ? 0
+            : packed               ? problem.tokens / unit() + problem.sequences
+                                   : stretches(problem.tokens) * problem.sequences;
+  }
+
+ private:
+  __host__ __device__ int64_t unit() const { return length < halved ? length : halved; }
 };
 
-// Stretches begin on a grid of tiles, but for a sequence's first; the grid begins at or before the sequence.
-constexpr int kGrid = 128;
-__device__ __forceinline__ int64_t grid_begin(const Cells& cells, int64_t position) {
-  return floor_div(position - cells.phase, kGrid) * kGrid + cells.phase;
-}
-
-// Stretch number x of a launch, by time: which sequence's, and the tokens begin .. end - 1 that it owns.
+// Stretch number x of a launch: which sequence's, and the tokens begin .. end - 1 that it owns. Stretches begin on a grid
+// of patches, but for a sequence's first; the grid begins at or before the sequence.
 struct Stretch {
   Sequence sequence;
   int64_t number;  // of the sequence's
@@ -97,12 +106,13 @@ struct Stretch {
   bool exists, last;
 
   __device__ Stretch(const Problem& p, const WalkPlan& plan, const Cells& cells, int64_t x)
-      : sequence(p, plan.find(p, x)), number(x - plan.first(p, sequence.index)) {
-    grid = grid_begin(cells, sequence.position);
+      : sequence(p, plan.sequence_of(p, x)), number(plan.number_of(p, sequence.index, x)) {
+    grid = floor_div(sequence.position - cells.phase, kPatch) * kPatch + cells.phase;
     const int64_t count = plan.stretches(sequence.length), extra = plan.extra < sequence.length ? plan.extra : 0;
     const auto begin_of = [&](int64_t i) {
       const int64_t even = (plan.backward ? 0 : extra) + i * (sequence.length - extra) / count;
-      return grid + (even / kGrid > i ? even / kGrid : i) * kGrid;
+      const int64_t patches = (sequence.position - grid + even) / kPatch;
+      return grid + (patches > i ? patches : i) * kPatch;
     };
     last = number + 1 >= count;
     begin = number == 0 ? sequence.position : begin_of(number);
@@ -117,7 +127,7 @@ struct Walk {
   int64_t stretch, sequence, batch;
   int64_t sequence_row;  // of the sequence's first token
   int64_t row;           // of time 0, which may lie before the batch entry's first
-  int64_t first_time;    // tokens of the sequence before time 0: below zero where the tile begins before the sequence
+  int64_t first_time;    // tokens of the sequence before time 0: below zero where the patch begins before the sequence
   int64_t cell;          // number of the first cell
   int64_t position;
   int64_t first_patch;        // number of the patch at time 0, from the sequence's first
@@ -130,7 +140,7 @@ struct Walk {
   bool from_begin;
 
   Walk() = default;
-  __device__ Walk(const Problem& p, const WalkPlan& plan, int64_t x, int head, int tile) : stretch(x) {
+  __device__ Walk(const Problem& p, const WalkPlan& plan, int64_t x, int head) : stretch(x) {
     const Cells cells = p.laws[head].cells;
     const Stretch own(p, plan, cells, x);
     const Sequence& s = own.sequence;
@@ -139,7 +149,7 @@ struct Walk {
     position = s.position;
     from_begin = own.begin - s.position <= plan.warm_up;
     const int64_t from = from_begin ? s.position : own.begin - plan.warm_up;
-    first_time = floor_div(from - cells.phase, tile) * tile + cells.phase;
+    first_time = floor_div(from - cells.phase, kPatch) * kPatch + cells.phase;
     sequence_row = s.row;
     row = s.row + first_time - s.position;
     cell = cells.trailing(first_time);
@@ -174,8 +184,7 @@ struct Walk {
 };
 
 // What the walk backward needs of what the slots hold, in rows of both sides: [key, value][element].
-constexpr int64_t kSpareCells = 4,
-                  kSparePatches = 10;  // of a sequence: cells and tiles that begin before it or end later
+constexpr int64_t kSpareCells = 4, kSparePatches = 2;  // of a sequence: those that begin before it or end later
 struct Contents {
   void* cells = nullptr;  // of every head, what cells hold in the end; those of a given state first
   void* started =
@@ -299,26 +308,27 @@ enum class Task { forward, contents, backward };
 // same on all of them.
 constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
 
+constexpr int64_t kLeastStretch = 128;  // tokens; at least a patch
+
 // Walks begin with empty slots one lap or two before the tokens they own, so that less is missing from a slot by then
 // than a rounding of what it holds.
 constexpr double kMostEcho = 0x1p-7;
 
 inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task) {
-  const auto on_grid = [](int64_t tokens) { return (tokens + kGrid - 1) / kGrid * kGrid; };
   const int laps = c.echo <= (problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14) ? 1 : 2;
   WalkPlan plan;
   plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
   // Where classes share the card they are cut finer, so that all end together: as measured, too.
   const bool alone = c.heads.count == problem.kv_heads, forward = task == Task::forward;
   const int64_t least = alone ? 4096 : forward ? 1024 : c.number == kBackwardOrder[3] ? 1280 : 2048;
-  const int64_t length = on_grid(alone ? 8 * plan.warm_up : forward ? 4 * plan.warm_up : 16 * plan.warm_up / 3);
+  const int64_t length = alone ? 8 * plan.warm_up : forward ? 4 * plan.warm_up : 16 * plan.warm_up / 3;
   plan.length = length < least ? least : length;
   plan.backward = task == Task::backward;
   // A walk for the output does no more than a third of its work where it warms up.
   plan.extra = forward ? plan.warm_up / 3 : plan.warm_up;
   plan.halved = plan.length;
   if (forward) {
-    const int64_t halved = on_grid(plan.warm_up + plan.warm_up / 2);
+    const int64_t halved = plan.warm_up + plan.warm_up / 2;
     plan.halved = halved < 1024 ? 1024 : halved;
   } else if (problem.sequences > 0) {
     // Where work is short of the card, stretches are shorter, as long as that ends sooner.
@@ -330,18 +340,13 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
       return (lanes * count + at_once - 1) / at_once * (count > 1 ? own + plan.warm_up : tokens);
     };
     int64_t best = 1;
-    for (int64_t count = 2; count <= 32 && tokens / count > plan.warm_up / 2; ++count) {
+    for (int64_t count = 2; count <= 32 && tokens / count > std::max(plan.warm_up / 2, kLeastStretch); ++count) {
       if (time(count) < time(best)) best = count;
     }
-    const int64_t length = on_grid((tokens + best - 1) / best);
+    const int64_t length = (tokens + best - 1) / best;
     if (best > 1 && length < plan.length) plan.length = plan.halved = length;
   }
-  plan.per_batch = 0;
-  plan.count = problem.sequences ? problem.tokens / plan.unit() + problem.sequences : 0;
-  if (!problem.cu_seqlens) {
-    plan.per_batch = plan.stretches(problem.tokens);
-    plan.count = plan.per_batch * problem.sequences;
-  }
+  plan.count_stretches(problem);
   return plan;
 }
 

@@ -112,11 +112,11 @@ struct WalkBack {
   int64_t base;                   // the cell that is number 0
   int64_t cell_row, started_row;  // of Contents, of cell 0 and of tile 0
   int head, group, slots, resolution;
-  int lead;    // token of tile 0, zero or below
+  int lead;    // token of tile 0, the stretch's first
   int length;  // tokens of the sequence
-  int first_tile, last_tile, tile;
+  int last_tile, tile;
   int own_begin, own_end, walk_end;  // tokens: the stretch's, and where the walk begins
-  int first_offset;                  // of the first tile from the centre of the cell that trails there
+  int first_offset;                  // of tile 0 from the centre of the cell that trails there
   int given;                         // the trailing cell where the given state ends
   int first;                         // the first cell of all
   int ended;                         // the first cell that does not end in this call
@@ -143,13 +143,12 @@ struct WalkBack {
     const int64_t later = own.end + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
     to_end = own.last || later >= s.end();
     const int64_t to = to_end ? s.end() : later;
-    lead = static_cast<int>(own.grid - position);
-    first_tile = static_cast<int>((own.begin - own.grid) / tile);
-    last_tile = own.exists ? static_cast<int>((to - 1 - own.grid) / tile) : first_tile - 1;
+    const int64_t first_patch = (own.begin - own.grid) / kPatch, token = own.grid + first_patch * kPatch;
+    lead = static_cast<int>(token - position);
+    last_tile = own.exists ? static_cast<int>((to - 1 - token) / tile) : -1;
     own_begin = static_cast<int>(own.begin - position);
     own_end = static_cast<int>(own.end - position);
     walk_end = static_cast<int>(to - position);
-    const int64_t token = own.grid + static_cast<int64_t>(first_tile) * tile;
     base = cells.trailing(token) - slots;
     first_offset = static_cast<int>(token - cells.centre(base + slots));
     const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
@@ -158,13 +157,13 @@ struct WalkBack {
     ended = bounded(cells.trailing(s.end()) - base);
     cell_row = heads.cell_rows[head_index] + contents.cell_row(p, s.index, batch, row, resolution) -
                (cells.trailing(position) - base);
-    started_row = contents.started_row(p, s.index, batch, row, 0, head);
+    started_row = contents.started_row(p, s.index, batch, row, first_patch, head);
   }
   __device__ int64_t end() const { return position + length; }
   __device__ int tile_token(int i) const { return lead + i * tile; }
   // The cell that trails where a patch begins, and how far from its centre.
   __device__ int trailing(int i, int patch, int* offset) const {
-    const unsigned since = first_offset + (i - first_tile) * tile + patch * kPatch, cell = since / resolution;
+    const unsigned since = first_offset + i * tile + patch * kPatch, cell = since / resolution;
     if (offset) *offset = since - cell * resolution;
     return slots + cell;
   }
@@ -217,9 +216,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           passes ? static_cast<const float*>(grad_state)[state_at(slot)] : 0.f;
     }
   }
-  if (walk.first_tile > walk.last_tile) return;
+  if (walk.last_tile < 0) return;
   const int slots = walk.slots, ring_rows = layout.ring_rows, grad_rows = layout.grad_rows;
-  const int first_tile = walk.first_tile, last_tile = walk.last_tile, group = walk.group;
+  const int last_tile = walk.last_tile, group = walk.group;
   const auto goes_on = [](int offset) { return kSliding ? 0 : offset >= 2 ? 2 : 1; };
 
   // Reads what cells from .. to - 1 hold; `thread` of `threads`. Those that there are not hold zeros.
@@ -274,7 +273,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   load_cells(oldest(last_tile), max(walk.trailing(last_tile, kPatches - 1, nullptr), walk.given), threadIdx.x,
              kThreads);
   load_started(last_tile, threadIdx.x, kThreads);
-  if (last_tile > first_tile) {
+  if (last_tile > 0) {
     load_cells(oldest(last_tile - 1), oldest(last_tile), threadIdx.x, kThreads);
     load_started(last_tile - 1, threadIdx.x, kThreads);
   }
@@ -333,22 +332,20 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       commit_copies();
     };
     if constexpr (kFirst) load_tokens(last_tile);
-    int made_for = -1;  // the patch that weights are of, as in window_walk
+    int made_for = -1;  // the likeness of the patch that weights are of
     int parity = 0;
-    for (int tile = last_tile; tile >= first_tile; --tile) {
+    for (int tile = last_tile; tile >= 0; --tile) {
       const int t = walk.tile_token(tile) + patch * kPatch;
       int offset;
       const int cell = walk.trailing(tile, patch, &offset);
-      const bool irregular = cell - slots < walk.first || t < 0 || t + kPatch > walk.length;
-      const bool opening =
-          t >= 0 && t + kPatch <= walk.length && cell > walk.first + 1 && cell + kFlux - 1 - slots < walk.first;
-      const int alike = !irregular ? offset : opening ? walk.resolution + offset : -1;
-      const bool make = kFirst && !kSliding && (alike < 0 || made_for != alike);
+      const bool whole = t >= 0 && t + kPatch <= walk.length, irregular = !whole || cell - slots < walk.first;
+      const int likeness = Weights::likeness(cell, walk.first, slots, offset, walk.resolution, whole);
+      const bool make = kFirst && !kSliding && (likeness < 0 || made_for != likeness);
       if (make) {
         Weights::make_gates(walk.cells, walk.position, walk.end(), walk.base + cell, walk.position + t,
                             static_cast<const float*>(p.gates) + p.laws[walk.head].gates, gates);
         attend.weights.make(walk.cells, walk.base + cell, walk.position + t, gates);
-        made_for = alike;
+        made_for = likeness;
       }
       attend.row = (cell - slots) % ring_rows;
       attend.irregular = irregular;
@@ -466,7 +463,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           if constexpr (kFirst) {
             if (i + 1 < group) {
               load_tokens(tile);
-            } else if (tile > first_tile) {
+            } else if (tile > 0) {
               load_tokens(tile - 1);
             }
           }
@@ -564,7 +561,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   // Of the left side of a product: this lane's row of 16, its half.
   const uint32_t left = piece_at(lane % 16, lane / 16);
   int parity = 0;
-  for (int tile = last_tile; tile >= first_tile; --tile) {
+  for (int tile = last_tile; tile >= 0; --tile) {
     const int t = walk.tile_token(tile);
     const int zero = made_anew(0, tile);
     float* const grads = all_grads + zero;
@@ -589,7 +586,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       barrier_wait(written, parity);
       parity ^= 1;
       const bool is_last = i + 1 == group;
-      if (is_last && tile - 2 >= first_tile) {
+      if (is_last && tile >= 2) {
         const int thread = static_cast<int>(threadIdx.x) - config::kFirstSlice * kWarp + zero;
         load_cells(oldest(tile - 2), oldest(tile - 1), thread, config::kSumming);
         load_started(tile - 2, thread, config::kSumming);
@@ -715,14 +712,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
       }
       wait_copies<0>();
-      if (!is_last || tile > first_tile) barrier_arrive(read);
+      if (!is_last || tile > 0) barrier_arrive(read);
     }
   }
 
   if (!walk.from_begin || !grad_given || !has_element) return;
   if constexpr (!kSliding) {
     int offset;
-    const int cell = walk.trailing(first_tile, 0, &offset);
+    const int cell = walk.trailing(0, 0, &offset);
     for (int j = 0; j < goes_on(offset); ++j) {
       if (cell + j < walk.given) continue;
       all_grads[at((cell + j - slots) % grad_rows, lane)] += all_grads[at((cell + j) % grad_rows, lane)];

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __shared__ int64_t cell_row, started_row;
   const bool keeps = config::kContents || (!config::kMore && contents.cells);
   if (threadIdx.x == 0) {
-    walk = Walk(p, plan, blockIdx.x / heads.count, head, kTile);
+    walk = Walk(p, plan, blockIdx.x / heads.count, head);
     if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 0;
     if (keeps) {
       cell_row = heads.cell_rows[head_index] - walk.trailing_at_begin +
@@ -166,8 +166,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   attend.ring = shared + layout.ring;
   attend.started = shared + layout.started + 2 * warp * config::kRow;
   attend.side_bytes = side_bytes;
-  // The patch that weights are of: its offset from the trailing cell's centre, plus r where all cells open slots.
-  int made_for = -1;
+  int made_for = -1;  // the likeness of the patch that weights are of
   const auto report = [&] {  // a token is not finite
     if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 1;
   };
@@ -200,10 +199,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       offset -= resolution;
       ++cell;
     }
-    const bool irregular = cell - slots < walk.first || patch < walk.begin;
-    const bool opening = patch >= walk.begin && cell > walk.first + 1 && cell + kFlux - 1 - slots < walk.first;
-    const int alike = !irregular ? offset : opening ? resolution + offset : -1;
-    if (!config::kSliding && (alike < 0 || made_for != alike)) {
+    const bool whole = patch >= walk.begin, irregular = !whole || cell - slots < walk.first;
+    const int likeness = Weights::likeness(cell, walk.first, slots, offset, resolution, whole);
+    if (!config::kSliding && (likeness < 0 || made_for != likeness)) {
       const Cells cells = p.laws[head].cells;
       Weights::make_gates(cells, walk.time(walk.begin), walk.time(walk.end), walk.cell + cell, walk.time(patch), table,
                           gates);
@@ -212,7 +210,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         attend.weights.make(cells, walk.cell + cell, walk.time(patch), gates);
         __syncwarp();  // what the patch adds takes the gates' place
       }
-      made_for = alike;
+      made_for = likeness;
     }
     if (lane == 0) patch_cells[warp] = cell;
     if constexpr (!config::kContents) load_query(attend, patch, 0);

@@ -17,6 +17,20 @@ template <typename storage, int kFlux>
 struct PatchGates {
   static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
 
+  // Patches that have the same number here, if it is not below zero, have the same gates: `offset` tokens after the
+  // trailing cell's centre, past the first lap or where every cell opens its slot. `first` is the first cell of all,
+  // `whole` says that the patch lies in the sequence.
+  __device__ __forceinline__ static int likeness(int cell, int first, int slots, int offset, int resolution,
+                                                 bool whole) {
+    if (!whole) return -1;
+    if (cell - slots >= first) return offset;
+    return cell > first + 1 && cell + kFlux - 1 - slots < first ? resolution + offset : -1;
+  }
+  // Whether a token sees nothing in the slot of a cell: there is no such cell, or the slot opens later.
+  __device__ __forceinline__ static bool shut(const Cells& cells, int64_t cell, int64_t token) {
+    return cells.opens(cell) && (cell < cells.first() || token < cells.opening(cell));
+  }
+
   // Writes the gates of the patch's tokens, begin <= t < end, in its cells: [kFlux][kPatch]; for all lanes of a warp.
   __device__ __forceinline__ static void make_gates(const Cells& cells, int64_t begin, int64_t end, int64_t cell,
                                                     int64_t token, const float* table, float* gates) {
@@ -76,6 +90,7 @@ struct PatchGates {
 template <typename storage, int kFlux>
 struct FewWeights : PatchGates<storage, kFlux> {
   using PatchGates<storage, kFlux>::kFluxTiles;
+  using PatchGates<storage, kFlux>::shut;
 
   // Pairs of half, of tokens (columns): the first eight in row g, the first and the last eight in row g + 8. A token
   // has no weight before its time.
@@ -112,9 +127,9 @@ struct FewWeights : PatchGates<storage, kFlux> {
         }
         weight[j][half] = pack<__half>(w[0], w[1]);
         if (half) weight[j][2] = pack<__half>(w[2], w[3]);
-        const int64_t c = cell + j;
-        const bool shut = cells.opens(c) && (c < cells.first() || token + row < cells.opening(c));
-        if (j % 8 / 2 == q) decay[j / 8][2 * half + j % 2] = shut ? -1.f : product;
+        if (j % 8 / 2 == q) {
+          decay[j / 8][2 * half + j % 2] = shut(cells, cell + j, token + row) ? -1.f : product;
+        }
       }
     }
   }
@@ -172,6 +187,7 @@ struct FewWeights : PatchGates<storage, kFlux> {
 template <typename storage, int kFlux>
 struct ManyWeights : PatchGates<storage, kFlux> {
   using PatchGates<storage, kFlux>::kFluxTiles;
+  using PatchGates<storage, kFlux>::shut;
   static constexpr int kMostSteps = 90;  // over all gates of 1: few, as these are cells of two or three tokens
 
   // In tf32, of cells 8 tile .. and tokens 8 half ..: cell g, tokens 2q and 2q + 1; token g, cells 2q and 2q + 1.
@@ -219,9 +235,7 @@ struct ManyWeights : PatchGates<storage, kFlux> {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int j = 8 * tile + 2 * q + e % 2, row = g + 8 * (e / 2);
-        const int64_t c = cell + j;
-        const bool shut = cells.opens(c) && (c < cells.first() || token + row < cells.opening(c));
-        if (j < kFlux && shut) decay[tile][e] = -1.f;
+        if (j < kFlux && shut(cells, cell + j, token + row)) decay[tile][e] = -1.f;
       }
     }
   }
