@@ -93,7 +93,13 @@ def _moonshot() -> Sweep:
         *_points(
             task,
             fejer(16, *MIXED),
+            fejer(16, *same(8, 12)),
             sliding(128, heads=8),
+            sliding(64, heads=8),
+            fejer(16, *same(6, 8), *same(6, 16)),
+            fejer(14, *same(8, 12)),
+            fejer(14, *same(8, 14)),
+            sliding(96, heads=8),
             recipe=Recipe(3 * STEPS, warm_up=0.2),
             note="long warm-up, 3 times the steps",
         ),

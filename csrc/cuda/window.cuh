@@ -270,7 +270,7 @@ struct FluxClass {
 };
 // Those there are, in the order in which they begin: that after which all have ended soonest, as measured with a
 // quarter of the heads at r = 1, 2, 4 and 8 each.
-constexpr int kForwardOrder[] = {0, 2, 3, 1}, kBackwardOrder[] = {2, 0, 1, 3};
+constexpr int kForwardOrder[] = {0, 1, 3, 2}, kBackwardOrder[] = {0, 3, 1, 2};
 inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents,
                                            const int (&order)[kFluxClasses]) {
   FluxClass classes[kFluxClasses] = {};
@@ -307,6 +307,8 @@ enum class Task { forward, contents, backward };
 // Of window_back's blocks, those that run at once on a large card. Not asked of the card: its gradients' bits are the
 // same on all of them.
 constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
+// And those of all classes, where several share the card: as measured.
+constexpr int64_t kSharedBlocks = 528;
 
 constexpr int64_t kLeastStretch = 128;  // tokens; at least a patch
 
@@ -318,11 +320,9 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
   const int laps = c.echo <= (problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14) ? 1 : 2;
   WalkPlan plan;
   plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
-  // Where classes share the card they are cut finer, so that all end together: as measured, too.
+  // Where classes share the card they are cut finer, so that all end together.
   const bool alone = c.heads.count == problem.kv_heads, forward = task == Task::forward;
-  const int64_t least = alone ? 4096 : forward ? 1024 : c.number == kBackwardOrder[3] ? 1280 : 2048;
-  const int64_t length = alone ? 8 * plan.warm_up : forward ? 4 * plan.warm_up : 16 * plan.warm_up / 3;
-  plan.length = length < least ? least : length;
+  plan.length = std::max<int64_t>((alone ? 8 : 4) * plan.warm_up, alone ? 4096 : 1024);
   plan.backward = task == Task::backward;
   // A walk for the output does no more than a third of its work where it warms up.
   plan.extra = forward ? plan.warm_up / 3 : plan.warm_up;
@@ -331,20 +331,25 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
     const int64_t halved = plan.warm_up + plan.warm_up / 2;
     plan.halved = halved < 1024 ? 1024 : halved;
   } else if (problem.sequences > 0) {
-    // Where work is short of the card, stretches are shorter, as long as that ends sooner.
     const int64_t lanes = problem.sequences * problem.kv_heads;
     const int64_t tokens = problem.cu_seqlens ? problem.tokens / problem.sequences : problem.tokens;
-    const int64_t at_once = problem.key_dim > 64 || problem.value_dim > 64 ? kWideBlocksAtOnce : kBlocksAtOnce;
-    const auto time = [&](int64_t count) {
-      const int64_t own = (tokens - plan.warm_up) / count;
-      return (lanes * count + at_once - 1) / at_once * (count > 1 ? own + plan.warm_up : tokens);
-    };
+    const int64_t finest = std::min<int64_t>(tokens / (std::max(plan.warm_up / 2, kLeastStretch) + 1), 32);
     int64_t best = 1;
-    for (int64_t count = 2; count <= 32 && tokens / count > std::max(plan.warm_up / 2, kLeastStretch); ++count) {
-      if (time(count) < time(best)) best = count;
+    if (alone) {
+      // Where work is short of the card, stretches are shorter, as long as that ends sooner.
+      const int64_t at_once = problem.key_dim > 64 || problem.value_dim > 64 ? kWideBlocksAtOnce : kBlocksAtOnce;
+      const auto time = [&](int64_t count) {
+        const int64_t own = (tokens - plan.warm_up) / count;
+        return (lanes * count + at_once - 1) / at_once * (count > 1 ? own + plan.warm_up : tokens);
+      };
+      for (int64_t count = 2; count <= finest; ++count) {
+        if (time(count) < time(best)) best = count;
+      }
+    } else {
+      best = std::max<int64_t>(std::min((kSharedBlocks + lanes / 2) / lanes, finest), 1);
     }
     const int64_t length = (tokens + best - 1) / best;
-    if (best > 1 && length < plan.length) plan.length = plan.halved = length;
+    if (!alone || (best > 1 && length < plan.length)) plan.length = plan.halved = std::max(length, kLeastStretch);
   }
   plan.count_stretches(problem);
   return plan;

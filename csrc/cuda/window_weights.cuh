@@ -26,6 +26,18 @@ struct PatchGates {
     if (cell - slots >= first) return offset;
     return cell > first + 1 && cell + kFlux - 1 - slots < first ? resolution + offset : -1;
   }
+  // Calls body(token, gate) for a cell's gates of the first tokens, the last one first. Reads do not wait for each other.
+  template <typename body_type>
+  __device__ __forceinline__ static void backward_through(const float* gates, int tokens, const body_type& body) {
+#pragma unroll
+    for (int quad = tokens / 4 - 1; quad >= 0; --quad) {
+      const float4 four = reinterpret_cast<const float4*>(gates)[quad];
+      body(4 * quad + 3, four.w);
+      body(4 * quad + 2, four.z);
+      body(4 * quad + 1, four.y);
+      body(4 * quad, four.x);
+    }
+  }
   // Whether a token sees nothing in the slot of a cell: there is no such cell, or the slot opens later.
   __device__ __forceinline__ static bool shut(const Cells& cells, int64_t cell, int64_t token) {
     return cells.opens(cell) && (cell < cells.first() || token < cells.opening(cell));
@@ -34,6 +46,7 @@ struct PatchGates {
   // Writes the gates of the patch's tokens, begin <= t < end, in its cells: [kFlux][kPatch]; for all lanes of a warp.
   __device__ __forceinline__ static void make_gates(const Cells& cells, int64_t begin, int64_t end, int64_t cell,
                                                     int64_t token, const float* table, float* gates) {
+#pragma unroll
     for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
       const int64_t c = cell + i / kPatch, t = token + i % kPatch, x = t - cells.centre(c);
       const bool lies = c >= cells.first() && t >= begin && t < end && x > -cells.resolution && x < cells.resolution;
@@ -73,7 +86,9 @@ struct PatchGates {
     for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
       const int j = i / kPatch;
       float product = 1.f;
-      for (int t = kPatch - 1; t > i % kPatch; --t) product *= 1.f - gates[j * kPatch + t];
+      backward_through(gates + j * kPatch, kPatch, [&](int t, float gate) {
+        if (t > i % kPatch) product *= 1.f - gate;
+      });
       end_weights[i] = gates[i] * product;
       if (i % kPatch == 0) end_decays[j] = product * (1.f - gates[i]);
     }
@@ -90,6 +105,7 @@ struct PatchGates {
 template <typename storage, int kFlux>
 struct FewWeights : PatchGates<storage, kFlux> {
   using PatchGates<storage, kFlux>::kFluxTiles;
+  using PatchGates<storage, kFlux>::backward_through;
   using PatchGates<storage, kFlux>::shut;
 
   // Pairs of half, of tokens (columns): the first eight in row g, the first and the last eight in row g + 8. A token
@@ -117,14 +133,11 @@ struct FewWeights : PatchGates<storage, kFlux> {
         const int row = g + 8 * half;
         float product = 1.f;
         float w[4] = {};
-        for (int s = row; s >= 0; --s) {
-          const float gate = gates[j * kPatch + s];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (s == 8 * (i / 2) + 2 * q + i % 2) w[i] = gate * product;
-          }
+        backward_through(gates + j * kPatch, 8 * (half + 1), [&](int s, float gate) {
+          if (s > row) return;
+          if (q == s % 8 / 2) w[2 * (s / 8) + s % 2] = gate * product;
           product *= 1.f - gate;
-        }
+        });
         weight[j][half] = pack<__half>(w[0], w[1]);
         if (half) weight[j][2] = pack<__half>(w[2], w[3]);
         if (j % 8 / 2 == q) {
