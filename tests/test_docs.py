@@ -184,8 +184,9 @@ def context_rows(_: list[list[str]]) -> list[list[str]]:
 def recall_by_slots() -> dict[tuple[str, int], str]:
     from benchmarks.sweep.report import points
 
-    rows = [row for row in result(MQAR) if row["task"] == "32 pairs in 256 tokens"]
-    return {(p.family.split(", 4 heads")[0], p.slots): share(p.mean) for p in points(rows)}
+    heads = ", 4 heads of 32"
+    rows = [row for row in result(MQAR) if row["task"] == "32 pairs in 256 tokens" and row["family"].endswith(heads)]
+    return {(p.family.removesuffix(heads), p.slots): share(p.mean) for p in points(rows)}
 
 
 def which_rows(shown: list[list[str]]) -> list[list[str]]:
@@ -203,7 +204,7 @@ def law_rows(shown: list[list[str]]) -> list[list[str]]:
     from benchmarks.sweep.report import points
 
     recall = recall_by_slots()
-    rows = [row for row in result("lm/results/cuda.jsonl") if row["task"].endswith("4 layers of 512")]
+    rows = [row for row in result("lm/results/cuda.jsonl") if row["task"] == "Python 3.12 library, 4 layers of 512"]
     text = {(p.family.split(", 8 heads")[0], p.slots): f"{-p.mean:.3f}" for p in points(rows, lambda row: -bits(row))}
     steep = "pyramid 1,1,1,1,4,4,32,32"
     spans = (32, 64, 128, 256)

@@ -12,7 +12,8 @@ namespace blurry_attn::cuda {
 template <int tiles>
 using Tiles = float[tiles][4];
 
-// The gates of a patch in its cells in flux, and what follows from them for the patch's end.
+// The gates of a patch in its cells in flux, and what follows from them for the patch's end. All this is done for few
+// patches: loops are kept short, as a processor's cache for instructions is too.
 template <typename storage, int kFlux>
 struct PatchGates {
   static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
@@ -26,18 +27,6 @@ struct PatchGates {
     if (cell - slots >= first) return offset;
     return cell > first + 1 && cell + kFlux - 1 - slots < first ? resolution + offset : -1;
   }
-  // Calls body(token, gate) for a cell's gates of the first tokens, the last one first. Reads do not wait for each other.
-  template <typename body_type>
-  __device__ __forceinline__ static void backward_through(const float* gates, int tokens, const body_type& body) {
-#pragma unroll
-    for (int quad = tokens / 4 - 1; quad >= 0; --quad) {
-      const float4 four = reinterpret_cast<const float4*>(gates)[quad];
-      body(4 * quad + 3, four.w);
-      body(4 * quad + 2, four.z);
-      body(4 * quad + 1, four.y);
-      body(4 * quad, four.x);
-    }
-  }
   // Whether a token sees nothing in the slot of a cell: there is no such cell, or the slot opens later.
   __device__ __forceinline__ static bool shut(const Cells& cells, int64_t cell, int64_t token) {
     return cells.opens(cell) && (cell < cells.first() || token < cells.opening(cell));
@@ -46,7 +35,7 @@ struct PatchGates {
   // Writes the gates of the patch's tokens, begin <= t < end, in its cells: [kFlux][kPatch]; for all lanes of a warp.
   __device__ __forceinline__ static void make_gates(const Cells& cells, int64_t begin, int64_t end, int64_t cell,
                                                     int64_t token, const float* table, float* gates) {
-#pragma unroll
+#pragma unroll 1
     for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
       const int64_t c = cell + i / kPatch, t = token + i % kPatch, x = t - cells.centre(c);
       const bool lies = c >= cells.first() && t >= begin && t < end && x > -cells.resolution && x < cells.resolution;
@@ -64,6 +53,7 @@ struct PatchGates {
       const int j = 8 * tile + g;
       if (j < kFlux) {
         float product = 1.f;
+#pragma unroll 1
         for (int s = kPatch - 1; s >= 0; --s) {
           const float gate = gates[j * kPatch + s];
 #pragma unroll
@@ -83,12 +73,12 @@ struct PatchGates {
   }
   // The same as plain numbers: [kFlux][kPatch] and [kFlux].
   __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, float* end_weights) {
+#pragma unroll 1
     for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
       const int j = i / kPatch;
       float product = 1.f;
-      backward_through(gates + j * kPatch, kPatch, [&](int t, float gate) {
-        if (t > i % kPatch) product *= 1.f - gate;
-      });
+#pragma unroll 1
+      for (int t = kPatch - 1; t > i % kPatch; --t) product *= 1.f - gates[j * kPatch + t];
       end_weights[i] = gates[i] * product;
       if (i % kPatch == 0) end_decays[j] = product * (1.f - gates[i]);
     }
@@ -105,7 +95,6 @@ struct PatchGates {
 template <typename storage, int kFlux>
 struct FewWeights : PatchGates<storage, kFlux> {
   using PatchGates<storage, kFlux>::kFluxTiles;
-  using PatchGates<storage, kFlux>::backward_through;
   using PatchGates<storage, kFlux>::shut;
 
   // Pairs of half, of tokens (columns): the first eight in row g, the first and the last eight in row g + 8. A token
@@ -126,23 +115,34 @@ struct FewWeights : PatchGates<storage, kFlux> {
 #pragma unroll
       for (int e = 0; e < 4; ++e) decay[tile][e] = 1.f;
     }
+    float product[kFlux][2], w[kFlux][2][4] = {};
+#pragma unroll
+    for (int j = 0; j < kFlux; ++j) product[j][0] = product[j][1] = 1.f;
+#pragma unroll 1
+    for (int s = kPatch - 1; s >= 0; --s) {
+#pragma unroll
+      for (int j = 0; j < kFlux; ++j) {
+        const float gate = gates[j * kPatch + s];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (s > g + 8 * half) continue;
+#pragma unroll
+          for (int i = 0; i < 2 + 2 * half; ++i) {
+            if (s == 8 * (i / 2) + 2 * q + i % 2) w[j][half][i] = gate * product[j][half];
+          }
+          product[j][half] *= 1.f - gate;
+        }
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kFlux; ++j) {
+      weight[j][0] = pack<__half>(w[j][0][0], w[j][0][1]);
+      weight[j][1] = pack<__half>(w[j][1][0], w[j][1][1]);
+      weight[j][2] = pack<__half>(w[j][1][2], w[j][1][3]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = g + 8 * half;
-        float product = 1.f;
-        float w[4] = {};
-        backward_through(gates + j * kPatch, 8 * (half + 1), [&](int s, float gate) {
-          if (s > row) return;
-          if (q == s % 8 / 2) w[2 * (s / 8) + s % 2] = gate * product;
-          product *= 1.f - gate;
-        });
-        weight[j][half] = pack<__half>(w[0], w[1]);
-        if (half) weight[j][2] = pack<__half>(w[2], w[3]);
-        if (j % 8 / 2 == q) {
-          decay[j / 8][2 * half + j % 2] = shut(cells, cell + j, token + row) ? -1.f : product;
-        }
+        if (j % 8 / 2 != q) continue;
+        decay[j / 8][2 * half + j % 2] = shut(cells, cell + j, token + g + 8 * half) ? -1.f : product[j][half];
       }
     }
   }
@@ -212,10 +212,11 @@ struct ManyWeights : PatchGates<storage, kFlux> {
     const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
     const auto gate_at = [&](int t) { return lane < kFlux ? gates[lane * kPatch + t] : 0.f; };
     int whole = 0;
+#pragma unroll 1
     for (int t = 0; t < kPatch; ++t) whole += gate_at(t) == 1.f;
     const int steps = whole > 0 ? min(30, kMostSteps / whole) : 0;
     float scale = ldexpf(1.f, -steps * whole / 2), product = 1.f, left = 1.f;
-#pragma unroll
+#pragma unroll 1
     for (int t = 0; t < kPatch; ++t) {
       const float gate = gate_at(t);
       if (gate == 1.f) {
@@ -230,16 +231,19 @@ struct ManyWeights : PatchGates<storage, kFlux> {
 #pragma unroll
       for (int tile = 0; tile < kFluxTiles; ++tile) {
         const uint32_t of_column = __shfl_sync(kAllLanes, share, 8 * tile + g);
-        if (q == t % 8 / 2) token_shares[tile][t / 8][t % 2] = of_column;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int from = 8 * tile + 2 * q + i;
           const uint32_t of_row = __shfl_sync(kAllLanes, share, from);
           const float its_ratio = __shfl_sync(kAllLanes, ratio, from), its_left = __shfl_sync(kAllLanes, left, from);
-          if (g != t % 8) continue;
-          cell_shares[tile][t / 8][i] = of_row;
-          factor[tile][2 * (t / 8) + i] = its_ratio;
-          decay[tile][2 * (t / 8) + i] = its_left;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            if (t == 8 * half + 2 * q + i) token_shares[tile][half][i] = of_column;
+            if (t != 8 * half + g) continue;
+            cell_shares[tile][half][i] = of_row;
+            factor[tile][2 * half + i] = its_ratio;
+            decay[tile][2 * half + i] = its_left;
+          }
         }
       }
     }
