@@ -308,7 +308,7 @@ enum class Task { forward, contents, backward };
 // same on all of them.
 constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
 // And those of all classes, where several share the card: as measured.
-constexpr int64_t kSharedBlocks = 528;
+constexpr int64_t kSharedBlocks = 4 * kWideBlocksAtOnce;
 
 constexpr int64_t kLeastStretch = 128;  // tokens; at least a patch
 
@@ -322,7 +322,7 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
   plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
   // Where classes share the card they are cut finer, so that all end together.
   const bool alone = c.heads.count == problem.kv_heads, forward = task == Task::forward;
-  plan.length = std::max<int64_t>((alone ? 8 : 4) * plan.warm_up, alone ? 4096 : 1024);
+  plan.length = std::max<int64_t>((alone ? 8 : 2) * plan.warm_up, alone ? 4096 : 1024);
   plan.backward = task == Task::backward;
   // A walk for the output does no more than a third of its work where it warms up.
   plan.extra = forward ? plan.warm_up / 3 : plan.warm_up;
@@ -333,8 +333,7 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
   } else if (problem.sequences > 0) {
     const int64_t lanes = problem.sequences * problem.kv_heads;
     const int64_t tokens = problem.cu_seqlens ? problem.tokens / problem.sequences : problem.tokens;
-    const int64_t finest = std::min<int64_t>(tokens / (std::max(plan.warm_up / 2, kLeastStretch) + 1), 32);
-    int64_t best = 1;
+    const int64_t finest = tokens / (std::max(plan.warm_up / 2, kLeastStretch) + 1);
     if (alone) {
       // Where work is short of the card, stretches are shorter, as long as that ends sooner.
       const int64_t at_once = problem.key_dim > 64 || problem.value_dim > 64 ? kWideBlocksAtOnce : kBlocksAtOnce;
@@ -342,14 +341,17 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
         const int64_t own = (tokens - plan.warm_up) / count;
         return (lanes * count + at_once - 1) / at_once * (count > 1 ? own + plan.warm_up : tokens);
       };
-      for (int64_t count = 2; count <= finest; ++count) {
+      int64_t best = 1;
+      for (int64_t count = 2; count <= std::min<int64_t>(finest, 32); ++count) {
         if (time(count) < time(best)) best = count;
       }
+      if (best > 1) plan.length = std::min(plan.length, (tokens + best - 1) / best);
     } else {
-      best = std::max<int64_t>(std::min((kSharedBlocks + lanes / 2) / lanes, finest), 1);
+      // The longest windows, whose warm-ups cost the most, are cut once less.
+      const int64_t count = std::min((kSharedBlocks + lanes / 2) / lanes - (c.number == 0), finest);
+      plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, kLeastStretch);
     }
-    const int64_t length = (tokens + best - 1) / best;
-    if (!alone || (best > 1 && length < plan.length)) plan.length = plan.halved = std::max(length, kLeastStretch);
+    plan.halved = plan.length;
   }
   plan.count_stretches(problem);
   return plan;

@@ -115,34 +115,29 @@ struct FewWeights : PatchGates<storage, kFlux> {
 #pragma unroll
       for (int e = 0; e < 4; ++e) decay[tile][e] = 1.f;
     }
-    float product[kFlux][2], w[kFlux][2][4] = {};
 #pragma unroll
-    for (int j = 0; j < kFlux; ++j) product[j][0] = product[j][1] = 1.f;
+    for (int j = 0; j < kFlux; ++j) {
+      float product[2] = {1.f, 1.f}, w[2][4] = {};
 #pragma unroll 1
-    for (int s = kPatch - 1; s >= 0; --s) {
-#pragma unroll
-      for (int j = 0; j < kFlux; ++j) {
+      for (int s = kPatch - 1; s >= 0; --s) {
         const float gate = gates[j * kPatch + s];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (s > g + 8 * half) continue;
 #pragma unroll
           for (int i = 0; i < 2 + 2 * half; ++i) {
-            if (s == 8 * (i / 2) + 2 * q + i % 2) w[j][half][i] = gate * product[j][half];
+            if (s == 8 * (i / 2) + 2 * q + i % 2) w[half][i] = gate * product[half];
           }
-          product[j][half] *= 1.f - gate;
+          product[half] *= 1.f - gate;
         }
       }
-    }
-#pragma unroll
-    for (int j = 0; j < kFlux; ++j) {
-      weight[j][0] = pack<__half>(w[j][0][0], w[j][0][1]);
-      weight[j][1] = pack<__half>(w[j][1][0], w[j][1][1]);
-      weight[j][2] = pack<__half>(w[j][1][2], w[j][1][3]);
+      weight[j][0] = pack<__half>(w[0][0], w[0][1]);
+      weight[j][1] = pack<__half>(w[1][0], w[1][1]);
+      weight[j][2] = pack<__half>(w[1][2], w[1][3]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (j % 8 / 2 != q) continue;
-        decay[j / 8][2 * half + j % 2] = shut(cells, cell + j, token + g + 8 * half) ? -1.f : product[j][half];
+        decay[j / 8][2 * half + j % 2] = shut(cells, cell + j, token + g + 8 * half) ? -1.f : product[half];
       }
     }
   }
