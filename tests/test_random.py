@@ -7,7 +7,7 @@ from helpers import HALVES, assert_accurate, compute_dtype, make_inputs, make_st
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step, reference
+from blurry_attn import BlurryState, BlurryWindow, backend, blurry_window_attention, blurry_window_step, reference
 
 SIZES = st.one_of(st.integers(1, 9), st.integers(10, 70))
 LENGTHS = st.one_of(st.integers(0, 5), st.integers(0, 90))
@@ -72,14 +72,19 @@ def test_against_the_reference(device, call, dtype, layouts, seed):
     expected = run(reference.blurry_window_attention, *(x.to(exact) for x in inputs), window,
                    state=state and state.to(exact), gradients=differentiable, **options)  # fmt: skip
     moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    actual = run(blurry_window_attention, *(x.to(device) for x in inputs), window, state=state and state.to(device),
+    inputs = [x.to(device) for x in inputs]
+    actual = run(blurry_window_attention, *inputs, window, state=state and state.to(device),
                  gradients=differentiable, **moved)  # fmt: skip
     if dtype not in HALVES:
         assert_accurate(actual, expected, dtype, window)
         return
-    for name in ("out", "lse", "end_key", "end_value"):  # float32 inside, then the output is rounded
+    # Float32 inside, then the output is rounded; on a card's tensor cores what slots hold is rounded, too.
+    rounded = device.type == "cuda" and not backend(*inputs, window).startswith("scan")
+    eps = torch.finfo(dtype).eps
+    bounds = {"out": 2 * eps, "lse": 2 * eps} if rounded else {"out": eps, "lse": 1e-5}
+    for name, bound in {**bounds, "end_key": 1e-5, "end_value": 1e-5}.items():
         error = relative_error(actual[name], expected[name])
-        assert error <= (torch.finfo(dtype).eps if name == "out" else 1e-5), f"{name}: {error:.2e}"
+        assert error <= bound, f"{name}: {error:.2e}"
 
 
 @settings(max_examples=50)

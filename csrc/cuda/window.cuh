@@ -44,6 +44,9 @@ __device__ __forceinline__ uint32_t made_anew(uint32_t x) {
 }
 __device__ __forceinline__ uint32_t made_anew(uint32_t x, int turn) { return x ^ (blockIdx.y & turn); }
 
+// Whether the kernels for head sizes over 64 do it.
+inline bool is_wide(const Problem& p) { return p.key_dim > 64 || p.value_dim > 64; }
+
 // Which heads a launch takes.
 constexpr int kMaxWindowHeads = 256;
 struct HeadList {
@@ -67,9 +70,9 @@ struct WalkPlan {
   __host__ __device__ int64_t stretches(int64_t tokens) const {
     return tokens > length ? (tokens + length - 1) / length : tokens >= halved ? 2 : 1;
   }
-  // Number, in a launch, of a sequence's i-th stretch. The first of all sequences come before the second of any, so that
-  // what runs at once on a multiprocessor is of both kinds, with a warm-up and without. Where sequences are packed,
-  // numbers are set aside for stretches() of every one, and some more.
+  // Number, in a launch, of a sequence's i-th stretch. The first of all sequences come before the second of any, so
+  // that what runs at once on a multiprocessor is of both kinds, with a warm-up and without. Where sequences are
+  // packed, numbers are set aside for stretches() of every one, and some more.
   __device__ int64_t index(const Problem& problem, int64_t sequence, int64_t i) const {
     if (!packed) return i * problem.sequences + sequence;
     return Sequence::boundary(problem, sequence) / unit() + sequence + i;
@@ -97,8 +100,8 @@ struct WalkPlan {
   __host__ __device__ int64_t unit() const { return length < halved ? length : halved; }
 };
 
-// Stretch number x of a launch: which sequence's, and the tokens begin .. end - 1 that it owns. Stretches begin on a grid
-// of patches, but for a sequence's first; the grid begins at or before the sequence.
+// Stretch number x of a launch: which sequence's, and the tokens begin .. end - 1 that it owns. Stretches begin on a
+// grid of patches, but for a sequence's first; the grid begins at or before the sequence.
 struct Stretch {
   Sequence sequence;
   int64_t number;  // of the sequence's
@@ -231,7 +234,7 @@ struct Contents {
     for (int64_t h = 0; h < p.kv_heads; ++h) rows += cell_rows(p, p.cells[h].resolution);
     return rows;
   }
-  static int64_t row_bytes(const Problem& p) { return (p.key_dim > 64 || p.value_dim > 64 ? 128 : 64) * 2 * 2; }
+  static int64_t row_bytes(const Problem& p) { return (is_wide(p) ? 128 : 64) * 2 * 2; }
 };
 
 // Calls body(storage{}) for bfloat16 or float16.
@@ -267,12 +270,14 @@ struct FluxClass {
   HeadList heads;
   int64_t longest_window;
   double echo;  // the largest
+  bool first;   // begins before the others
 };
 // Those there are, in the order in which they begin: that after which all have ended soonest, as measured with a
 // quarter of the heads at r = 1, 2, 4 and 8 each.
-constexpr int kForwardOrder[] = {0, 1, 3, 2}, kBackwardOrder[] = {0, 3, 1, 2};
-inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents,
-                                           const int (&order)[kFluxClasses]) {
+enum class Task { forward, contents, backward };
+inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents, Task task) {
+  constexpr int kForward[] = {0, 1, 3, 2}, kBackward[] = {0, 3, 1, 2}, kWideBackward[] = {2, 3, 0, 1};
+  const auto& order = task == Task::forward ? kForward : is_wide(p) ? kWideBackward : kBackward;
   FluxClass classes[kFluxClasses] = {};
   int64_t cell_rows = 0;
   for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -286,7 +291,9 @@ inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& con
   std::vector<FluxClass> found;
   for (const int number : order) {
     classes[number].number = number;
-    if (classes[number].heads.count > 0) found.push_back(classes[number]);
+    if (classes[number].heads.count == 0) continue;
+    classes[number].first = found.empty();
+    found.push_back(classes[number]);
   }
   return found;
 }
@@ -302,12 +309,11 @@ void on_branches(const Problem& p, const std::vector<FluxClass>& classes, const 
   }
 }
 
-enum class Task { forward, contents, backward };
-
 // Of window_back's blocks, those that run at once on a large card. Not asked of the card: its gradients' bits are the
 // same on all of them.
 constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
-// And those of all classes, where several share the card: as measured.
+// And those of all classes where several share the card, as measured; the class that begins first has fewer, but longer
+// ones.
 constexpr int64_t kSharedBlocks = 4 * kWideBlocksAtOnce;
 
 constexpr int64_t kLeastStretch = 128;  // tokens; at least a patch
@@ -336,7 +342,7 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
     const int64_t finest = tokens / (std::max(plan.warm_up / 2, kLeastStretch) + 1);
     if (alone) {
       // Where work is short of the card, stretches are shorter, as long as that ends sooner.
-      const int64_t at_once = problem.key_dim > 64 || problem.value_dim > 64 ? kWideBlocksAtOnce : kBlocksAtOnce;
+      const int64_t at_once = is_wide(problem) ? kWideBlocksAtOnce : kBlocksAtOnce;
       const auto time = [&](int64_t count) {
         const int64_t own = (tokens - plan.warm_up) / count;
         return (lanes * count + at_once - 1) / at_once * (count > 1 ? own + plan.warm_up : tokens);
@@ -347,8 +353,7 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
       }
       if (best > 1) plan.length = std::min(plan.length, (tokens + best - 1) / best);
     } else {
-      // The longest windows, whose warm-ups cost the most, are cut once less.
-      const int64_t count = std::min((kSharedBlocks + lanes / 2) / lanes - (c.number == 0), finest);
+      const int64_t count = std::min((kSharedBlocks + lanes / 2) / lanes - c.first, finest);
       plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, kLeastStretch);
     }
     plan.halved = plan.length;

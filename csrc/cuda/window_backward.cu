@@ -740,7 +740,7 @@ void with_back_columns(const Problem& p, const body_type& body) {
 }
 template <typename storage, typename body_type>
 void with_back_flux(const Problem& p, int flux, const body_type& body) {
-  if (p.key_dim <= 64 && p.value_dim <= 64) {
+  if (!is_wide(p)) {
     if (flux <= 3) return with_back_columns<storage, 64, 3, 4>(p, body);
     if (flux <= 5) return with_back_columns<storage, 64, 5, 4>(p, body);
     if (flux <= 9) return with_back_columns<storage, 64, 9, 4>(p, body);
@@ -790,7 +790,7 @@ int64_t window_backward_workspace(const Problem& p) { return Contents::bytes(p);
 
 void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
   const Contents contents(p, gradients.contents ? const_cast<void*>(gradients.contents) : workspace);
-  on_branches(p, flux_classes(p, contents, kBackwardOrder), [&](const FluxClass& c, const Problem& problem) {
+  on_branches(p, flux_classes(p, contents, Task::backward), [&](const FluxClass& c, const Problem& problem) {
     const HeadList& heads = c.heads;
     with_back_config(p, flux_of_class(c.number), [&](auto config_tag) {
       using config = decltype(config_tag);

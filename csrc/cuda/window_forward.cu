@@ -44,12 +44,11 @@ void with_flux(const Problem& p, int flux, const body_type& body) {
 }
 template <typename body_type>
 void with_config(const Problem& p, int flux, const body_type& body) {
-  const bool wide = p.key_dim > 64 || p.value_dim > 64;
   if (p.dtype == DType::bfloat16) {
-    if (wide) return with_flux<__nv_bfloat16, 128>(p, flux, body);
+    if (is_wide(p)) return with_flux<__nv_bfloat16, 128>(p, flux, body);
     return with_flux<__nv_bfloat16, 64>(p, flux, body);
   }
-  if (wide) return with_flux<__half, 128>(p, flux, body);
+  if (is_wide(p)) return with_flux<__half, 128>(p, flux, body);
   return with_flux<__half, 64>(p, flux, body);
 }
 
@@ -86,12 +85,12 @@ const char* window_refusal(const Problem& p) {
 }
 
 int64_t window_forward_workspace(const Problem& p) {
-  return repair_workspace(p, make_plans(p, flux_classes(p, Contents(), kForwardOrder)));
+  return repair_workspace(p, make_plans(p, flux_classes(p, Contents(), Task::forward)));
 }
 
 void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   const Contents contents = outputs.contents ? Contents(p, outputs.contents) : Contents();
-  const std::vector<FluxClass> classes = flux_classes(p, contents, kForwardOrder);
+  const std::vector<FluxClass> classes = flux_classes(p, contents, Task::forward);
   const Plans plans = make_plans(p, classes);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   if (p.tokens > 0) {
