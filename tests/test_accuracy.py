@@ -125,9 +125,20 @@ def test_large_logits(kernel, dtype, device):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("scale", [0.0, -0.5, 2.0])
+@pytest.mark.parametrize("scale", [0.0, 5e-324, -0.5, 2.0])
 def test_scale(kernel, scale, device):
     window, inputs = BlurryWindow(4, 16, kernel), make_inputs()
     expected = run(oracle, *inputs, window, scale=scale)
     actual = run(blurry_window_attention, *(x.to(device) for x in inputs), window, scale=scale)
     assert_accurate(actual, expected, torch.float64, window)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scale", [0.0, 5e-324, -0.125])
+def test_scale_in_half_precision(kernel, scale, device):
+    """Of a size that tensor cores take: a scale of zero makes no NaN of slots that are shut."""
+    window, inputs = BlurryWindow(32, 128, kernel), make_inputs(tokens=150, dim=64, dtype=torch.bfloat16)
+    exact = run(oracle, *(x.double() for x in inputs), window, scale=scale)
+    found = run(blurry_window_attention, *(x.to(device) for x in inputs), window, scale=scale)
+    for name in exact.keys() - {"position"}:
+        assert relative_error(found[name], exact[name]) <= 0.03, name

@@ -2,9 +2,17 @@
 // the slots hold at each token, and back. Shared by the walk forward and the walk backward over time.
 #pragma once
 
+#include <cfloat>
+
 #include "window_weights.cuh"
 
 namespace blurry_attn::cuda {
+
+// What scores are multiplied by, in exponents to base 2; their sign is the query's. Never zero: what is shut has a score
+// of -inf.
+__device__ __forceinline__ float score_factor(double scale) {
+  return fmaf(fabsf(static_cast<float>(scale)), 1.44269504f, FLT_MIN);
+}
 
 // config: storage, kDim, kFlux, kColumns, kSliding.
 template <typename config>

@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     [[maybe_unused]] const uint32_t shared_weights =
         shared + layout.shared_weights + (patch * (kColumns / 16 + 1) * kWarp + lane) * sizeof(uint4);
     float* const deltas = reinterpret_cast<float*>(shared_memory + layout.shared_deltas) + 2 * patch * kPatch;
-    const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to walk.base 2
+    const float factor = score_factor(p.scale);
     const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;
     // The warps of a patch wait for each other.
     [[maybe_unused]] int meetings = 0;

@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       continue;
     }
     if constexpr (!config::kContents) {
-      const float factor = fabsf(static_cast<float>(p.scale)) * 1.44269504f;  // exponentials to base 2
+      const float factor = score_factor(p.scale);
       const uint32_t staged = shared + layout.scratch + warp * config::kScratch;
       for (int i = 0; i < group; ++i) {
         const int query_head = head * group + i;

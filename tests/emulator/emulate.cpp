@@ -252,7 +252,7 @@ Case draw(const Options& o, uint64_t seed) {
   };
   p.key_dim = dim();
   p.value_dim = random.chance(50) ? p.key_dim : dim();
-  p.scale = (random.chance(20) ? -1 : 1) * random.one_of({1., 1., 2., .3}) / std::sqrt(p.key_dim);
+  p.scale = (random.chance(20) ? -1 : 1) * random.one_of({1., 1., 2., .3, 0.}) / std::sqrt(p.key_dim);
   const int64_t longest = window ? 400 : 150;
   p.tokens = random.one_of<int64_t>({random.between(1, 40), random.between(1, longest), random.between(1, longest),
                                      longest, 128, random.chance(30) ? random.between(longest, 700) : 64});
