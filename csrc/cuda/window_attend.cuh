@@ -8,8 +8,8 @@
 
 namespace blurry_attn::cuda {
 
-// What scores are multiplied by, in exponents to base 2; their sign is the query's. Never zero: what is shut has a score
-// of -inf.
+// What scores are multiplied by, in exponents to base 2; their sign is the query's. Never zero: what is shut has a
+// score of -inf.
 __device__ __forceinline__ float score_factor(double scale) {
   return fmaf(fabsf(static_cast<float>(scale)), 1.44269504f, FLT_MIN);
 }

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   attend.ring = shared + layout.ring;
   attend.started = shared + layout.started + 2 * warp * config::kRow;
   attend.side_bytes = side_bytes;
-  int made_for = -1;  // the likeness of the patch that weights are of
+  int made_for = -1;         // the likeness of the patch that weights are of
   const auto report = [&] {  // a token is not finite
     if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 1;
   };
