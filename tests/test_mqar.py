@@ -427,6 +427,8 @@ def test_the_plot_shows_points_and_factors(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "plot.png")
     two = [row | {"task": "another", "setting": row["setting"] | {"task": {"length": 1}}} for row in ROWS]
     assert len(report.plot([*ROWS, *two]).axes) == 2
+    # What has no curve of sliding windows to be compared with is left to the table.
+    assert len(report.plot([*ROWS, *rows_of("fejer", 16, {1e-3: (0.5,)}, heads=8)]).axes) == 1
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -21,6 +21,7 @@ COLOURS = {"fejer": "#c2410c", "pyramid": "#7c2d12", "dirichlet": "#f59e0b", "sl
 COLOURS |= {"full": "#4338ca", "gsa": "#be185d"}
 MARKERS = "osD^vP*X<>"
 TARGETS = (0.9, 0.99)
+LEAST_OCTAVES = 0.45  # between ticks, so that their labels have room
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,18 @@ class Factor:
         return f"{sign}{self.sliding.state / self.blurry.state:.1f} times the state"
 
 
-def comparable(mine: Iterable[Point]) -> list[tuple[list[Point], list[Point]]]:
-    """Sliding windows and "fejer" of equal conditions, in the order in which they come."""
-    groups: dict[tuple[str, int], tuple[list[Point], list[Point]]] = defaultdict(lambda: ([], []))
+def alike(mine: Iterable[Point]) -> list[list[Point]]:
+    """Points of equal conditions and as many heads, in the order in which they come."""
+    groups: dict[tuple[str, int], list[Point]] = defaultdict(list)
     for point in mine:
-        if point.kind in ("sliding", "fejer"):
-            groups[point.conditions, point.heads][point.kind == "fejer"].append(point)
-    return [(sliding, blurry) for sliding, blurry in groups.values() if sliding and blurry]
+        groups[point.conditions, point.heads].append(point)
+    return list(groups.values())
+
+
+def comparable(mine: Iterable[Point]) -> list[tuple[list[Point], list[Point]]]:
+    """Sliding windows and "fejer" that are alike."""
+    pairs = [tuple([p for p in group if p.kind == kind] for kind in ("sliding", "fejer")) for group in alike(mine)]
+    return [(sliding, blurry) for sliding, blurry in pairs if sliding and blurry]
 
 
 def factors(sliding: Sequence[Point], blurry: Sequence[Point]) -> list[Factor]:
@@ -181,18 +187,27 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], label: str = "accuracy") -> Figure:
-    """A panel per task: accuracy against state, the spread over seeds as bars, the factors as arrows."""
+    """Accuracy against state, the spread over seeds as bars, the factors as arrows: a panel for all that is alike, if
+    it holds a curve of sliding windows to compare with. What is alone stands in the table."""
     from matplotlib.figure import Figure
 
-    tasks = by_task(rows)
-    figure = Figure(figsize=(0.5 + 7.5 * len(tasks), 6.4), dpi=130, layout="constrained")
-    for axes, (task, mine) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
+    panels = [(task, group) for task, mine in by_task(rows).items() for group in _curved(alike(mine)) or [mine]]
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(0.5 + 7.5 * columns, 6.4 * lines), dpi=130, layout="constrained")
+    for axes, (task, mine) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
         curves(axes, mine, accuracy)
         _arrows(axes, mine)
-        axes.set(title=task, ylabel=label, ylim=(-0.02, 1.03))
+        axes.set(title=f"{task}; {mine[0].heads} heads, {mine[0].steps:,} steps", ylabel=label, ylim=(-0.02, 1.03))
         legend(axes)
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
     sign(figure, rows)
     return figure
+
+
+def _curved(groups: Iterable[list[Point]]) -> list[list[Point]]:
+    return [group for group in groups if any(len(best(sliding)) > 1 for sliding, _ in comparable(group))]
 
 
 def sign(figure: Figure, rows: Sequence[Row]) -> None:
@@ -218,10 +233,14 @@ def curves(axes: Axes, mine: Sequence[Point], measure: Callable[[Row], float]) -
         spread, colour = (below, above), colour_of(curve[0])
         style = {"marker": markers[family], "ms": 5, "lw": 1.6, "capsize": 3, "color": colour}
         axes.errorbar(x, means, spread, label=family, **style)
-    ticks = {point.state: point.slots for point in mine}
+    slots = {point.state: point.slots for point in mine}
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
-    axes.set_xticks(list(ticks), [f"{state}\n({slots})" for state, slots in ticks.items()], fontsize=8)
+    ticks: list[int] = []
+    for state in sorted(slots, key=lambda state: (state & (state - 1) != 0, state)):  # powers of two first
+        if all(abs(math.log2(state / other)) > LEAST_OCTAVES for other in ticks):
+            ticks.append(state)
+    axes.set_xticks(ticks, [f"{state}\n({slots[state]})" for state in ticks], fontsize=8)
     axes.set_xlabel("state per head: elements (slots)")
     bare(axes)
 
@@ -243,11 +262,11 @@ def bare(axes: Axes) -> None:
 
 
 def legend(axes: Axes) -> None:
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=8)
 
 
 def _arrows(axes: Axes, mine: Sequence[Point]) -> None:
-    for sliding, blurry in comparable(mine)[:1]:  # more arrows would lie over each other
+    for sliding, blurry in comparable(mine):
         label = f"best fejer, {blurry[0].heads} heads"
         axes.plot(*zip(*best(blurry), strict=True), ":", color=COLOURS["fejer"], lw=1.2, label=label)
         for factor in factors(sliding, blurry):
