@@ -354,7 +354,7 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
       if (best > 1) plan.length = std::min(plan.length, (tokens + best - 1) / best);
     } else {
       const int64_t count = std::min((kSharedBlocks + lanes / 2) / lanes - c.first, finest);
-      plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, kLeastStretch);
+      plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, plan.length);
     }
     plan.halved = plan.length;
   }
