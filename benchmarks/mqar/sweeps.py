@@ -109,11 +109,6 @@ def _moonshot() -> Sweep:
             fejer(16, *same(8, 8)),
             fejer(16, *same(6, 8), *same(2, 16)),
             fejer(16, *same(8, 8), *same(8, 16)),
-            recipe=long_warm_up,
-            note="long warm-up",
-        ),
-        *_points(
-            task,
             fejer(16, *MIXED, head_dim=64),
             sliding(128, heads=8, head_dim=64),
             fejer(16, 8, 8, 16, 16, head_dim=64),

@@ -195,13 +195,12 @@ def plot(rows: Sequence[Row], label: str = "accuracy") -> Figure:
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(0.5 + 7.5 * columns, 6.4 * lines), dpi=130, layout="constrained")
-    for axes, (task, mine) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
+    for place, (task, mine) in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, columns, place)
         curves(axes, mine, accuracy)
         _arrows(axes, mine)
         axes.set(title=f"{task}; {mine[0].heads} heads, {mine[0].steps:,} steps", ylabel=label, ylim=(-0.02, 1.03))
         legend(axes)
-    for axes in figure.axes[len(panels) :]:
-        axes.remove()
     sign(figure, rows)
     return figure
 
@@ -266,7 +265,7 @@ def legend(axes: Axes) -> None:
 
 
 def _arrows(axes: Axes, mine: Sequence[Point]) -> None:
-    for sliding, blurry in comparable(mine):
+    for sliding, blurry in comparable(mine)[:1]:  # more arrows would lie over each other
         label = f"best fejer, {blurry[0].heads} heads"
         axes.plot(*zip(*best(blurry), strict=True), ":", color=COLOURS["fejer"], lw=1.2, label=label)
         for factor in factors(sliding, blurry):

@@ -132,7 +132,7 @@ struct PatchWalk {
     from_begin = plan.backward ? own.number == 0 : own.begin - s.position <= period;
     to_end = s.end() - own.end <= period;
     const int64_t from = from_begin ? s.position : plan.backward ? own.begin : own.begin - period;
-    first_time = floor_div(from - cells.phase, kPatch) * kPatch + cells.phase;
+    first_time = patch_begin(cells, from);
     row = s.row + first_time - s.position;
     patch = (p.cu_seqlens ? s.row / kPatch + s.index * kSparePatches : s.batch * (p.tokens / kPatch + kSparePatches)) +
             (first_time - own.grid) / kPatch;

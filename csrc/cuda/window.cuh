@@ -91,17 +91,21 @@ struct WalkPlan {
   }
   void count_stretches(const Problem& problem) {
     packed = problem.cu_seqlens;
-    count = problem.sequences == 0 ? 0
-            : packed               ? problem.tokens / unit() + problem.sequences
-                                   : stretches(problem.tokens) * problem.sequences;
+    count = packed ? problem.tokens / unit() + problem.sequences : stretches(problem.tokens) * problem.sequences;
+    if (problem.sequences == 0) count = 0;
   }
 
  private:
   __host__ __device__ int64_t unit() const { return length < halved ? length : halved; }
 };
 
-// Stretch number x of a launch: which sequence's, and the tokens begin .. end - 1 that it owns. Stretches begin on a
-// grid of patches, but for a sequence's first; the grid begins at or before the sequence.
+// Where the patch of a token begins: patches lie on a grid that begins at the head's phase.
+__device__ __forceinline__ int64_t patch_begin(const Cells& cells, int64_t token) {
+  return floor_div(token - cells.phase, kPatch) * kPatch + cells.phase;
+}
+
+// Stretch number x of a launch: which sequence's, and the tokens begin .. end - 1 that it owns. Stretches begin on the
+// grid of patches, but for a sequence's first, whose first patch begins at `grid`.
 struct Stretch {
   Sequence sequence;
   int64_t number;  // of the sequence's
@@ -110,7 +114,7 @@ struct Stretch {
 
   __device__ Stretch(const Problem& p, const WalkPlan& plan, const Cells& cells, int64_t x)
       : sequence(p, plan.sequence_of(p, x)), number(plan.number_of(p, sequence.index, x)) {
-    grid = floor_div(sequence.position - cells.phase, kPatch) * kPatch + cells.phase;
+    grid = patch_begin(cells, sequence.position);
     const int64_t count = plan.stretches(sequence.length), extra = plan.extra < sequence.length ? plan.extra : 0;
     const auto begin_of = [&](int64_t i) {
       const int64_t even = (plan.backward ? 0 : extra) + i * (sequence.length - extra) / count;
@@ -152,7 +156,7 @@ struct Walk {
     position = s.position;
     from_begin = own.begin - s.position <= plan.warm_up;
     const int64_t from = from_begin ? s.position : own.begin - plan.warm_up;
-    first_time = floor_div(from - cells.phase, kPatch) * kPatch + cells.phase;
+    first_time = patch_begin(cells, from);
     sequence_row = s.row;
     row = s.row + first_time - s.position;
     cell = cells.trailing(first_time);
