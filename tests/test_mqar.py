@@ -34,10 +34,11 @@ CPU = torch.device("cpu")
 TINY = Recall(length=24, pairs=3, vocabulary=32, batch=4, held_out=8)
 MIXERS = (
     Mixer("fejer", 4, (4, 4), 8),
-    Mixer("fejer", 4, (1, 3), 8, sharpness=8.0),
+    Mixer("fejer", 4, (1, 3), 8, sharpness=8.0, scale=0.7),
     Mixer("dirichlet", 4, (4, 4), 8),
     Mixer("sliding", 4, (1, 1), 8),
-    Mixer("full", 24, (1, 1), 8),
+    Mixer("sliding", 4, (1, 1), 8, scale=0.7),
+    Mixer("full", 24, (1, 1), 8, scale=0.7),
 )
 
 
@@ -130,9 +131,10 @@ def alone(stack: Stack, model: int, tokens: Tensor) -> Tensor:
         query, key, value = (part.unflatten(-1, heads[1:]).transpose(1, 2) for part in parts)
         if mixer.kind in ("sliding", "full"):
             age = torch.arange(tokens.shape[1]).unsqueeze(1) - torch.arange(tokens.shape[1])
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=(age >= 0) & (age < mixer.slots))
+            seen = (age >= 0) & (age < mixer.slots)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=mixer.scale)
         else:
-            mixed = reference.blurry_window_attention(query, key, value, mixer.window)
+            mixed = reference.blurry_window_attention(query, key, value, mixer.window, scale=mixer.scale)
         x = x + mixed.transpose(1, 2).flatten(2) @ weights["out"][layer]
         if stack.shape.mlp:
             x = x + F.gelu(F.rms_norm(x, x.shape[-1:], eps=1e-6) @ weights["up"][layer]) @ weights["down"][layer]
@@ -158,11 +160,11 @@ def test_a_model_of_a_stack_is_convolution_and_mixer(mixer: Mixer, mlp: int) -> 
 
 @pytest.mark.parametrize("slots", [64, 65])
 def test_a_sliding_window_is_one_whichever_operator_computes_it(slots: int) -> None:
-    mixer = Mixer("sliding", slots, (1, 1), 8)
+    mixer = Mixer("sliding", slots, (1, 1), 8, scale=0.7)
     assert mixer.operator.startswith("blurry") == (slots == 64)
     query, key, value = torch.randn(3, 2, 2, 100, 8).unbind()
     age = torch.arange(100).unsqueeze(1) - torch.arange(100)
-    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=(age >= 0) & (age < slots))
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=(age >= 0) & (age < slots), scale=0.7)
     torch.testing.assert_close(mixer.attend(query, key, value), expected, atol=1e-5, rtol=1e-5)
 
 

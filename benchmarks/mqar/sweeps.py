@@ -10,14 +10,17 @@ from .recall import Recall
 STEPS = 10_700
 RATES = (2e-3, 4e-3, 6e-3)
 MIXED = (8, 8, 8, 8, 16, 16, 16, 16)
+DOUBLE = 0.35  # the scale of scores of heads of 32, twice the usual
 
 
-def fejer(slots: int, *resolutions: int, head_dim: int = 32, sharpness: float | None = None) -> Mixer:
-    return Mixer("fejer", slots, resolutions, head_dim, sharpness)
+def fejer(
+    slots: int, *resolutions: int, head_dim: int = 32, sharpness: float | None = None, scale: float | None = None
+) -> Mixer:
+    return Mixer("fejer", slots, resolutions, head_dim, sharpness, scale)
 
 
-def sliding(slots: int, heads: int = 4, head_dim: int = 32) -> Mixer:
-    return Mixer("sliding", slots, (1,) * heads, head_dim)
+def sliding(slots: int, heads: int = 4, head_dim: int = 32, scale: float | None = None) -> Mixer:
+    return Mixer("sliding", slots, (1,) * heads, head_dim, scale=scale)
 
 
 def same(heads: int, resolution: int) -> tuple[int, ...]:
@@ -102,6 +105,17 @@ def _moonshot() -> Sweep:
             sliding(96, heads=8),
             recipe=Recipe(3 * STEPS, warm_up=0.2),
             note="long warm-up, 3 times the steps",
+        ),
+        *_points(
+            task,
+            fejer(16, *same(8, 12), sharpness=12.0, scale=DOUBLE),
+            sliding(96, heads=8, scale=DOUBLE),
+            sliding(128, heads=8, scale=DOUBLE),
+            fejer(14, *same(8, 14), sharpness=12.0, scale=DOUBLE),
+            fejer(12, *same(8, 16), sharpness=12.0, scale=DOUBLE),
+            fejer(16, *same(8, 12), scale=DOUBLE),
+            recipe=long_warm_up,
+            note="long warm-up",
         ),
         *_points(
             task,

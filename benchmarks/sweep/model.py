@@ -28,6 +28,7 @@ class Mixer:
     resolutions: tuple[int, ...] = (1, 1, 1, 1)
     head_dim: int = 32
     sharpness: float | None = None
+    scale: float | None = None  # of scores; 1 / sqrt(head_dim) if None
 
     @property
     def heads(self) -> int:
@@ -62,18 +63,21 @@ class Mixer:
             parts.append(f"window {reach}" if same else f"pyramid {reach}")
         if self.sharpness is not None:
             parts.append(f"sharpness {self.sharpness:g}")
+        if self.scale is not None:
+            parts.append(f"scale {self.scale:g}")
         parts.append(f"{self.heads} heads of {self.head_dim}")
         return ", ".join(parts)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(N, H, T, D) each -> (N, H, T, D), for all kinds but ``"gsa"``."""
         if self.operator == "blurry_window_attention":
-            return cast(Tensor, blurry_window_attention(query, key, value, self.window))
+            return cast(Tensor, blurry_window_attention(query, key, value, self.window, scale=self.scale))
         if self.kind == "full":
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
         positions = torch.arange(query.shape[2], device=query.device)
         age = positions.unsqueeze(1) - positions
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=(age >= 0) & (age < self.slots))
+        seen = (age >= 0) & (age < self.slots)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=self.scale)
 
 
 @dataclass(frozen=True)
@@ -204,19 +208,19 @@ class Stack(nn.Module):
         query, key, value = parts.unbind(2)
         if mixer.kind == "gsa":
             gate = torch.bmm(normed, weights["gate"]).view(models * size[0], size[1], mixer.heads, mixer.slots)
-            mixed = gated_slots(query, key, value, gate)
+            mixed = gated_slots(query, key, value, gate, mixer.scale)
         else:
             mixed = mixer.attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
         return torch.baddbmm(x, mixed.reshape(models, x.shape[1], -1), weights["out"])
 
 
-def gated_slots(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+def gated_slots(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scale: float | None = None) -> Tensor:
     """Gated slot attention as in its paper's layer: (N, T, H, D) each and gate (N, T, H, slots) -> (N, T, H, D)."""
     from fla.ops.gsa import chunk_gsa  # type: ignore[import-not-found]
 
     decay = F.logsigmoid(gate.float()) / 8
     share = (1 - decay.exp()).to(gate.dtype)
-    out: Tensor = chunk_gsa(F.silu(query), F.silu(key), value, share, decay)[0]
+    out: Tensor = chunk_gsa(F.silu(query), F.silu(key), value, share, decay, scale)[0]
     return out
 
 

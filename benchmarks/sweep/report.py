@@ -261,7 +261,9 @@ def bare(axes: Axes) -> None:
 
 
 def legend(axes: Axes) -> None:
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=8)
+    longest = max(map(len, axes.get_legend_handles_labels()[1]))
+    columns = 2 if longest < 40 else 1  # what fits below the axes
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, frameon=False, fontsize=8)
 
 
 def _arrows(axes: Axes, mine: Sequence[Point]) -> None:
