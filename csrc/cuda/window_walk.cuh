@@ -69,6 +69,21 @@ struct Layout {
   }
 };
 
+// Clears the ring and fetches the table of gates.
+template <typename config>
+__device__ __forceinline__ void prepare(const Problem& p, int head) {
+  const int resolution = static_cast<int>(p.laws[head].cells.resolution);
+  const Layout layout = Layout::make<config>(static_cast<int>(p.slots), resolution);
+  float* const table = reinterpret_cast<float*>(shared_memory + layout.table);
+  for (int i = threadIdx.x; i < 2 * resolution; i += config::kThreads) {
+    table[i] = static_cast<const float*>(p.gates)[p.laws[head].gates + i];
+  }
+  const uint32_t ring = shared_address(shared_memory) + layout.ring;
+  for (uint32_t i = threadIdx.x; i < 2 * layout.side_bytes / 16; i += config::kThreads) {
+    store_shared(ring + 16 * i, make_uint4(0, 0, 0, 0));
+  }
+}
+
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, uint8_t* unsound) {
@@ -93,6 +108,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       started_row = contents.started_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.first_patch, head);
     }
   }
+  prepare<config>(p, head);  // while one thread finds the walk
   __syncthreads();
   if (walk.own_begin >= walk.own_end) return;
   const int slots = static_cast<int>(p.slots), resolution = walk.resolution;
@@ -111,15 +127,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   float* const table = reinterpret_cast<float*>(shared_memory + layout.table);
   int* const patch_cells = reinterpret_cast<int*>(shared_memory + layout.cells);
 
-  for (int i = threadIdx.x; i < 2 * resolution; i += config::kThreads) {
-    table[i] = static_cast<const float*>(p.gates)[p.laws[head].gates + i];
-  }
-  // Contents before the walk: as given, else zeros. Cell number c lies in row c mod ring_rows.
-  for (uint32_t i = threadIdx.x; i < 2 * side_bytes / 16; i += config::kThreads) {
-    store_shared(shared + layout.ring + 16 * i, make_uint4(0, 0, 0, 0));
-  }
+  // Contents before the walk, where they are given. Cell number c lies in row c mod ring_rows.
   if (p.state_key && walk.from_begin) {
-    __syncthreads();
     for (int i = threadIdx.x; i < 2 * slots * kDim; i += config::kThreads) {
       const int d = i % kDim, back = i / kDim % slots, side = i / kDim / slots;
       const int slot = walk.given_slot(back, slots), row = (walk.given - 1 - back) % ring_rows;

@@ -12,11 +12,13 @@ namespace blurry_attn::cuda {
 template <int tiles>
 using Tiles = float[tiles][4];
 
-// The gates of a patch in its cells in flux, and what follows from them for the patch's end. All this is done for few
-// patches: loops are kept short, as a processor's cache for instructions is too.
+// The gates of a patch in its cells in flux, and what follows from them for the patch's end. All warps of a block do
+// this at once, while others wait, but for few patches: instructions are few, and loops short. Half a warp has a cell,
+// a lane one of the patch's tokens.
 template <typename storage, int kFlux>
 struct PatchGates {
   static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
+  static constexpr int kPairs = (kFlux + 1) / 2;      // of cells
 
   // Patches that have the same number here, if it is not below zero, have the same gates: `offset` tokens after the
   // trailing cell's centre, past the first lap or where every cell opens its slot. `first` is the first cell of all,
@@ -43,46 +45,63 @@ struct PatchGates {
     }
     __syncwarp();
   }
-  // Of the patch's end: the decays, and for each thread its fragments of b, high and low parts, of the weights:
-  // [kFluxTiles][lane].
+  // The product of what the lanes after this one have, of the half warp's 16.
+  __device__ __forceinline__ static float product_after(float x, int token) {
+    x = __shfl_down_sync(kAllLanes, x, 1, kPatch);
+    if (token == kPatch - 1) x = 1.f;
+#pragma unroll
+    for (int by = 1; by < kPatch; by *= 2) {
+      const float later = __shfl_down_sync(kAllLanes, x, by, kPatch);
+      x *= token + by < kPatch ? later : 1.f;
+    }
+    return x;
+  }
+  // Of the patch's end: body(cell, gate, left) for each pair of cells with the lane's own; `left` is the product of
+  // 1 - gate of all later tokens.
+  template <typename body_type>
+  __device__ __forceinline__ static void for_ends(const float* gates, const body_type& body) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int j = 2 * pair + lane / kPatch;
+      const float gate = j < kFlux ? gates[j * kPatch + lane % kPatch] : 0.f;
+      body(pair, j, gate, product_after(1.f - gate, lane % kPatch));
+    }
+    __syncwarp();
+  }
+  // The decays, and for each thread its fragments of b, high and low parts, of the weights: [kFluxTiles][lane].
   __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, uint4* end_weights) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+    float w[kFluxTiles][4] = {};
+    for_ends(gates, [&](int pair, int j, float gate, float left) {
+      if (lane % kPatch == 0 && j < kFlux) end_decays[j] = left * (1.f - gate);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float weight = __shfl_sync(kAllLanes, gate * left, g % 2 * kPatch + 8 * (i / 2) + 2 * q + i % 2);
+#pragma unroll
+        for (int tile = 0; tile < kFluxTiles; ++tile) {
+          if (g / 2 + 4 * tile == pair) w[tile][i] = weight;
+        }
+      }
+    });
+    const auto low = [](float x) { return x - to_compute<float>(to_storage<storage>(x)); };
 #pragma unroll
     for (int tile = 0; tile < kFluxTiles; ++tile) {
-      float w[4] = {};
-      const int j = 8 * tile + g;
-      if (j < kFlux) {
-        float product = 1.f;
-#pragma unroll 1
-        for (int s = kPatch - 1; s >= 0; --s) {
-          const float gate = gates[j * kPatch + s];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (s == 8 * (i / 2) + 2 * q + i % 2) w[i] = gate * product;
-          }
-          product *= 1.f - gate;
-        }
-        if (q == 0) end_decays[j] = product;
-      }
-      const auto low = [](float x) { return x - to_compute<float>(to_storage<storage>(x)); };
+      const float (&x)[4] = w[tile];
       end_weights[tile * kWarp + lane] =
-          make_uint4(pack<storage>(w[0], w[1]), pack<storage>(w[2], w[3]), pack<storage>(low(w[0]), low(w[1])),
-                     pack<storage>(low(w[2]), low(w[3])));
+          make_uint4(pack<storage>(x[0], x[1]), pack<storage>(x[2], x[3]), pack<storage>(low(x[0]), low(x[1])),
+                     pack<storage>(low(x[2]), low(x[3])));
     }
     __syncwarp();
   }
   // The same as plain numbers: [kFlux][kPatch] and [kFlux].
   __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, float* end_weights) {
-#pragma unroll 1
-    for (int i = threadIdx.x % kWarp; i < kFlux * kPatch; i += kWarp) {
-      const int j = i / kPatch;
-      float product = 1.f;
-#pragma unroll 1
-      for (int t = kPatch - 1; t > i % kPatch; --t) product *= 1.f - gates[j * kPatch + t];
-      end_weights[i] = gates[i] * product;
-      if (i % kPatch == 0) end_decays[j] = product * (1.f - gates[i]);
-    }
-    __syncwarp();
+    const int token = threadIdx.x % kPatch;
+    for_ends(gates, [&](int, int j, float gate, float left) {
+      if (j >= kFlux) return;
+      end_weights[j * kPatch + token] = gate * left;
+      if (token == 0) end_decays[j] = left * (1.f - gate);
+    });
   }
 };
 
@@ -95,6 +114,7 @@ struct PatchGates {
 template <typename storage, int kFlux>
 struct FewWeights : PatchGates<storage, kFlux> {
   using PatchGates<storage, kFlux>::kFluxTiles;
+  using PatchGates<storage, kFlux>::kPairs;
   using PatchGates<storage, kFlux>::shut;
 
   // Pairs of half, of tokens (columns): the first eight in row g, the first and the last eight in row g + 8. A token
@@ -116,28 +136,42 @@ struct FewWeights : PatchGates<storage, kFlux> {
       for (int e = 0; e < 4; ++e) decay[tile][e] = 1.f;
     }
 #pragma unroll
-    for (int j = 0; j < kFlux; ++j) {
-      float product[2] = {1.f, 1.f}, w[2][4] = {};
+    for (int pair = 0; pair < kPairs; ++pair) {
+      // A lane goes back along the tokens of its cell, and hands what they weigh at its own to those that need it.
+      const int last = min(2 * pair + 1, kFlux - 1), own = lane % kPatch;
+      const float* const its = gates + min(2 * pair + lane / kPatch, last) * kPatch;
+      float left = 1.f;
+      float2 rows[2][3] = {};
 #pragma unroll 1
-      for (int s = kPatch - 1; s >= 0; --s) {
-        const float gate = gates[j * kPatch + s];
+      for (int two = kPatch / 2 - 1; two >= 0; --two) {  // of tokens
+        float w[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (s > g + 8 * half) continue;
+        for (int i = 1; i >= 0; --i) {
+          const float gate = own >= 2 * two + i ? its[2 * two + i] : 0.f;
+          w[i] = gate * left;
+          left *= 1.f - gate;
+        }
+        const uint32_t words = pack<__half>(w[0], w[1]);
 #pragma unroll
-          for (int i = 0; i < 2 + 2 * half; ++i) {
-            if (s == 8 * (i / 2) + 2 * q + i % 2) w[half][i] = gate * product[half];
+        for (int j = 2 * pair; j <= last; ++j) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float2 of_row = unpack<__half>(__shfl_sync(kAllLanes, words, j % 2 * kPatch + g + 8 * half));
+            if (two == q) rows[j % 2][half] = of_row;
+            if (half == 1 && two == q + 4) rows[j % 2][2] = of_row;
           }
-          product[half] *= 1.f - gate;
         }
       }
-      weight[j][0] = pack<__half>(w[0][0], w[0][1]);
-      weight[j][1] = pack<__half>(w[1][0], w[1][1]);
-      weight[j][2] = pack<__half>(w[1][2], w[1][3]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (j % 8 / 2 != q) continue;
-        decay[j / 8][2 * half + j % 2] = shut(cells, cell + j, token + g + 8 * half) ? -1.f : product[half];
+      for (int j = 2 * pair; j <= last; ++j) {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) weight[j][i] = pack<__half>(rows[j % 2][i].x, rows[j % 2][i].y);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float of_row = __shfl_sync(kAllLanes, left, j % 2 * kPatch + g + 8 * half);
+          if (j % 8 / 2 != q) continue;
+          decay[j / 8][2 * half + j % 2] = shut(cells, cell + j, token + g + 8 * half) ? -1.f : of_row;
+        }
       }
     }
   }
