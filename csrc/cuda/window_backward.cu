@@ -74,8 +74,8 @@ struct BackLayout {
     at += group > 1 ? config::kSlices * config::kPatches * 16 * kWarp * 4 : 0;
     l.pieces = at;  // [key, value][patch][row][token]
     at += 2 * config::kPatches * l.piece_rows * kPatch * 2;
-    l.gates = at;  // float: [patch][cell][token]
-    at += config::kPatches * in_flux * kPatch * 4;
+    l.gates = at;  // and what is left after them, float: [patch][2][cell][token]
+    at += config::kPatches * 2 * in_flux * kPatch * 4;
     l.weights = at;  // of the patch's tokens in what cells hold at its end, float: [patch][cell][token]
     at += config::kPatches * in_flux * kPatch * 4;
     l.decays = at;  // float: [patch][cell]
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     attend.ring = shared + layout.ring;
     attend.side_bytes = layout.side_bytes;
     for (int i = 0; i < 2; ++i) attend.tokens[i] = shared + layout.tokens + (2 * patch + i) * kPatch * kRow;
-    float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + patch * kFlux * kPatch;
+    float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + patch * 2 * kFlux * kPatch;
     float* const end_weights = reinterpret_cast<float*>(shared_memory + layout.weights) + patch * kFlux * kPatch;
     PatchPlace& place = reinterpret_cast<PatchPlace*>(shared_memory + layout.patches)[patch];
     float* const end_decays = reinterpret_cast<float*>(shared_memory + layout.decays) + patch * kFlux;

@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     return reinterpret_cast<float*>(shared_memory + layout.scratch + warp * config::kScratch) +
            (side % config::kSidesAtOnce * kFlux + cell) * config::kAddedStride;
   };
-  float* const gates = added(warp, 0, 0);
+  float* const gates = added(warp, 0, 0);  // until there is something to add
+  static_assert(config::kSliding || config::kScratch >= 2 * kFlux * kPatch * 4, "gates and logarithms");
   uint4* const end_weights = reinterpret_cast<uint4*>(shared_memory + layout.ends) + warp * Weights::kFluxTiles * kWarp;
   float* const decays = reinterpret_cast<float*>(shared_memory + layout.decays);
   float* const table = reinterpret_cast<float*>(shared_memory + layout.table);
@@ -214,15 +215,12 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const Cells cells = p.laws[head].cells;
       Weights::make_gates(cells, walk.time(walk.begin), walk.time(walk.end), walk.cell + cell, walk.time(patch), table,
                           gates);
+      if constexpr (!config::kContents) attend.weights.make(cells, walk.cell + cell, walk.time(patch), gates);
       Weights::make_end(gates, decays + warp * kFlux, end_weights);
-      if constexpr (!config::kContents) {
-        attend.weights.make(cells, walk.cell + cell, walk.time(patch), gates);
-        __syncwarp();  // what the patch adds takes the gates' place
-      }
       made_for = likeness;
     }
-    if (lane == 0) patch_cells[warp] = cell;
     if constexpr (!config::kContents) load_query(attend, patch, 0);
+    if (lane == 0) patch_cells[warp] = cell;
 
     // What the patch adds to its cells.
     const uint32_t tile_base = shared + layout.tiles + stage * 2 * kTile * config::kRow;

@@ -117,6 +117,9 @@ struct FewWeights : PatchGates<storage, kFlux> {
   using PatchGates<storage, kFlux>::kPairs;
   using PatchGates<storage, kFlux>::shut;
 
+  // What stands for the logarithm of 0, to base 2: float32 has no such power; and for that of what is shut.
+  static constexpr float kNothing = -160.f, kShut = 1.f;
+
   // Pairs of half, of tokens (columns): the first eight in row g, the first and the last eight in row g + 8. A token
   // has no weight before its time.
   uint32_t weight[kFlux][3];
@@ -128,50 +131,47 @@ struct FewWeights : PatchGates<storage, kFlux> {
     const uint32_t words = weight[j][half + tile];
     return unpack<__half>(use < 0 ? words : made_anew<use>(words));
   }
-  __device__ __forceinline__ void make(const Cells& cells, int64_t cell, int64_t token, const float* gates) {
+  // Leaves behind the gates, [kFlux][kPatch] too, the logarithm of how much is left at each token of what a slot held
+  // when the patch began. What a token weighs at a later one is its gate times a ratio of two such.
+  __device__ __forceinline__ void make(const Cells& cells, int64_t cell, int64_t token, float* gates) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+    float* const logs = gates + kFlux * kPatch;
+#pragma unroll 1
+    for (int i = lane; i < kPairs * kWarp; i += kWarp) {
+      const int own = i % kPatch;
+      const bool exists = i < kFlux * kPatch;
+      float log = exists ? fmaxf(log2_fast(1.f - gates[i]), kNothing) : 0.f;
+#pragma unroll
+      for (int by = 1; by < kPatch; by *= 2) {
+        const float before = __shfl_up_sync(kAllLanes, log, by, kPatch);
+        if (own >= by) log += before;
+      }
+      if (exists) logs[i] = shut(cells, cell + i / kPatch, token + own) ? kShut : log;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kFlux; ++j) {
+      const float* const its = logs + j * kPatch;
+      const float of_row[2] = {its[g], its[g + 8]};
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const float2 gate = *reinterpret_cast<const float2*>(gates + j * kPatch + 8 * tile + 2 * q);
+        const float2 log = *reinterpret_cast<const float2*>(its + 8 * tile + 2 * q);
+#pragma unroll
+        for (int half = tile; half < 2; ++half) {
+          const float x = gate.x * exp2_fast(of_row[half] - log.x), y = gate.y * exp2_fast(of_row[half] - log.y);
+          weight[j][half + tile] =
+              pack<__half>(half > tile || 2 * q <= g ? x : 0.f, half > tile || 2 * q < g ? y : 0.f);
+        }
+      }
+    }
 #pragma unroll
     for (int tile = 0; tile < kFluxTiles; ++tile) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) decay[tile][e] = 1.f;
-    }
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      // A lane goes back along the tokens of its cell, and hands what they weigh at its own to those that need it.
-      const int last = min(2 * pair + 1, kFlux - 1), own = lane % kPatch;
-      const float* const its = gates + min(2 * pair + lane / kPatch, last) * kPatch;
-      float left = 1.f;
-      float2 rows[2][3] = {};
-#pragma unroll 1
-      for (int two = kPatch / 2 - 1; two >= 0; --two) {  // of tokens
-        float w[2];
-#pragma unroll
-        for (int i = 1; i >= 0; --i) {
-          const float gate = own >= 2 * two + i ? its[2 * two + i] : 0.f;
-          w[i] = gate * left;
-          left *= 1.f - gate;
-        }
-        const uint32_t words = pack<__half>(w[0], w[1]);
-#pragma unroll
-        for (int j = 2 * pair; j <= last; ++j) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float2 of_row = unpack<__half>(__shfl_sync(kAllLanes, words, j % 2 * kPatch + g + 8 * half));
-            if (two == q) rows[j % 2][half] = of_row;
-            if (half == 1 && two == q + 4) rows[j % 2][2] = of_row;
-          }
-        }
-      }
-#pragma unroll
-      for (int j = 2 * pair; j <= last; ++j) {
-#pragma unroll
-        for (int i = 0; i < 3; ++i) weight[j][i] = pack<__half>(rows[j % 2][i].x, rows[j % 2][i].y);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float of_row = __shfl_sync(kAllLanes, left, j % 2 * kPatch + g + 8 * half);
-          if (j % 8 / 2 != q) continue;
-          decay[j / 8][2 * half + j % 2] = shut(cells, cell + j, token + g + 8 * half) ? -1.f : of_row;
-        }
+      for (int e = 0; e < 4; ++e) {
+        const int j = 8 * tile + 2 * q + e % 2;
+        const float log = j < kFlux ? logs[j * kPatch + g + 8 * (e / 2)] : 0.f;
+        decay[tile][e] = log == kShut ? -1.f : exp2_fast(log);
       }
     }
   }
