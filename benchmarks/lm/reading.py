@@ -30,7 +30,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The shape of a :class:`blurry_attn.lm.model.LanguageModel`."""
+    """The shape of a :class:`blurry_attn.lm.model.LanguageModel`; the mixer's ``scale`` is where its scores begin."""
 
     mixer: Mixer
     width: int
@@ -56,6 +56,10 @@ class Decoder:
         if kind == "blurry":
             for block in model.blocks:
                 block.mixer.window = mixer.window  # the configuration knows no law and no sharpness
+        if mixer.scale is not None:
+            with torch.no_grad():
+                for block in model.blocks:
+                    block.mixer.q_proj.weight *= mixer.scale * math.sqrt(mixer.head_dim)
         return model
 
 

@@ -12,6 +12,13 @@ HEADS = 8
 PYRAMID = (1, 1, 2, 2, 4, 4, 8, 8)
 STEEP = (1, 1, 1, 1, 4, 4, 32, 32)
 UNIFORM = (8,) * HEADS
+WIDTH = 512
+DOUBLE = 0.25  # the scale of scores of heads of 64, twice the usual
+
+
+def doubled(resolutions: tuple[int, ...]) -> tuple[int, ...]:
+    """Two heads for each."""
+    return tuple(resolution for resolution in resolutions for _ in range(2))
 
 
 def _mixers(head_dim: int, context: int) -> tuple[list[Mixer], list[Mixer]]:
@@ -55,6 +62,37 @@ def _main() -> Sweep:
     return Sweep("two sizes of model, 1024 bytes of context", tuple(points), (1.5e-3,), SEEDS)
 
 
+def _recipe() -> Sweep:
+    """What else the main pyramid could be at the same state: 32 slots, and 512 numbers of a key over all heads."""
+
+    def blurry(*resolutions: int, sharpness: float | None = None, scale: float | None = None) -> Mixer:
+        return Mixer("fejer", 32, resolutions, WIDTH // len(resolutions), sharpness, scale)
+
+    def sliding(heads: int = HEADS, scale: float | None = None) -> Mixer:
+        return Mixer("sliding", 32, (1,) * heads, WIDTH // heads, scale=scale)
+
+    task = Reading()
+    mixers = (
+        blurry(*PYRAMID, sharpness=12.0),
+        blurry(*doubled(PYRAMID)),
+        blurry(*PYRAMID[::2]),
+        blurry(*PYRAMID, scale=DOUBLE),
+        blurry(1, 1, 2, 2, 4, 4, 8, 16),
+        blurry(1, 1, 1, 1, 2, 4, 8, 16),
+        sliding(2 * HEADS),
+        sliding(HEADS // 2),
+        sliding(scale=DOUBLE),
+        blurry(1, 1, 1, 2, 2, 4, 4, 8),
+        blurry(1, 2, 3, 4, 5, 6, 7, 8),
+        blurry(*PYRAMID, sharpness=3.0),
+        blurry(1, 1, 2, 4, 4, 8, 8, 16),
+        blurry(1, 1, 1, 1, 4, 4, 8, 8),
+        blurry(1, 1, 2, 2, 3, 4, 6, 8),
+    )
+    points = tuple(Point(task, Decoder(mixer, WIDTH), Schedule(STEPS)) for mixer in mixers)
+    return Sweep("sharpness, heads, windows and scale at 32 slots", points, (1.5e-3,), SEEDS)
+
+
 def _quick() -> Sweep:
     task = Reading(context=64, batch=4, held_out=16)
     mixers = (
@@ -69,4 +107,4 @@ def _quick() -> Sweep:
     return Sweep("half a minute on a CPU: does everything run?", points, (1e-2,), SEEDS)
 
 
-SWEEPS = {"text": _main(), "quick": _quick()}
+SWEEPS = {"text": _main(), "recipe": _recipe(), "quick": _quick()}
