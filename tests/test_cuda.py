@@ -145,6 +145,16 @@ def test_window_kernels(walk, dtype, stated, device):
 
 
 @pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("sharpness", [1.0, 3.0])
+@pytest.mark.parametrize("walk", ["coarse", "odd", "long"])
+def test_window_kernels_with_an_echo(walk, sharpness, dtype, stated, device):
+    slots, resolutions, phase, (heads, *dims), tokens = WALKS[walk]
+    window = BlurryWindow(slots, tuple(slots * r for r in resolutions), "fejer", sharpness, phase)
+    hold_to_half_precision(window, "window", heads, dims, tokens, dtype, stated, device)
+
+
+@pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
 @pytest.mark.parametrize("walk", ["sliding", "coarse", "fine", "odd", "phases", "wide", "long"])
 def test_window_kernels_without_what_the_forward_kept(walk, stated, device):
     slots, resolutions, phase, (heads, *dims), tokens = WALKS[walk]

@@ -88,6 +88,15 @@ def _recipe() -> Sweep:
         blurry(1, 1, 2, 4, 4, 8, 8, 16),
         blurry(1, 1, 1, 1, 4, 4, 8, 8),
         blurry(1, 1, 2, 2, 3, 4, 6, 8),
+        blurry(1, 1, 1, 1, 4, 4, 8, 8, sharpness=3.0),
+        blurry(*PYRAMID, sharpness=2.0),
+        blurry(*PYRAMID, sharpness=4.0),
+        blurry(1, 1, 2, 4, 4, 8, 8, 16, sharpness=3.0),
+        blurry(1, 1, 4, 4, 8, 8, 16, 16, sharpness=3.0),
+        blurry(1, 1, 1, 1, 8, 8, 8, 8, sharpness=3.0),
+        blurry(1, 1, 1, 1, 4, 4, 16, 16, sharpness=3.0),
+        blurry(1, 1, 4, 4, 4, 4, 8, 8, sharpness=3.0),
+        blurry(*UNIFORM, sharpness=3.0),
     )
     points = tuple(Point(task, Decoder(mixer, WIDTH), Schedule(STEPS)) for mixer in mixers)
     return Sweep("sharpness, heads, windows and scale at 32 slots", points, (1.5e-3,), SEEDS)

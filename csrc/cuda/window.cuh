@@ -322,13 +322,17 @@ constexpr int64_t kSharedBlocks = 4 * kWideBlocksAtOnce;
 
 constexpr int64_t kLeastStretch = 128;  // tokens; at least a patch
 
-// Walks begin with empty slots one lap or two before the tokens they own, so that less is missing from a slot by then
-// than a rounding of what it holds.
-constexpr double kMostEcho = 0x1p-7;
+// After how many laps less is left of what a slot held than a rounding of what it holds; an echo is under a half.
+inline int laps_until(double rounding, double echo) {
+  int laps = 1;
+  for (double left = echo; left > rounding; left *= echo) ++laps;
+  return laps;
+}
 
 inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task) {
-  const int laps = c.echo <= (problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14) ? 1 : 2;
   WalkPlan plan;
+  // Walks begin with empty slots so much before the tokens they own.
+  const int laps = laps_until(problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14, c.echo);
   plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
   // Where classes share the card they are cut finer, so that all end together.
   const bool alone = c.heads.count == problem.kv_heads, forward = task == Task::forward;

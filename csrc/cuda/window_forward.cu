@@ -8,17 +8,17 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// The state after the last token, in float32. What is left of a slot after four laps is less than float32 shows.
+// The state after the last token, in float32: of what slots held so many laps ago float32 shows nothing.
 template <typename storage>
 __global__ void __launch_bounds__(256)
-    window_state(Problem p, View tokens, int dim, const float* state, int tiles, float* end) {
+    window_state(Problem p, View tokens, int dim, int laps, const float* state, int tiles, float* end) {
   const int64_t element = blockIdx.x % tiles * 256 + threadIdx.x, head = blockIdx.x / tiles % p.kv_heads;
   const Sequence sequence(p, blockIdx.x / tiles / p.kv_heads);
   if (element >= p.slots * dim) return;
   const int slot = static_cast<int>(element / dim), d = static_cast<int>(element % dim);
   const Law<float> law(p, head);
   const int64_t at = ((sequence.index * p.kv_heads + head) * p.slots + slot) * dim + d;
-  const int64_t from = sequence.end() - 4 * law.cells.window();
+  const int64_t from = sequence.end() - laps * law.cells.window() - 2 * law.cells.resolution;
   float content = 0.f;
   if (from <= sequence.position && state && law.is_open(slot, sequence.position - 1)) content = state[at];
   const storage* rows = row_of<const storage>(tokens, sequence.batch, head, sequence.row) + d * tokens.element;
@@ -73,7 +73,6 @@ const char* window_refusal(const Problem& p) {
   if (p.query_heads > INT32_MAX) return "there are more than 2^31 query heads";
   const int64_t limit = shared_memory_limit();
   for (int64_t h = 0; h < p.kv_heads; ++h) {
-    if (p.echoes[h] > kMostEcho) return "the sharpness is so low that a lap leaves over 1/128 of what a slot held";
     const int64_t r = p.cells[h].resolution;
     bool fits = true;
     with_config(p, cells_in_flux(r), [&](auto config) {
@@ -106,10 +105,11 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
     using storage = decltype(storage_tag);
     if (p.tokens > 0) launch_repair<storage>(p, outputs, plans, workspace);
     if (!outputs.state_key) return;
+    const int laps = laps_until(0x1p-28, *std::max_element(p.echoes, p.echoes + p.kv_heads));
     const auto state = [&](const View& tokens, int64_t dim, const void* given, void* end) {
       const int tiles = static_cast<int>((p.slots * dim + 255) / 256);
       launch("window_state", window_state<storage>, p.sequences * p.kv_heads * tiles, 256, 0, p.stream, p, tokens,
-             static_cast<int>(dim), static_cast<const float*>(given), tiles, static_cast<float*>(end));
+             static_cast<int>(dim), laps, static_cast<const float*>(given), tiles, static_cast<float*>(end));
     };
     state(p.key, p.key_dim, p.state_key, outputs.state_key);
     state(p.value, p.value_dim, p.state_value, outputs.state_value);
