@@ -1,5 +1,5 @@
 // Walks in patches cannot keep a token that is not finite from its neighbours in a patch: such sequences are done
-// again, token by token.
+// again, token by token, with their state at the end.
 #pragma once
 
 #include "step.cuh"
@@ -53,6 +53,18 @@ __global__ void __launch_bounds__(kStepThreads)
     step_token<storage, true>(p, shape, when, sequence.batch, head, sequence.row + t, keys, values, outputs.out,
                               static_cast<float*>(outputs.lse), shared_memory);
   }
+  if (!outputs.state_key) return;
+  // Slots keep what is not finite as an echo without end.
+  __syncthreads();
+  const Law<float> law(p, head);
+  const auto keep = [&](const float* slots, int64_t dim, void* state) {
+    for (int64_t i = threadIdx.x; i < p.slots * dim; i += blockDim.x) {
+      const bool open = sequence.length > 0 && law.is_open(static_cast<int>(i / dim), sequence.end() - 1);
+      static_cast<float*>(state)[lane * p.slots * dim + i] = open ? slots[i] : 0.f;
+    }
+  };
+  keep(keys, p.key_dim, outputs.state_key);
+  keep(values, p.value_dim, outputs.state_value);
 }
 
 // Scratch memory of a walk with repair: a mark per stretch and head, then contents.

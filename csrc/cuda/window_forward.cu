@@ -103,16 +103,17 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   }
   for_half(p.dtype, [&](auto storage_tag) {
     using storage = decltype(storage_tag);
+    if (outputs.state_key) {
+      const int laps = laps_until(0x1p-28, *std::max_element(p.echoes, p.echoes + p.kv_heads));
+      const auto state = [&](const View& tokens, int64_t dim, const void* given, void* end) {
+        const int tiles = static_cast<int>((p.slots * dim + 255) / 256);
+        launch("window_state", window_state<storage>, p.sequences * p.kv_heads * tiles, 256, 0, p.stream, p, tokens,
+               static_cast<int>(dim), laps, static_cast<const float*>(given), tiles, static_cast<float*>(end));
+      };
+      state(p.key, p.key_dim, p.state_key, outputs.state_key);
+      state(p.value, p.value_dim, p.state_value, outputs.state_value);
+    }
     if (p.tokens > 0) launch_repair<storage>(p, outputs, plans, workspace);
-    if (!outputs.state_key) return;
-    const int laps = laps_until(0x1p-28, *std::max_element(p.echoes, p.echoes + p.kv_heads));
-    const auto state = [&](const View& tokens, int64_t dim, const void* given, void* end) {
-      const int tiles = static_cast<int>((p.slots * dim + 255) / 256);
-      launch("window_state", window_state<storage>, p.sequences * p.kv_heads * tiles, 256, 0, p.stream, p, tokens,
-             static_cast<int>(dim), laps, static_cast<const float*>(given), tiles, static_cast<float*>(end));
-    };
-    state(p.key, p.key_dim, p.state_key, outputs.state_key);
-    state(p.value, p.value_dim, p.state_value, outputs.state_value);
   });
 }
 

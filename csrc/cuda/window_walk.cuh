@@ -128,6 +128,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   float* const table = reinterpret_cast<float*>(shared_memory + layout.table);
   int* const patch_cells = reinterpret_cast<int*>(shared_memory + layout.cells);
 
+  const auto report = [&] {  // something is not finite
+    if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 1;
+  };
+
   // Contents before the walk, where they are given. Cell number c lies in row c mod ring_rows.
   if (p.state_key && walk.from_begin) {
     for (int i = threadIdx.x; i < 2 * slots * kDim; i += config::kThreads) {
@@ -136,8 +140,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
       if (slot < 0 || d >= dim) continue;
       const float* const state = static_cast<const float*>(side ? p.state_value : p.state_key);
-      *reinterpret_cast<storage*>(shared_memory + layout.ring + side * side_bytes + Row::element(row, d)) =
+      const storage content =
           to_storage<storage>(state[((walk.sequence * p.kv_heads + head) * slots + slot) * dim + d]);
+      if (!isfinite(to_compute<float>(content))) report();
+      *reinterpret_cast<storage*>(shared_memory + layout.ring + side * side_bytes + Row::element(row, d)) = content;
     }
   }
 
@@ -176,10 +182,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   attend.ring = shared + layout.ring;
   attend.started = shared + layout.started + 2 * warp * config::kRow;
   attend.side_bytes = side_bytes;
-  int made_for = -1;         // the likeness of the patch that weights are of
-  const auto report = [&] {  // a token is not finite
-    if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 1;
-  };
+  int made_for = -1;  // the likeness of the patch that weights are of
   // Of the tile: the trailing cell, the offset from its centre. The ring counts cells from `slots` before the first:
   // the row is that of what the trailing cell's slot held before.
   int tile_cell = 0, tile_offset = walk.offset, tile_row = 0;
