@@ -1,5 +1,6 @@
 #include "call.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
@@ -49,18 +50,22 @@ std::vector<std::vector<double>> Call::gates() const {
   return tables;
 }
 
-at::Tensor Call::empty_out() const {
-  return at::empty({batch(), query_heads(), tokens(), value_dim()}, query.options());
+at::Tensor Call::empty(at::IntArrayRef sizes, at::ScalarType type) const {
+  const c10::DispatchKeySet keys(c10::computeDispatchKey(type, at::kStrided, query.device()));
+  return at::Tensor(
+      at::detail::empty_generic(sizes, c10::GetAllocator(query.device().type()), keys, type, std::nullopt));
 }
-at::Tensor Call::empty_lse() const { return at::empty({batch(), query_heads(), tokens()}, compute_options()); }
+at::Tensor Call::empty_out() const {
+  return empty({batch(), query_heads(), tokens(), value_dim()}, query.scalar_type());
+}
+at::Tensor Call::empty_lse() const { return empty({batch(), query_heads(), tokens()}, compute_type()); }
 at::Tensor Call::empty_state_key() const {
-  return at::empty({sequences(), kv_heads(), slots(), key_dim()}, compute_options());
+  return empty({sequences(), kv_heads(), slots(), key_dim()}, compute_type());
 }
 at::Tensor Call::empty_state_value() const {
-  return at::empty({sequences(), kv_heads(), slots(), value_dim()}, compute_options());
+  return empty({sequences(), kv_heads(), slots(), value_dim()}, compute_type());
 }
 
-at::Tensor Call::none(at::ScalarType type) const { return at::empty({0}, query.options().dtype(type)); }
 at::Tensor Call::positions_after() const {
   if (cu_seqlens) {
     const at::Tensor lengths = at::diff(cu_seqlens->to(at::kLong));

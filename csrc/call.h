@@ -36,16 +36,17 @@ struct Call {
   int64_t sequences() const { return cu_seqlens ? cu_seqlens->size(0) - 1 : batch(); }
   // float64 for float64 inputs, float32 for all others: of the state, lse and all sums.
   at::ScalarType compute_type() const { return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-  at::TensorOptions compute_options() const { return query.options().dtype(compute_type()); }
   // Gate tables per kv head: flux_gates for "fejer", period_gates for the others.
   std::vector<std::vector<double>> gates() const;
 
+  // As at::empty() where query is, on the current device: the way through the dispatcher takes longer than the rest.
+  at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const;
   at::Tensor empty_out() const;
   at::Tensor empty_lse() const;
   at::Tensor empty_state_key() const;
   at::Tensor empty_state_value() const;
   // In place of a result that is not wanted: [0].
-  at::Tensor none(at::ScalarType type) const;
+  at::Tensor none(at::ScalarType type) const { return empty({0}, type); }
   at::Tensor positions_after() const;
 };
 

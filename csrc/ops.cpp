@@ -130,18 +130,18 @@ at::Tensor in_huge_pages(at::Tensor tensor) {
 
 // Scratch memory for one call.
 struct Scratch {
-  at::TensorOptions options;
+  const Call& call;
   std::vector<at::Tensor> tensors;
 
   void* operator()(int64_t elements) {
-    tensors.push_back(in_huge_pages(at::empty({elements}, options)));
+    tensors.push_back(in_huge_pages(call.empty({elements}, call.compute_type())));
     return tensors.back().mutable_data_ptr();
   }
 };
 
 void run_forward(const Call& call, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& state_key,
                  const OptionalTensor& state_value) {
-  Scratch scratch{call.compute_options(), {}};
+  Scratch scratch{call, {}};
   for_type(call, [&](auto storage_tag, auto compute_tag) {
     using storage = decltype(storage_tag);
     using compute = decltype(compute_tag);
@@ -185,12 +185,12 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
                                state_value, position);
   check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse, contents);
   TORCH_CHECK_VALUE(!contents || contents->numel() == 0, "contents must be empty on the CPU");
-  const at::Tensor grad_query = in_huge_pages(at::empty(query.sizes(), query.options()));
-  const at::Tensor grad_key = in_huge_pages(at::empty(key.sizes(), key.options()));
-  const at::Tensor grad_value = in_huge_pages(at::empty(value.sizes(), value.options()));
+  const at::Tensor grad_query = in_huge_pages(call.empty(query.sizes(), query.scalar_type()));
+  const at::Tensor grad_key = in_huge_pages(call.empty(key.sizes(), key.scalar_type()));
+  const at::Tensor grad_value = in_huge_pages(call.empty(value.sizes(), value.scalar_type()));
   const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : call.none(call.compute_type());
   const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : call.none(call.compute_type());
-  Scratch scratch{call.compute_options(), {}};
+  Scratch scratch{call, {}};
   const at::Tensor lse_dense = lse.contiguous();
   const auto dense = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };
   const OptionalTensor grad_lse_dense = dense(grad_lse);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import KERNELS, make_inputs, make_state, randn
 from torch import nn
 

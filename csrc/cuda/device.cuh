@@ -291,6 +291,23 @@ int once_per_device(const ask_type& ask) {
   return known[device] - 1;
 }
 
+// What a block can ask for at its launch; its own variables, 1 KB at most, come on top.
+inline int64_t shared_memory_limit() {
+  return once_per_device([] {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes - 1024;
+  });
+}
+template <auto kernel>
+void allow_shared_memory() {
+  once_per_device([] {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_memory_limit()));
+    return 0;
+  });
+}
+
 inline std::string describe(cudaError_t error) {
   const std::string text = cudaGetErrorString(error);
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) return text;

@@ -522,7 +522,7 @@ const char* dirichlet_backward_refusal(const Problem& p, const Gradients& gradie
   if (const char* const refusal = dirichlet_refusal(p)) return refusal;
   if (!aligned(gradients.grad_out)) return "backward: rows are not aligned to 16 bytes";
   bool fits = true;
-  with_config(p, [&](auto config) { fits = Layout::make<decltype(config)>().bytes + 1024 <= shared_memory_limit(); });
+  with_config(p, [&](auto config) { fits = Layout::make<decltype(config)>().bytes <= shared_memory_limit(); });
   return fits ? nullptr : "backward: a patch does not fit into shared memory";
 }
 
@@ -541,13 +541,13 @@ void dirichlet_backward(const Problem& p, const Gradients& gradients, void* work
     launch_rows<typename config::storage>(p, tables);
     if (p.tokens > 0) {
       constexpr int kBytes = Layout::make<config>().bytes;
-      cudaFuncSetAttribute(dirichlet_weights<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      allow_shared_memory<dirichlet_weights<config>>();
       launch("dirichlet_weights", dirichlet_weights<config>, plan.count * p.kv_heads, config::kThreads, kBytes,
              p.stream, p, gradients, plan, tables, left);
     }
     using back = typename config::Back;
     const int64_t bytes = BackLayout<back>(left).bytes;
-    cudaFuncSetAttribute(dirichlet_back<back>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    allow_shared_memory<dirichlet_back<back>>();
     launch("dirichlet_back", dirichlet_back<back>, back_plan.count * p.kv_heads * 2, back::kThreads, bytes, p.stream, p,
            gradients, back_plan, tables, left);
   });

@@ -341,7 +341,7 @@ const char* dirichlet_refusal(const Problem& p) {
   if (p.slots > kMaxPatchSlots) return "there are more than 64 slots";
   if (p.kv_heads > kMaxWindowHeads) return "there are more than 256 key/value heads";
   bool fits = true;
-  with_config(p, [&](auto config) { fits = Layout::make<decltype(config)>().bytes + 1024 <= shared_memory_limit(); });
+  with_config(p, [&](auto config) { fits = Layout::make<decltype(config)>().bytes <= shared_memory_limit(); });
   return fits ? nullptr : "a patch does not fit into shared memory";
 }
 
@@ -361,7 +361,7 @@ void dirichlet_forward(const Problem& p, const Outputs& outputs, void* workspace
       using config = decltype(config_tag);
       launch_rows<typename config::storage>(p, tables);
       constexpr int kBytes = Layout::make<config>().bytes;
-      cudaFuncSetAttribute(dirichlet_walk<config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      allow_shared_memory<dirichlet_walk<config>>();
       launch("dirichlet_walk", dirichlet_walk<config>, plan.count * p.kv_heads, config::kThreads, kBytes, p.stream, p,
              outputs, plan, tables, unsound);
       launch_repair<typename config::storage>(p, outputs, plans, workspace);

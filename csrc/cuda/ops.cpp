@@ -161,9 +161,7 @@ cuda::Problem make_problem(const Call& call) {
   return problem;
 }
 
-at::Tensor workspace(const Call& call, int64_t bytes) {
-  return at::empty({bytes}, call.query.options().dtype(at::kByte));
-}
+at::Tensor workspace(const Call& call, int64_t bytes) { return call.empty({bytes}, at::kByte); }
 
 // The kernels that take a problem.
 struct Path {
@@ -243,9 +241,9 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
   check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse, contents);
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
-  const at::Tensor grad_query = at::empty(query.sizes(), query.options());
-  const at::Tensor grad_key = at::empty(key.sizes(), key.options());
-  const at::Tensor grad_value = at::empty(value.sizes(), value.options());
+  const at::Tensor grad_query = call.empty(query.sizes(), query.scalar_type());
+  const at::Tensor grad_key = call.empty(key.sizes(), key.scalar_type());
+  const at::Tensor grad_value = call.empty(value.sizes(), value.scalar_type());
   const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : call.none(call.compute_type());
   const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : call.none(call.compute_type());
   const at::Tensor dense_lse = lse.contiguous();

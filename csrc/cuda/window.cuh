@@ -376,24 +376,14 @@ inline bool aligned(const View& view) {
          view.head % 8 == 0 && view.token % 8 == 0;
 }
 
-inline int64_t shared_memory_limit() {
-  return once_per_device([] {
-    int device = 0, bytes = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return bytes;
-  });
-}
-
-// Lets a launch over heads have as much shared memory as bytes_for(resolution) says that one needs; returns it.
-template <typename kernel_type, typename bytes_type>
-uint32_t allow_shared_memory(kernel_type* kernel, const Problem& p, const HeadList& heads,
-                             const bytes_type& bytes_for) {
+// What a launch over heads has of shared memory: as much as bytes_for(resolution) says that one needs.
+template <auto kernel, typename bytes_type>
+uint32_t shared_memory_of(const Problem& p, const HeadList& heads, const bytes_type& bytes_for) {
   uint32_t bytes = 0;
   for (int i = 0; i < heads.count; ++i) {
     bytes = std::max<uint32_t>(bytes, bytes_for(static_cast<int>(p.cells[heads.head[i]].resolution)));
   }
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  allow_shared_memory<kernel>();
   return bytes;
 }
 

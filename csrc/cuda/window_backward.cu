@@ -805,8 +805,8 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
           }
         }
       }
-      const uint32_t bytes = allow_shared_memory(window_back<config>, p, heads,
-                                                 [&](int resolution) { return back_bytes<config>(p, resolution); });
+      const uint32_t bytes = shared_memory_of<window_back<config>>(
+          p, heads, [&](int resolution) { return back_bytes<config>(p, resolution); });
       const WalkPlan back = make_plan(p, c, Task::backward);
       launch_early("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes,
                    problem.stream, problem, gradients, contents, back, heads);

@@ -493,9 +493,8 @@ void launch_given(const Problem& p, const Contents& contents, const HeadList& he
 template <typename config>
 void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Contents& contents,
                  const WalkPlan& plan, const HeadList& heads, uint8_t* unsound) {
-  const uint32_t bytes = allow_shared_memory(window_walk<config>, p, heads, [&](int resolution) {
-    return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes;
-  });
+  const uint32_t bytes = shared_memory_of<window_walk<config>>(
+      p, heads, [&](int resolution) { return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes; });
   launch_early(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p, outputs,
                contents, plan, heads, unsound);
 }
