@@ -46,6 +46,11 @@ double echo(const Cells& cells, double sharpness) {
   return left;
 }
 
+bool selects(const Cells& cells, double sharpness) {
+  const std::vector<double> table = flux_gates(cells, sharpness);
+  return std::all_of(table.begin() + 1, table.end(), [](double gate) { return gate == 1; });
+}
+
 std::vector<double> period_gates(Kernel kernel, const Cells& cells, double sharpness) {
   std::vector<double> table(cells.window());
   for (int64_t x = 0; x < cells.window(); ++x) table[x] = gate(kernel, x, cells.slots, cells.window(), sharpness);

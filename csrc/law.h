@@ -76,6 +76,9 @@ std::vector<double> flux_gates(const Cells& cells, double sharpness);
 // "fejer": what is left in a slot, after a cell's flux, of what it held before: the product of 1 - gate.
 double echo(const Cells& cells, double sharpness);
 
+// "fejer": whether every gate of a lobe is 1: a slot in flux holds the newest token, and in the end the lobe's last.
+bool selects(const Cells& cells, double sharpness);
+
 // Any kernel: gates over the period, [window]; slot m takes period_gates[(t - m * resolution - phase) mod window].
 std::vector<double> period_gates(Kernel kernel, const Cells& cells, double sharpness);
 

@@ -522,6 +522,23 @@ CUDA = [
          "static_cast<int>(t - first_time > least ? t - first_time - 1 : least);", WALK),
     ),
     *faults(
+        "csrc/cuda/window_attend.cuh",
+        ("CUDA window: newest token not seen where the next cell has begun", "Holds::first ? raw[1][e] : before;",
+         "Holds::first ? raw[1][e] : raw[0][e];", WALK),
+        ("CUDA window: newest token not seen where it is no cell", "Holds::first ? raw[1][e] : before;",
+         "Holds::first ? raw[0][e] : before;", WALK),
+        ("CUDA window: gradient of the newest token given to the next cell", "if (e % 2 == 0) of_before = __shfl",
+         "if (false) of_before = __shfl", WALK),
+        ("CUDA window: cells before the first of all seen", "column < ended && column < missing;",
+         "column < ended && column < 0;", WALK),
+    ),
+    *faults(
+        "csrc/cuda/window_backward.cu",
+        ("CUDA window: gradient of a cell in flux at the end dropped", "(left > 1 &&", "(left > 0 &&", WALK_STATES),
+        ("CUDA window: gradient of the next cell begun at the end dropped", "i == 0 ? trailing : cell;",
+         "i == 0 ? trailing + 1 : cell;", WALK_STATES),
+    ),
+    *faults(
         "csrc/cuda/window_walk.cuh",
         ("CUDA window: what a cell held dropped", "const float decay = decays[w * kFlux + j];",
          "const float decay = 0.f;", WALK),
@@ -548,8 +565,8 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/window_walk.cuh",
-        ("CUDA window: > for >= where a cell goes on", "attend.going_on = config::kSliding ? 0 : offset >= 2 ? 2 : 1;",
-         "attend.going_on = config::kSliding ? 0 : offset > 2 ? 2 : 1;", WALK),
+        ("CUDA window: > for >= where a cell goes on", "attend.going_on = config::kSelecting ? 0 : offset >= 2 ? 2 : 1;",
+         "attend.going_on = config::kSelecting ? 0 : offset > 2 ? 2 : 1;", WALK),
         ("CUDA window: missing mask", "attend.masked = irregular ?", "attend.masked = false ?", WALK),
     ),
     *faults(

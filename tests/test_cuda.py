@@ -78,6 +78,8 @@ WALKS = {  # slots, resolutions, phase, (query heads, head_dim, value_dim), toke
     "phases": (16, (8, 9, 24), (3, 4, 23), (3, 64, 64), 600),
     "wide": (32, (8, 4), None, (2, 128, 96), 500),
     "many slots": (150, (4, 8), None, (2, 64, 64), 2000),
+    "every other": (40, (2, 2), None, (4, 64, 40), 777),  # one ends where a cell does, one where it does not
+    "every other, wide": (64, (2, 2), None, (2, 128, 96), 3001),
     "long": (32, (8, 6), 2, (2, 64, 64), 9001),
     "long and sliding": (40, (1, 2), None, (2, 64, 40), 9001),
 }

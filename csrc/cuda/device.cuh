@@ -366,7 +366,7 @@ void launch_early(const char* name, void (*kernel)(parameters...), int64_t block
 // this is destroyed `main` waits for all to end. The last is `main` itself. A host thread has its own for every device.
 class Branches {
  public:
-  static constexpr int kMost = 4;
+  static constexpr int kMost = 5;
 
   Branches(cudaStream_t main, int count) : main_(main), count_(count) {
     if (count_ <= 1) return;

@@ -60,13 +60,13 @@ struct RowTables {
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       bool found = false;
       for (int i = 0; i < owners && !found; ++i) {
-        found = p.cells[owner[i]].resolution == p.cells[h].resolution;
+        found = p.host_laws[owner[i]].cells.resolution == p.host_laws[h].cells.resolution;
         if (found) first[h] = first[owner[i]];
       }
       if (found) continue;
       owner[owners++] = static_cast<uint16_t>(h);
       first[h] = static_cast<int32_t>(rows);
-      rows += p.cells[h].window();
+      rows += p.host_laws[h].cells.window();
     }
     return rows * PatchRow::kWords * 4;
   }

@@ -20,10 +20,12 @@ struct View {
   int64_t batch = 0, head = 0, token = 0, element = 0;
 };
 
-// One kv head's law: its cells, and where its table lies in Problem::gates.
+// One kv head's law: its cells, and where its table lies in Problem::gates. "fejer": its echo(), whether it selects().
 struct HeadLaw {
   Cells cells;
   int64_t gates;
+  double echo = 0;
+  bool selects = false;
 };
 
 // One call's problem. "compute" below is float, or double for DType::float64. All pointers are of the device.
@@ -35,8 +37,7 @@ struct Problem {
   double scale;
   View query, key, value;
   const HeadLaw* laws;               // [kv_heads]
-  const Cells* cells;                // [kv_heads], on the host
-  const double* echoes;              // "fejer": [kv_heads], on the host
+  const HeadLaw* host_laws;          // the same on the host
   const void* gates;                 // compute: flux_gates ("fejer") or period_gates of the heads
   const void* cu_seqlens = nullptr;  // null: one sequence per batch entry; values out of range are clamped
   bool cu_seqlens_is_64 = false;

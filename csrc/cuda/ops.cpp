@@ -27,7 +27,7 @@ struct Tables {
   Kernel kernel;
   double sharpness;
   std::vector<Cells> cells;
-  std::vector<double> echoes;
+  std::vector<cuda::HeadLaw> host_laws;
   at::Tensor laws, gates;
 
   bool serve(const Call& call) const {
@@ -39,14 +39,15 @@ struct Tables {
 Tables make_tables(const Call& call) {
   std::vector<cuda::HeadLaw> laws;
   std::vector<double> gates;
-  std::vector<double> echoes;
   std::map<int64_t, int64_t> offsets;  // heads of one resolution share a table
   const std::vector<std::vector<double>> tables = call.gates();
   for (size_t h = 0; h < tables.size(); ++h) {
     const auto [entry, is_new] = offsets.emplace(call.cells[h].resolution, static_cast<int64_t>(gates.size()));
     if (is_new) gates.insert(gates.end(), tables[h].begin(), tables[h].end());
-    if (call.kernel == Kernel::fejer) echoes.push_back(echo(call.cells[h], call.sharpness));
     laws.push_back({call.cells[h], entry->second});
+    if (call.kernel != Kernel::fejer) continue;
+    laws.back().echo = echo(call.cells[h], call.sharpness);
+    laws.back().selects = selects(call.cells[h], call.sharpness);
   }
   const at::Tensor law_bytes = at::empty({static_cast<int64_t>(laws.size() * sizeof(cuda::HeadLaw))}, at::kByte);
   std::memcpy(law_bytes.mutable_data_ptr(), laws.data(), laws.size() * sizeof(cuda::HeadLaw));
@@ -58,7 +59,7 @@ Tables make_tables(const Call& call) {
           call.kernel,
           call.sharpness,
           call.cells,
-          echoes,
+          laws,
           law_bytes.to(device),
           gate_numbers.to(call.compute_type()).to(device)};
 }
@@ -149,8 +150,7 @@ cuda::Problem make_problem(const Call& call) {
   problem.key = view(call.key);
   problem.value = view(call.value);
   problem.laws = static_cast<const cuda::HeadLaw*>(tables.laws.const_data_ptr());
-  problem.cells = call.cells.data();
-  problem.echoes = tables.echoes.data();
+  problem.host_laws = tables.host_laws.data();
   problem.gates = tables.gates.const_data_ptr();
   problem.cu_seqlens = data(call.cu_seqlens);
   problem.cu_seqlens_is_64 = call.cu_seqlens && call.cu_seqlens->scalar_type() == at::kLong;

@@ -15,9 +15,7 @@ struct Plans {
   WalkPlan of_class[kFluxClasses];
   bool by_class;
 
-  __device__ const WalkPlan& of(const Cells& cells) const {
-    return of_class[by_class ? flux_class(cells.resolution) : 0];
-  }
+  __device__ const WalkPlan& of(const HeadLaw& law) const { return of_class[by_class ? flux_class(law) : 0]; }
   int64_t count() const {
     int64_t most = 0;
     for (const WalkPlan& plan : of_class) most = std::max(most, plan.count);
@@ -31,7 +29,7 @@ __global__ void __launch_bounds__(kStepThreads)
   wait_for_grid_before();
   const Sequence sequence(p, blockIdx.x / p.kv_heads);
   const int64_t head = blockIdx.x % p.kv_heads;
-  const WalkPlan& plan = plans.of(p.laws[head].cells);
+  const WalkPlan& plan = plans.of(p.laws[head]);
   bool sound = true;
   for (int64_t i = 0; i < plan.stretches(sequence.length); ++i) {
     sound = sound && !unsound[plan.index(p, sequence.index, i) * p.kv_heads + head];

@@ -190,6 +190,9 @@ struct Walk {
   Cells cells_;
 };
 
+// Whether cells hold a token in the end, and kernels know it: nothing is to be advanced, or kept, of them.
+BLURRY_HOST_DEVICE inline bool cells_are_tokens(const HeadLaw& law) { return law.selects && law.cells.resolution <= 2; }
+
 // What the walk backward needs of what the slots hold, in rows of both sides: [key, value][element].
 constexpr int64_t kSpareCells = 4, kSparePatches = 2;  // of a sequence: those that begin before it or end later
 struct Contents {
@@ -210,14 +213,14 @@ struct Contents {
 
   // Row of the cell that trails at the sequence's first token, within a head.
   __device__ int64_t cell_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row,
-                              int64_t resolution) const {
-    if (resolution == 1) return of_states * (sequence + 1);  // the tokens themselves are the cells
-    const int64_t spare = kSpareCells + of_states;
+                              const HeadLaw& law) const {
+    if (cells_are_tokens(law)) return of_states * (sequence + 1);
+    const int64_t spare = kSpareCells + of_states, resolution = law.cells.resolution;
     return of_states + (p.cu_seqlens ? row / resolution + sequence * spare : batch * (p.tokens / resolution + spare));
   }
-  __host__ __device__ int64_t cell_rows(const Problem& p, int64_t resolution) const {
-    if (resolution == 1) return of_states * p.sequences;
-    const int64_t spare = kSpareCells + of_states;
+  __host__ __device__ int64_t cell_rows(const Problem& p, const HeadLaw& law) const {
+    if (cells_are_tokens(law)) return of_states * p.sequences;
+    const int64_t spare = kSpareCells + of_states, resolution = law.cells.resolution;
     return p.cu_seqlens ? p.tokens / resolution + p.sequences * spare : p.batch * (p.tokens / resolution + spare);
   }
   __device__ int64_t started_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row, int64_t patch,
@@ -235,7 +238,7 @@ struct Contents {
  private:
   int64_t all_cell_rows(const Problem& p) const {
     int64_t rows = 0;
-    for (int64_t h = 0; h < p.kv_heads; ++h) rows += cell_rows(p, p.cells[h].resolution);
+    for (int64_t h = 0; h < p.kv_heads; ++h) rows += cell_rows(p, p.host_laws[h]);
     return rows;
   }
   static int64_t row_bytes(const Problem& p) { return (is_wide(p) ? 128 : 64) * 2 * 2; }
@@ -253,18 +256,21 @@ __device__ __forceinline__ int wrap(int row, int rows) { return row >= rows ? ro
 // How many cells are in flux in one patch at most: where patches begin is a
 // multiple of both 16's and r's common divisor.
 BLURRY_HOST_DEVICE inline int cells_in_flux(int64_t resolution) {
-  if (resolution == 1) return kPatch;
   const int64_t power = resolution & -resolution, step = power < kPatch ? power : kPatch;
   return static_cast<int>((resolution - step + kPatch - 1) / resolution + 2);
 }
-// Heads go by classes of it; what kFlux is for each.
-constexpr int kFluxClasses = 4;
+// Heads go by classes of it; what kFlux is for each. The last two are those whose cells are tokens: all, or every other
+// one; a patch ends so many of them.
+constexpr int kFluxClasses = 5;
+constexpr int kEveryOther = kPatch / 2;
 BLURRY_HOST_DEVICE inline int flux_of_class(int number) {
-  return number == 0 ? 3 : number == 1 ? 5 : number == 2 ? 9 : kPatch;
+  constexpr int kFlux[kFluxClasses] = {3, 5, 9, kPatch, kEveryOther};
+  return kFlux[number];
 }
-BLURRY_HOST_DEVICE inline int flux_class(int64_t resolution) {
+BLURRY_HOST_DEVICE inline int flux_class(const HeadLaw& law) {
+  if (cells_are_tokens(law)) return law.cells.resolution == 1 ? 3 : 4;
   int number = 0;
-  while (cells_in_flux(resolution) > flux_of_class(number)) ++number;
+  while (cells_in_flux(law.cells.resolution) > flux_of_class(number)) ++number;
   return number;
 }
 
@@ -280,17 +286,17 @@ struct FluxClass {
 // quarter of the heads at r = 1, 2, 4 and 8 each.
 enum class Task { forward, contents, backward };
 inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents, Task task) {
-  constexpr int kForward[] = {0, 1, 3, 2}, kBackward[] = {0, 3, 1, 2}, kWideBackward[] = {2, 3, 0, 1};
-  const auto& order = task == Task::forward ? kForward : is_wide(p) ? kWideBackward : kBackward;
+  constexpr int kForward[] = {4, 1, 3, 0, 2}, kWideForward[] = {1, 0, 4, 3, 2}, kBackward[] = {0, 3, 4, 1, 2};
+  const auto& order = task != Task::forward ? kBackward : is_wide(p) ? kWideForward : kForward;
   FluxClass classes[kFluxClasses] = {};
   int64_t cell_rows = 0;
   for (int64_t h = 0; h < p.kv_heads; ++h) {
-    FluxClass& c = classes[flux_class(p.cells[h].resolution)];
-    c.longest_window = std::max(c.longest_window, p.cells[h].window());
-    c.echo = std::max(c.echo, p.echoes[h]);
+    FluxClass& c = classes[flux_class(p.host_laws[h])];
+    c.longest_window = std::max(c.longest_window, p.host_laws[h].cells.window());
+    c.echo = std::max(c.echo, p.host_laws[h].echo);
     c.heads.head[c.heads.count] = static_cast<uint16_t>(h);
     c.heads.cell_rows[c.heads.count++] = cell_rows;
-    cell_rows += contents.cell_rows(p, p.cells[h].resolution);
+    cell_rows += contents.cell_rows(p, p.host_laws[h]);
   }
   std::vector<FluxClass> found;
   for (const int number : order) {
@@ -317,8 +323,9 @@ void on_branches(const Problem& p, const std::vector<FluxClass>& classes, const 
 // same on all of them.
 constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
 // And those of all classes where several share the card, as measured; the class that begins first has fewer, but longer
-// ones.
+// ones, and for wide heads each class its own share, in quarters.
 constexpr int64_t kSharedBlocks = 4 * kWideBlocksAtOnce;
+constexpr int64_t kWideQuarters[kFluxClasses] = {3, 4, 4, 4, 5};
 
 constexpr int64_t kLeastStretch = 128;  // tokens; at least a patch
 
@@ -361,7 +368,9 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
       }
       if (best > 1) plan.length = std::min(plan.length, (tokens + best - 1) / best);
     } else {
-      const int64_t count = std::min((kSharedBlocks + lanes / 2) / lanes - c.first, finest);
+      const int64_t even = (kSharedBlocks + lanes / 2) / lanes;
+      const int64_t own = is_wide(problem) ? (even * kWideQuarters[c.number] + 2) / 4 : even - c.first;
+      const int64_t count = std::min(own, finest);
       plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, plan.length);
     }
     plan.halved = plan.length;
@@ -381,7 +390,7 @@ template <auto kernel, typename bytes_type>
 uint32_t shared_memory_of(const Problem& p, const HeadList& heads, const bytes_type& bytes_for) {
   uint32_t bytes = 0;
   for (int i = 0; i < heads.count; ++i) {
-    bytes = std::max<uint32_t>(bytes, bytes_for(static_cast<int>(p.cells[heads.head[i]].resolution)));
+    bytes = std::max<uint32_t>(bytes, bytes_for(static_cast<int>(p.host_laws[heads.head[i]].cells.resolution)));
   }
   allow_shared_memory<kernel>();
   return bytes;

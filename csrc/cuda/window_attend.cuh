@@ -14,7 +14,7 @@ __device__ __forceinline__ float score_factor(double scale) {
   return fmaf(fabsf(static_cast<float>(scale)), 1.44269504f, FLT_MIN);
 }
 
-// config: storage, kDim, kFlux, kColumns, kSliding.
+// config: storage, kDim, kFlux, kColumns, kSelecting, kStride.
 template <typename config>
 struct Attend {
   using storage = typename config::storage;
@@ -22,7 +22,8 @@ struct Attend {
   using Weights = PatchWeights<storage, config::kFlux>;
   static constexpr int kDim = config::kDim, kFlux = config::kFlux, kColumns = config::kColumns;
   static constexpr int kSteps = kDim / 16, kWords = kDim / 8;
-  static constexpr bool kSliding = config::kSliding;
+  static constexpr bool kSelecting = config::kSelecting;
+  static constexpr int kStride = config::kStride;
   using Raw = Tiles<2>;  // of the patch's own tokens
 
   int lane, g, q, slots, ring_rows;
@@ -32,7 +33,8 @@ struct Attend {
   int row;       // of the trailing cell's slot before the patch
   int going_on;  // cells that go on in this patch
   int ended;     // the slots of cells that ended before the walk hold them, not what was before them
-  int masked;    // columns that are shut
+  int masked;    // columns that are shut, but for fresh ones
+  int missing;   // with a stride: columns whose own cells lie before the first of all
   bool irregular;
   uint32_t places[(kColumns + kWarp - 1) / kWarp];  // of the columns lane, lane + 32, ..
   uint32_t rows[kSteps][4];                         // of one query head: query, or the gradient of the output
@@ -112,9 +114,13 @@ struct Attend {
       mma<storage>(sum, rows[2 * w + 1], words.z, words.w);
     }
   }
+  // The token of a product's column: where every other one is a cell, cell i is column i and the token before it 8 + i.
+  __device__ __forceinline__ static int token_of(int column) {
+    return kStride == 1 ? column : column < 8 ? 2 * column + 1 : 2 * column - 16;
+  }
   __device__ __forceinline__ void token_products(Raw& sums, int side) const {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) product(sums[tile], Row::at(tokens[side], 8 * tile + g, 0));
+    for (int tile = 0; tile < 2; ++tile) product(sums[tile], Row::at(tokens[side], token_of(8 * tile + g), 0));
   }
   // With eight columns each, from tile `from` on.
   template <int tiles>
@@ -125,19 +131,38 @@ struct Attend {
       product(sums[i], side * side_bytes + __shfl_sync(kAllLanes, places[tile / 4], tile % 4 * 8 + g));
     }
   }
-  // With r = 1: whether the row's token, or one of the patch before it, has replaced the column's cell.
+  // Where cells are tokens: whether the row's token, or one of the patch before it, has replaced the column's cell.
   __device__ __forceinline__ bool fresh(int tile, int e) const {
     const int column = 8 * tile + 2 * q + e % 2;
-    return kSliding && tile < 2 && column <= g + 8 * (e / 2) && column >= ended;
+    return kSelecting && tile < 2 && column * kStride < g + 8 * (e / 2) + kStride && column >= ended;
+  }
+  // What a fresh column holds, where every other token is a cell: that token, or the row's own, which is the cell's
+  // first, or, if the cell has not begun but for its lobe, the cell before it.
+  enum class Holds { own, first, before };
+  __device__ __forceinline__ Holds holds(int tile, int e) const {
+    const int ahead = g + 8 * (e / 2) - 2 * (8 * tile + 2 * q + e % 2);  // of the row's token
+    return ahead > 0 ? Holds::own : ahead == 0 ? Holds::first : Holds::before;
   }
   // From products with what the slots held to products with what they hold at the row's token; `use`: see FewWeights.
   template <int use, int tiles>
   __device__ __forceinline__ void advance(Tiles<tiles>& sums, const Raw& raw) const {
-    if constexpr (kSliding) {
+    if constexpr (kSelecting && kStride == 1) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums[tile][e] = fresh(tile, e) ? raw[tile][e] : sums[tile][e];
+      }
+    } else if constexpr (kSelecting) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float before = raw[0][e ^ 1];
+        if (e % 2 == 0) before = __shfl_sync(kAllLanes, before, (q + 3) % 4, 4);
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          const Holds what = holds(tile, e);
+          const float now = what == Holds::own ? raw[0][e] : what == Holds::first ? raw[1][e] : before;
+          sums[tile][e] = fresh(tile, e) ? now : sums[tile][e];
+        }
       }
     } else {
       weights.template advance<use>(sums, raw);
@@ -151,12 +176,13 @@ struct Attend {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int column = first + 8 * tile + 2 * q + e % 2;
-          const bool old = kSliding ? column >= ended && !(first == 0 && fresh(tile, e)) : column >= kFlux;
-          if (column >= slots || (old && column < masked)) score[tile][e] = -INFINITY;
+          const bool old = kSelecting ? column >= ended && !(first == 0 && fresh(tile, e)) : column >= kFlux;
+          const bool none = kStride > 1 && column < ended && column < missing;
+          if (column >= slots || (old && column < masked) || none) score[tile][e] = -INFINITY;
         }
       }
     }
-    if (!kSliding && irregular && first == 0) {
+    if (!kSelecting && irregular && first == 0) {
 #pragma unroll
       for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
 #pragma unroll
@@ -170,7 +196,7 @@ struct Attend {
   // tokens, which are added to, and of what the slots held.
   template <int use, int tiles>
   __device__ __forceinline__ void split(Tiles<tiles>& sums, Raw& shares) const {
-    if constexpr (kSliding) {
+    if constexpr (kSelecting && kStride == 1) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
@@ -178,6 +204,22 @@ struct Attend {
           shares[tile][e] += fresh(tile, e) ? sums[tile][e] : 0.f;
           sums[tile][e] = fresh(tile, e) ? 0.f : sums[tile][e];
         }
+      }
+    } else if constexpr (kSelecting) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float of_before = 0.f;
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          const float sum = fresh(tile, e) ? sums[tile][e] : 0.f;
+          const Holds what = holds(tile, e);
+          shares[0][e] += what == Holds::own ? sum : 0.f;
+          shares[1][e] += what == Holds::first ? sum : 0.f;
+          of_before += what == Holds::before ? sum : 0.f;
+          sums[tile][e] = fresh(tile, e) ? 0.f : sums[tile][e];
+        }
+        if (e % 2 == 0) of_before = __shfl_sync(kAllLanes, of_before, (q + 1) % 4, 4);
+        shares[0][e ^ 1] += of_before;
       }
     } else {
       weights.template split<use>(sums, shares);
@@ -210,7 +252,7 @@ struct Attend {
   template <int chunks>
   __device__ __forceinline__ void gather_tokens(Tiles<chunks>& out, const uint32_t (&a)[4], int side,
                                                 int first_chunk = 0) const {
-    gather(out, a, tokens[side] + lane % 16 * Row::kBytes + (((lane / 16) ^ (lane & 7)) << 4) + 16 * first_chunk);
+    gather(out, a, Row::at(tokens[side], token_of(lane % 16), lane / 16) + 16 * first_chunk);
   }
 };
 

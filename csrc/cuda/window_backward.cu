@@ -12,7 +12,8 @@ template <typename storage_type, int dim, int flux, int columns, int patches>
 struct BackConfig {
   using storage = storage_type;
   static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
-  static constexpr bool kSliding = flux == kPatch;
+  static constexpr bool kSelecting = flux == kPatch || flux == kEveryOther;
+  static constexpr int kStride = kSelecting ? kPatch / flux : 1;
   static constexpr int kPatches = patches;  // of a tile
   static constexpr int kTile = kPatches * kPatch;
   static constexpr int kSlices = 2 * dim / kSlice;  // a warp each
@@ -45,7 +46,7 @@ struct BackLayout {
 
   template <typename config>
   __host__ __device__ static BackLayout make(int slots, int resolution, int group) {
-    constexpr int in_flux = config::kSliding ? 0 : config::kFlux;
+    constexpr int in_flux = config::kSelecting ? 0 : config::kFlux;
     const auto rounded = [](int x, int to) { return (x + to - 1) / to * to; };
     const int spare = kPatch % resolution ? 1 : 0;
     const int cells_of_tile = config::kTile / resolution + spare;
@@ -53,7 +54,7 @@ struct BackLayout {
     BackLayout l;
     l.ring_rows = slots + between_patches + cells_of_tile;  // the next tile is read while the last one is attended to
     if (l.ring_rows < config::kColumns) l.ring_rows = config::kColumns;
-    l.grad_rows = rounded(slots + between_patches + (config::kSliding ? kPatch : in_flux), 16);
+    l.grad_rows = rounded(slots + between_patches + config::kFlux, 16);
     l.piece_started = l.grad_rows;
     l.piece_tokens = l.piece_started + 8;
     // One warp writes over the spare rows in the end; two must not meet there.
@@ -62,14 +63,14 @@ struct BackLayout {
     uint32_t at = 0;
     l.ring = at;                                  // of each side: [cell],
     l.started = at + l.ring_rows * config::kRow;  // [tile mod 2][patch][2]
-    l.side_bytes = (l.ring_rows + (config::kSliding ? 0 : 4 * config::kPatches)) * config::kRow;
+    l.side_bytes = (l.ring_rows + (config::kSelecting ? 0 : 4 * config::kPatches)) * config::kRow;
     at += 2 * l.side_bytes;
     l.tokens = at;  // the patches' own: [patch][side][token]
     at += config::kPatches * 2 * kPatch * config::kRow;
     l.grads = at;  // float: [slice][cell][element]
     at += config::kSlices * l.grad_rows * kSlice * 4;
     l.grads_started = at;  // float: [slice][patch][2][element]
-    at += config::kSliding ? 0 : config::kSlices * 8 * kSlice * 4;
+    at += config::kSelecting ? 0 : config::kSlices * 8 * kSlice * 4;
     l.sums = at;  // of the tokens, over the heads of a group, float: [slice][patch][16][lane]
     at += group > 1 ? config::kSlices * config::kPatches * 16 * kWarp * 4 : 0;
     l.pieces = at;  // [key, value][patch][row][token]
@@ -118,6 +119,7 @@ struct WalkBack {
   int own_begin, own_end, walk_end;  // tokens: the stretch's, and where the walk begins
   int first_offset;                  // of tile 0 from the centre of the cell that trails there
   int given;                         // the trailing cell where the given state ends
+  int given_last;                    // the last token of its lobe
   int first;                         // the first cell of all
   int ended;                         // the first cell that does not end in this call
   bool from_begin, to_end;           // of the sequence
@@ -153,9 +155,10 @@ struct WalkBack {
     first_offset = static_cast<int>(token - cells.centre(base + slots));
     const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
     given = bounded(cells.trailing(position) - base);
+    given_last = static_cast<int>(cells.centre(cells.trailing(position)) + resolution - 1 - position);
     first = bounded(cells.first() - base);
     ended = bounded(cells.trailing(s.end()) - base);
-    cell_row = heads.cell_rows[head_index] + contents.cell_row(p, s.index, batch, row, resolution) -
+    cell_row = heads.cell_rows[head_index] + contents.cell_row(p, s.index, batch, row, p.laws[head]) -
                (cells.trailing(position) - base);
     started_row = contents.started_row(p, s.index, batch, row, first_patch, head);
   }
@@ -182,7 +185,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   using Weights = PatchWeights<storage, config::kFlux>;
   constexpr int kFlux = config::kFlux, kPatches = config::kPatches;
   constexpr int kRow = config::kRow, kThreads = config::kThreads, kColumns = config::kColumns;
-  constexpr bool kSliding = config::kSliding;
+  constexpr bool kSelecting = config::kSelecting;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
   __shared__ WalkBack walk;
   __shared__ BackLayout layout;
@@ -219,7 +222,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   if (walk.last_tile < 0) return;
   const int slots = walk.slots, ring_rows = layout.ring_rows, grad_rows = layout.grad_rows;
   const int last_tile = walk.last_tile, group = walk.group;
-  const auto goes_on = [](int offset) { return kSliding ? 0 : offset >= 2 ? 2 : 1; };
+  const auto goes_on = [](int offset) { return kSelecting ? 0 : offset >= 2 ? 2 : 1; };
 
   // Reads what cells from .. to - 1 hold; `thread` of `threads`. Those that there are not hold zeros.
   const auto load_cells = [&](int from, int until, int thread, int threads) {
@@ -228,8 +231,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const int chunk = i % Row::kChunks, at = i / Row::kChunks % 2, cell = from + i / Row::kChunks / 2;
       const uint32_t to_row = Row::at(shared + layout.ring + at * layout.side_bytes, cell % ring_rows, chunk);
       const View& view = at ? p.value : p.key;
-      if (kSliding && cell >= walk.given) {
-        const int t = cell - walk.given;  // every token is a cell
+      if (kSelecting && cell >= walk.given) {
+        const int t = (config::kStride > 1 ? walk.given_last : 0) + (cell - walk.given) * config::kStride;
         const bool exists = t < walk.length && chunk * 8 < (at ? p.value_dim : p.key_dim);
         copy_async_or_zero(
             to_row, exists ? row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8 : view.data,
@@ -243,7 +246,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   };
   // Reads what goes on in the patches of a tile.
   const auto load_started = [&](int tile, int thread, int threads) {
-    if constexpr (!kSliding) {
+    if constexpr (!kSelecting) {
 #pragma unroll 1
       for (int i = thread; i < kPatches * 4 * Row::kChunks; i += threads) {
         const int chunk = i % Row::kChunks, row = i / Row::kChunks, patch = row / 4;
@@ -340,7 +343,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const int cell = walk.trailing(tile, patch, &offset);
       const bool whole = t >= 0 && t + kPatch <= walk.length, irregular = !whole || cell - slots < walk.first;
       const int likeness = Weights::likeness(cell, walk.first, slots, offset, walk.resolution, whole);
-      const bool make = kFirst && !kSliding && (likeness < 0 || made_for != likeness);
+      const bool make = kFirst && !kSelecting && (likeness < 0 || made_for != likeness);
       if (make) {
         Weights::make_gates(walk.cells, walk.position, walk.end(), walk.base + cell, walk.position + t,
                             static_cast<const float*>(p.gates) + p.laws[walk.head].gates, gates);
@@ -350,6 +353,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       attend.row = (cell - slots) % ring_rows;
       attend.irregular = irregular;
       attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
+      if (config::kStride > 1) attend.missing = irregular ? walk.first - cell : 0;
       attend.ended = irregular ? walk.given - cell : 0;
       attend.going_on = goes_on(offset);
       attend.started = shared + layout.started + ((tile & 1) * kPatches + patch) * 2 * kRow;
@@ -496,7 +500,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           if (column < attend.ended) to_row = wrap(to_row + slots, grad_rows);
           if (column < attend.going_on) to_row = layout.piece_started + 2 * patch + column;
           if (column >= slots) to_row = layout.piece_spare + column % 16;
-          if (pair_of(m) == kColumns / 16) to_row = layout.piece_tokens + column - kColumns;
+          if (pair_of(m) == kColumns / 16) to_row = layout.piece_tokens + attend.token_of(column - kColumns);
           const uint32_t at = piece_at(to_row, lane / 8 % 2);
           store_matrices_transposed(pieces + at, key_weights[m]);
           store_matrices_transposed(pieces + of_values + at, value_weights[m]);
@@ -536,13 +540,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   };
   for (int row = 0; row < grad_rows; ++row) all_grads[at(row, lane)] = 0.f;
   if (walk.to_end && grad_state && has_element) {
-    // The newest cells of the slots; one of r = 1 begins with its centre, all others before it.
-    const int64_t newest = walk.cells.trailing(walk.end() - 1) + (kSliding ? 0 : 1);
+    // The newest cells of the slots. A token that is a cell lies in two slots where the next one has begun.
+    const int64_t trailing = walk.cells.trailing(walk.end() - 1);
+    const int64_t newest = trailing + (!kSelecting || walk.end() - 1 > walk.cells.centre(trailing));
     for (int i = 0; i < slots; ++i) {
-      const int64_t cell = newest - i;
+      const int64_t cell = newest - i, held = kSelecting && i == 0 ? trailing : cell;
       const int slot = static_cast<int>(walk.cells.slot(cell));
       if (walk.end() <= walk.cells.slot_opening(slot)) continue;
-      all_grads[at(static_cast<int>(cell - walk.base) % grad_rows, lane)] =
+      all_grads[at(static_cast<int>(held - walk.base) % grad_rows, lane)] +=
           static_cast<const float*>(grad_state)[state_at(slot)];
     }
   }
@@ -627,7 +632,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       };
       // What the slots held when the patches began, of cells, and of cells that went on.
       for (int row = 0; row < grad_rows; row += 16) add(grads, row, row, 2, false);
-      if constexpr (!kSliding) add(grads_started, 0, layout.piece_started, 1, i == 0);
+      if constexpr (!kSelecting) add(grads_started, 0, layout.piece_started, 1, i == 0);
       __syncwarp();
 
       // Back over the patches.
@@ -645,12 +650,16 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
         if (!is_last) continue;
         const PatchPlace place = reinterpret_cast<const PatchPlace*>(shared_memory + layout.patches)[w];
-        if constexpr (kSliding) {
+        if constexpr (kSelecting) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int token = g + 8 * half;
-            if (token < place.ended) continue;
-            const int row = wrap(place.own + token, grad_rows);
+            const int token = g + 8 * half, cell = token / config::kStride;
+            if (cell < place.ended) continue;
+            if constexpr (config::kStride > 1) {  // the cell's last token that exists
+              const int left = walk.length - (t + w * kPatch + token);
+              if (left < 1 || (left > 1 && token % config::kStride + 1 < config::kStride)) continue;
+            }
+            const int row = wrap(place.own + cell, grad_rows);
             Eight held;
             load_eight(grads, row, held);
 #pragma unroll
@@ -717,7 +726,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
 
   if (!walk.from_begin || !grad_given || !has_element) return;
-  if constexpr (!kSliding) {
+  if constexpr (!kSelecting) {
     int offset;
     const int cell = walk.trailing(0, 0, &offset);
     for (int j = 0; j < goes_on(offset); ++j) {
@@ -743,6 +752,7 @@ void with_back_flux(const Problem& p, int flux, const body_type& body) {
   if (!is_wide(p)) {
     if (flux <= 3) return with_back_columns<storage, 64, 3, 4>(p, body);
     if (flux <= 5) return with_back_columns<storage, 64, 5, 4>(p, body);
+    if (flux == kEveryOther) return with_back_columns<storage, 64, kEveryOther, 4>(p, body);
     if (flux <= 9) return with_back_columns<storage, 64, 9, 4>(p, body);
     return with_back_columns<storage, 64, kPatch, 4>(p, body);
   }
@@ -750,6 +760,10 @@ void with_back_flux(const Problem& p, int flux, const body_type& body) {
   if (flux <= 3) return with_back_columns<storage, 128, 3, 2>(p, body);
   if (flux <= 5 && p.query_heads == p.kv_heads) return with_back_columns<storage, 128, 5, 4>(p, body);
   if (flux <= 5) return with_back_columns<storage, 128, 5, 2>(p, body);
+  if (flux == kEveryOther && p.query_heads == p.kv_heads) {
+    return with_back_columns<storage, 128, kEveryOther, 4>(p, body);
+  }
+  if (flux == kEveryOther) return with_back_columns<storage, 128, kEveryOther, 2>(p, body);
   if (flux <= 9) return with_back_columns<storage, 128, 9, 2>(p, body);
   with_back_columns<storage, 128, kPatch, 2>(p, body);
 }
@@ -768,9 +782,9 @@ uint32_t back_bytes(const Problem& p, int resolution) {
 const char* refusal_of_slots(const Problem& p) {
   if (p.slots > 64) return "backward: there are more than 64 slots";
   for (int64_t h = 0; h < p.kv_heads; ++h) {
-    const int resolution = static_cast<int>(p.cells[h].resolution);
+    const int resolution = static_cast<int>(p.host_laws[h].cells.resolution);
     bool fits = true;
-    with_back_config(p, cells_in_flux(resolution),
+    with_back_config(p, flux_of_class(flux_class(p.host_laws[h])),
                      [&](auto config) { fits = back_bytes<decltype(config)>(p, resolution) <= shared_memory_limit(); });
     if (!fits) return "backward: the slots do not fit into shared memory";
   }
@@ -797,7 +811,7 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
       using storage = typename config::storage;
       if (!gradients.contents) {
         if (p.state_key) launch_given<config>(problem, contents, heads);
-        if constexpr (!config::kSliding) {
+        if constexpr (!config::kSelecting) {
           using walk = Config<storage, config::kDim, config::kFlux, 32, false, true>;
           if (p.tokens > 0) {
             launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents, make_plan(p, c, Task::contents),

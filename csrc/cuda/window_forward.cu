@@ -39,6 +39,7 @@ template <typename storage, int dim, typename body_type>
 void with_flux(const Problem& p, int flux, const body_type& body) {
   if (flux <= 3) return with_columns<storage, dim, 3>(p, body);
   if (flux <= 5) return with_columns<storage, dim, 5>(p, body);
+  if (flux == kEveryOther) return with_columns<storage, dim, kEveryOther>(p, body);
   if (flux <= 9) return with_columns<storage, dim, 9>(p, body);
   return with_columns<storage, dim, kPatch>(p, body);
 }
@@ -73,9 +74,9 @@ const char* window_refusal(const Problem& p) {
   if (p.query_heads > INT32_MAX) return "there are more than 2^31 query heads";
   const int64_t limit = shared_memory_limit();
   for (int64_t h = 0; h < p.kv_heads; ++h) {
-    const int64_t r = p.cells[h].resolution;
+    const int64_t r = p.host_laws[h].cells.resolution;
     bool fits = true;
-    with_config(p, cells_in_flux(r), [&](auto config) {
+    with_config(p, flux_of_class(flux_class(p.host_laws[h])), [&](auto config) {
       fits = Layout::make<decltype(config)>(static_cast<int>(p.slots), static_cast<int>(r)).bytes <= limit;
     });
     if (!fits) return "the slots do not fit into shared memory";
@@ -104,7 +105,9 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   for_half(p.dtype, [&](auto storage_tag) {
     using storage = decltype(storage_tag);
     if (outputs.state_key) {
-      const int laps = laps_until(0x1p-28, *std::max_element(p.echoes, p.echoes + p.kv_heads));
+      double most_echo = 0;
+      for (int64_t h = 0; h < p.kv_heads; ++h) most_echo = std::max(most_echo, p.host_laws[h].echo);
+      const int laps = laps_until(0x1p-28, most_echo);
       const auto state = [&](const View& tokens, int64_t dim, const void* given, void* end) {
         const int tiles = static_cast<int>((p.slots * dim + 255) / 256);
         launch("window_state", window_state<storage>, p.sequences * p.kv_heads * tiles, 256, 0, p.stream, p, tokens,

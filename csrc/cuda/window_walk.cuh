@@ -14,19 +14,20 @@ struct Config {
   using storage = storage_type;
   static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
   static constexpr bool kMore = more, kContents = contents;
-  // With r = 1 every token is a cell, which replaces what its slot held: no decays, no weights.
-  static constexpr bool kSliding = flux == kPatch;
+  // Cells are tokens, one of kStride: they replace what their slots held, and there are no decays and no weights.
+  static constexpr bool kSelecting = flux == kPatch || flux == kEveryOther;
+  static constexpr int kStride = kSelecting ? kPatch / flux : 1;
   static constexpr int kWarps = dim <= 64 ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kTile = kWarps * kPatch;
   // Two blocks on a multiprocessor hide each other's waits: shared memory is kept small for that.
   static constexpr int kBlocks = dim > 64 || flux != 9 ? 2 : 1;
   // Tiles of tokens there: with one, a warp fetches its next patch as soon as it is done with this one.
-  static constexpr int kStages = dim <= 64 && flux != 5 && !kSliding ? 2 : 1;
+  static constexpr int kStages = dim <= 64 && flux != 5 && !kSelecting ? 2 : 1;
   static constexpr int kSidesAtOnce = dim > 64 && flux == 9 ? 1 : 2;  // whose cells are advanced
   static constexpr int kRow = Rows<dim>::kBytes;
   static constexpr int kAddedStride = dim + 4;  // floats of a row of what a patch adds to its cells
-  static constexpr int kAdded = kSliding ? 0 : kSidesAtOnce * flux * kAddedStride * 4, kStaged = kPatch * kRow;
+  static constexpr int kAdded = kSelecting ? 0 : kSidesAtOnce * flux * kAddedStride * 4, kStaged = kPatch * kRow;
   static constexpr int kScratch = ((kAdded > kStaged ? kAdded : kStaged) + 127) / 128 * 128;  // bytes of a warp
 };
 
@@ -39,25 +40,25 @@ struct Layout {
   __host__ __device__ static Layout make(int slots, int resolution) {
     Layout l;
     l.ring_rows =
-        slots + config::kTile / resolution + (config::kSliding ? 0 : 3) + (config::kMore ? config::kColumns : 0);
+        slots + config::kTile / resolution + (config::kSelecting ? 0 : 3) + (config::kMore ? config::kColumns : 0);
     if (l.ring_rows < config::kColumns) l.ring_rows = config::kColumns;
     uint32_t at = 0;
     l.tiles = at;  // tokens: [stage][side][token]
     at += config::kStages * 2 * config::kTile * config::kRow;
-    const int in_flux = config::kSliding ? 0 : config::kFlux;
+    const int in_flux = config::kSelecting ? 0 : config::kFlux;
     l.ring = at;                                  // of each side: cells,
     l.started = at + l.ring_rows * config::kRow;  // cells at the beginning of a patch in which they go on, [warp][2]
-    l.side_bytes = (l.ring_rows + (config::kSliding ? 0 : 2 * config::kWarps)) * config::kRow;
+    l.side_bytes = (l.ring_rows + (config::kSelecting ? 0 : 2 * config::kWarps)) * config::kRow;
     at += 2 * l.side_bytes;
     l.carried = at;  // and at the end of a tile, for the next: [tile mod
                      // 2][side][cell mod 2]; neither permuted
-    at += config::kSliding ? 0 : 2 * 2 * 2 * config::kRow;
+    at += config::kSelecting ? 0 : 2 * 2 * 2 * config::kRow;
     // Of each warp: gates, [cell][16], then what its patch adds to cells, [side][cell][element], float, then rows of
     // out.
     l.scratch = at;
     at += config::kWarps * config::kScratch;
     l.ends = at;  // weights of patches' ends: [warp][8 cells][lane]
-    at += config::kSliding ? 0 : config::kWarps * ((config::kFlux + 8) / 8) * kWarp * 16;
+    at += config::kSelecting ? 0 : config::kWarps * ((config::kFlux + 8) / 8) * kWarp * 16;
     l.decays = at;  // of whole patches: [warp][cell]
     at += config::kWarps * in_flux * 4;
     l.cells = at;  // the trailing cells of patches: [warp]
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   constexpr int kDim = config::kDim, kFlux = config::kFlux, kWarps = config::kWarps, kTile = config::kTile;
+  constexpr int kStride = config::kStride;
   using Weights = PatchWeights<storage, kFlux>;
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 0;
     if (keeps) {
       cell_row = heads.cell_rows[head_index] - walk.trailing_at_begin +
-                 contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.resolution);
+                 contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, p.laws[head]);
       started_row = contents.started_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.first_patch, head);
     }
   }
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
            (side % config::kSidesAtOnce * kFlux + cell) * config::kAddedStride;
   };
   float* const gates = added(warp, 0, 0);  // until there is something to add
-  static_assert(config::kSliding || config::kScratch >= 2 * kFlux * kPatch * 4, "gates and logarithms");
+  static_assert(config::kSelecting || config::kScratch >= 2 * kFlux * kPatch * 4, "gates and logarithms");
   uint4* const end_weights = reinterpret_cast<uint4*>(shared_memory + layout.ends) + warp * Weights::kFluxTiles * kWarp;
   float* const decays = reinterpret_cast<float*>(shared_memory + layout.decays);
   float* const table = reinterpret_cast<float*>(shared_memory + layout.table);
@@ -214,7 +216,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     }
     const bool whole = patch >= walk.begin, irregular = !whole || cell - slots < walk.first;
     const int likeness = Weights::likeness(cell, walk.first, slots, offset, resolution, whole);
-    if (!config::kSliding && (likeness < 0 || made_for != likeness)) {
+    if (!config::kSelecting && (likeness < 0 || made_for != likeness)) {
       const Cells cells = p.laws[head].cells;
       Weights::make_gates(cells, walk.time(walk.begin), walk.time(walk.end), walk.cell + cell, walk.time(patch), table,
                           gates);
@@ -227,18 +229,18 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 
     // What the patch adds to its cells.
     const uint32_t tile_base = shared + layout.tiles + stage * 2 * kTile * config::kRow;
-    if constexpr (config::kSliding) {
+    if constexpr (config::kSelecting) {
       __syncthreads();  // the tile before is done with
-      // The tile's tokens are its cells.
+      // Of the tile's tokens every one, or every other one, is a cell.
       for (int item = lane; item < 2 * kPatch * Row::kChunks; item += kWarp) {
         const int chunk = item % Row::kChunks, side = item / Row::kChunks / kPatch;
         const int row = warp * kPatch + item / Row::kChunks % kPatch;
         if (time + row < walk.begin) continue;
         const uint4 words = load_shared(Row::at(tile_base + side * kTile * config::kRow, row, chunk));
         if (!finite<storage>(words)) report();
-        store_shared(Row::at(shared + layout.ring + side * side_bytes,
-                             wrap(wrap(tile_row + row, ring_rows) + slots, ring_rows), chunk),
-                     words);
+        if (row % kStride + 1 < kStride) continue;
+        const int ring_row = wrap(wrap(tile_row + row / kStride, ring_rows) + slots, ring_rows);
+        store_shared(Row::at(shared + layout.ring + side * side_bytes, ring_row, chunk), words);
       }
     } else {
       uint4 ends[Weights::kFluxTiles];
@@ -347,7 +349,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     attend.row = wrap(tile_row + cell - tile_cell, ring_rows);
     attend.irregular = irregular;
     attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
-    attend.going_on = config::kSliding ? 0 : offset >= 2 ? 2 : 1;
+    if (config::kStride > 1) attend.missing = irregular ? walk.first - cell : 0;
+    attend.going_on = config::kSelecting ? 0 : offset >= 2 ? 2 : 1;
     attend.ended = irregular ? walk.given - slots - cell : 0;
     attend.tokens[0] = tile_base + warp * kPatch * config::kRow;
     attend.tokens[1] = attend.tokens[0] + kTile * config::kRow;
@@ -383,7 +386,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
         };
         fetch_once_read(0);
-        constexpr bool kOwnFirst = (kDim > 64 || config::kSliding) && !config::kMore;
+        constexpr bool kOwnFirst = (kDim > 64 || config::kSelecting) && !config::kMore;
         const auto gather_own = [&] {
           uint32_t weights[4];
           attend.pack_pair(weights, shares[0], shares[1]);
@@ -470,7 +473,7 @@ __global__ void __launch_bounds__(256) window_given(Problem p, Contents contents
   const Cells cells = p.laws[head].cells;
   const Sequence s(p, blockIdx.x / heads.count);
   const int64_t first_row =
-      heads.cell_rows[head_index] + contents.cell_row(p, s.index, s.batch, s.row, cells.resolution) - p.slots;
+      heads.cell_rows[head_index] + contents.cell_row(p, s.index, s.batch, s.row, p.laws[head]) - p.slots;
   const int64_t oldest = cells.trailing(s.position) - p.slots;
   for (int64_t i = threadIdx.x; i < p.slots * 2 * dim; i += 256) {
     const int64_t row = i / (2 * dim), side = i / dim % 2, d = i % dim;

@@ -473,6 +473,10 @@ void run_attention(Case& c, Checks& checks) {
   Numbers gates;
   for (const Cells& cells : p.cells) {
     laws.push_back({cells, static_cast<int64_t>(gates.size())});
+    if (p.kernel == Kernel::fejer) {
+      laws.back().echo = echo(cells, p.sharpness);
+      laws.back().selects = selects(cells, p.sharpness);
+    }
     const Numbers table = p.kernel == Kernel::fejer ? blurry_attn::flux_gates(cells, p.sharpness)
                                                     : blurry_attn::period_gates(p.kernel, cells, p.sharpness);
     gates.insert(gates.end(), table.begin(), table.end());
@@ -496,18 +500,13 @@ void run_attention(Case& c, Checks& checks) {
   problem.value_dim = p.value_dim;
   problem.slots = p.slots;
   problem.sequences = sequences;
-  std::vector<double> echoes;
-  for (const Cells& cells : p.cells) {
-    problem.longest_window = std::max(problem.longest_window, cells.window());
-    if (p.kernel == Kernel::fejer) echoes.push_back(echo(cells, p.sharpness));
-  }
+  for (const Cells& cells : p.cells) problem.longest_window = std::max(problem.longest_window, cells.window());
   problem.scale = p.scale;
   problem.query = query.view;
   problem.key = key.view;
   problem.value = value.view;
   problem.laws = laws.data();
-  problem.cells = p.cells.data();
-  problem.echoes = echoes.data();
+  problem.host_laws = laws.data();
   problem.gates = gate_table.data();
   if (c.packed) problem.cu_seqlens = c.wide_ends ? static_cast<const void*>(c.ends.data()) : narrow_ends.data();
   problem.cu_seqlens_is_64 = c.wide_ends;
