@@ -565,8 +565,8 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/window_walk.cuh",
-        ("CUDA window: > for >= where a cell goes on", "attend.going_on = config::kSelecting ? 0 : offset >= 2 ? 2 : 1;",
-         "attend.going_on = config::kSelecting ? 0 : offset > 2 ? 2 : 1;", WALK),
+        ("CUDA window: > for >= where a cell goes on", "config::kSelecting ? 0 : offset >= 2 ? 2 : 1;",
+         "config::kSelecting ? 0 : offset > 2 ? 2 : 1;", WALK),
         ("CUDA window: missing mask", "attend.masked = irregular ?", "attend.masked = false ?", WALK),
     ),
     *faults(

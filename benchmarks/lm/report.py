@@ -43,12 +43,15 @@ class CatchUp:
 
 
 def catching_up(mine: Iterable[Point]) -> list[CatchUp]:
+    """One for each state of "fejer"; none where the sliding window was trained with one state alone."""
     found = []
     for sliding, blurry in shared.comparable(mine):
         slots = {point.state: point.slots for point in blurry}
-        largest = max(point.state for point in sliding)
+        states = [point.state for point in sliding]
+        if min(states) == max(states):
+            continue
         for state, score in shared.best(blurry):
-            found.append(CatchUp(-score, slots[state], state, shared.crossing(sliding, score), largest))
+            found.append(CatchUp(-score, slots[state], state, shared.crossing(sliding, score), max(states)))
     return found
 
 

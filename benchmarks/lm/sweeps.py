@@ -73,6 +73,8 @@ def _recipe() -> Sweep:
 
     task = Reading()
     mixers = (
+        blurry(*PYRAMID),
+        sliding(),
         blurry(*PYRAMID, sharpness=12.0),
         blurry(*doubled(PYRAMID)),
         blurry(*PYRAMID[::2]),
