@@ -11,7 +11,7 @@ KERNELS = ("fejer", "dirichlet")
 DEFAULT_SHARPNESS = 6.0
 MAX_DIRICHLET_RESOLUTION = 32
 MAX_SLOTS = MAX_RESOLUTION = 2**20
-PYRAMID = (1, 2, 4, 8)  # of the recipes tried at equal state, the one that reads text best: docs/results.md
+PYRAMID = (1, 1, 4, 8)  # of the recipes tried at equal state, the one that reads text best: docs/results.md
 
 
 def _integer(name: str, value: object) -> int:
@@ -123,8 +123,8 @@ class BlurryWindow:
     ) -> BlurryWindow:
         """One window per kv head, ``slots * resolutions[i]`` tokens long: sharp heads beside far-reaching ones.
 
-        Without ``resolutions`` a quarter of the ``heads`` (8 when None, else a multiple of 4) has r = 1, 2, 4 and 8
-        each, which read text best of what was tried at equal state.
+        Without ``resolutions`` half of the ``heads`` (8 when None, else a multiple of 4) have r = 1, a quarter r = 4 and
+        a quarter r = 8, which read text best of what was tried at equal state.
 
         Raises:
             TypeError, ValueError: as the class; ``heads`` beside ``resolutions``, or not a multiple of 4.

@@ -63,8 +63,8 @@ def test_pyramid():
     assert window == BlurryWindow(64, (64, 64, 128, 128, 512, 512), sharpness=4.0)
     assert window.phases(6) == (0, 0, 0, 1, 0, 4)
     assert BlurryWindow.pyramid(4, (2,), "dirichlet", phase=1) == BlurryWindow(4, (8,), "dirichlet", phase=1)
-    assert BlurryWindow.pyramid(32) == BlurryWindow.pyramid(32, (1, 1, 2, 2, 4, 4, 8, 8))
-    assert BlurryWindow.pyramid(32, heads=12).resolutions(12) == (1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8)
+    assert BlurryWindow.pyramid(32) == BlurryWindow.pyramid(32, (1, 1, 1, 1, 4, 4, 8, 8))
+    assert BlurryWindow.pyramid(32, heads=12).resolutions(12) == (1, 1, 1, 1, 1, 1, 4, 4, 4, 8, 8, 8)
 
 
 def test_state_elements():
