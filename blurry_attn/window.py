@@ -123,8 +123,8 @@ class BlurryWindow:
     ) -> BlurryWindow:
         """One window per kv head, ``slots * resolutions[i]`` tokens long: sharp heads beside far-reaching ones.
 
-        Without ``resolutions`` half of the ``heads`` (8 when None, else a multiple of 4) have r = 1, a quarter r = 4 and
-        a quarter r = 8, which read text best of what was tried at equal state.
+        Without ``resolutions`` half of the ``heads`` (8 when None, else a multiple of 4) have r = 1, a quarter r = 4
+        and a quarter r = 8, which read text best of what was tried at equal state.
 
         Raises:
             TypeError, ValueError: as the class; ``heads`` beside ``resolutions``, or not a multiple of 4.
