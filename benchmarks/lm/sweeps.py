@@ -16,11 +16,6 @@ WIDTH = 512
 DOUBLE = 0.25  # the scale of scores of heads of 64, twice the usual
 
 
-def doubled(resolutions: tuple[int, ...]) -> tuple[int, ...]:
-    """Two heads for each."""
-    return tuple(resolution for resolution in resolutions for _ in range(2))
-
-
 def _mixers(head_dim: int, context: int) -> tuple[list[Mixer], list[Mixer]]:
     """What answers the question, and what surrounds the answer."""
 
@@ -76,7 +71,7 @@ def _recipe() -> Sweep:
         blurry(*PYRAMID),
         sliding(),
         blurry(*PYRAMID, sharpness=12.0),
-        blurry(*doubled(PYRAMID)),
+        blurry(*sorted(2 * PYRAMID)),
         blurry(*PYRAMID[::2]),
         blurry(*PYRAMID, scale=DOUBLE),
         blurry(1, 1, 2, 2, 4, 4, 8, 16),
