@@ -263,6 +263,10 @@ BLURRY_HOST_DEVICE inline int cells_in_flux(int64_t resolution) {
 // one; a patch ends so many of them.
 constexpr int kFluxClasses = 5;
 constexpr int kEveryOther = kPatch / 2;
+// Whether cells are tokens, one of how many: they replace what their slots held, and there are no decays and no
+// weights.
+constexpr bool is_selecting(int flux) { return flux == kPatch || flux == kEveryOther; }
+constexpr int stride_of(int flux) { return is_selecting(flux) ? kPatch / flux : 1; }
 BLURRY_HOST_DEVICE inline int flux_of_class(int number) {
   constexpr int kFlux[kFluxClasses] = {3, 5, 9, kPatch, kEveryOther};
   return kFlux[number];

@@ -62,6 +62,48 @@ struct Attend {
       }
     }
   }
+  // The same in two steps, for rows that are fetched ahead.
+  struct Fetched {
+    uint4 words[2][kWords / 4];
+  };
+  // Rows from .. to - 1 of a patch, whose first one lies at `first`, `step` elements from each to the next; others are
+  // zero.
+  __device__ __forceinline__ void fetch_rows(Fetched& fetched, const storage* first, int64_t step, int from, int to,
+                                             int dim) const {
+    const storage* at = first + g * step + 16 * q;
+    const bool whole = from <= 0 && to >= kPatch && dim == kDim;
+#pragma unroll
+    for (int half = 0; half < 2; ++half, at += 8 * step) {
+      const int token = g + 8 * half;
+      uint4(&words)[kWords / 4] = fetched.words[half];
+      if (whole) {
+#pragma unroll
+        for (int w = 0; w < kWords / 4; ++w) words[w] = load_global(at + (Row::chunk_of(q, w) - 2 * q) * 8);
+      } else {
+#pragma unroll
+        for (int w = 0; w < kWords / 4; ++w) {
+          const int chunk = Row::chunk_of(q, w);
+          words[w] = make_uint4(0, 0, 0, 0);
+          if (token >= from && token < to && chunk * 8 < dim) words[w] = load_global(at + (chunk - 2 * q) * 8);
+        }
+      }
+    }
+  }
+  // `sign`: bits of each word to flip; if none, then a zero that the compiler does not know, so that it does not move
+  // words anew for each product.
+  __device__ __forceinline__ void take_rows(const Fetched& fetched, uint32_t sign) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int w = 0; w < kWords / 4; ++w) {
+        const uint4& words = fetched.words[half][w];
+        rows[2 * w][half] = words.x ^ sign;
+        rows[2 * w][half + 2] = words.y ^ sign;
+        rows[2 * w + 1][half] = words.z ^ sign;
+        rows[2 * w + 1][half + 2] = words.w ^ sign;
+      }
+    }
+  }
   // Writes the chunks from `first_chunk` on of rows from .. to - 1, times a number each, through 16 rows of shared
   // memory.
   template <int chunks>

@@ -12,8 +12,8 @@ template <typename storage_type, int dim, int flux, int columns, int patches>
 struct BackConfig {
   using storage = storage_type;
   static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
-  static constexpr bool kSelecting = flux == kPatch || flux == kEveryOther;
-  static constexpr int kStride = kSelecting ? kPatch / flux : 1;
+  static constexpr bool kSelecting = is_selecting(flux);
+  static constexpr int kStride = stride_of(flux);
   static constexpr int kPatches = patches;  // of a tile
   static constexpr int kTile = kPatches * kPatch;
   static constexpr int kSlices = 2 * dim / kSlice;  // a warp each
@@ -224,23 +224,28 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const int last_tile = walk.last_tile, group = walk.group;
   const auto goes_on = [](int offset) { return kSelecting ? 0 : offset >= 2 ? 2 : 1; };
 
-  // Reads what cells from .. to - 1 hold; `thread` of `threads`. Those that there are not hold zeros.
-  const auto load_cells = [&](int from, int until, int thread, int threads) {
+  // Reads what cells from .. until - 1 hold; `thread` of `threads`. Those that there are not hold zeros.
+  const auto load_cells = [&](int from, int until, int number, int threads) {
+    const int thread = hidden(number), step = threads / (2 * Row::kChunks);
+    const int chunk = thread % Row::kChunks, at = thread / Row::kChunks % 2;
+    const View& view = at ? p.value : p.key;
+    const bool inside = chunk * 8 < (at ? p.value_dim : p.key_dim);
+    const uint32_t ring = shared + layout.ring + at * layout.side_bytes;
+    int cell = from + thread / (2 * Row::kChunks);
+    // Where cells are tokens: of the cell.
+    int t = (config::kStride > 1 ? walk.given_last : 0) + (cell - walk.given) * config::kStride;
+    const storage* token = row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8;
+    const int64_t token_step = step * config::kStride * view.token;
 #pragma unroll 1
-    for (int i = thread; i < (until - from) * 2 * Row::kChunks; i += threads) {
-      const int chunk = i % Row::kChunks, at = i / Row::kChunks % 2, cell = from + i / Row::kChunks / 2;
-      const uint32_t to_row = Row::at(shared + layout.ring + at * layout.side_bytes, cell % ring_rows, chunk);
-      const View& view = at ? p.value : p.key;
-      if (kSelecting && cell >= walk.given) {
-        const int t = (config::kStride > 1 ? walk.given_last : 0) + (cell - walk.given) * config::kStride;
-        const bool exists = t < walk.length && chunk * 8 < (at ? p.value_dim : p.key_dim);
-        copy_async_or_zero(
-            to_row, exists ? row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8 : view.data,
-            exists);
+    for (; cell < until; cell += step, t += step * config::kStride, token += token_step) {
+      const uint32_t to = Row::at(ring, cell % ring_rows, chunk);
+      const bool is_token = kSelecting && cell >= walk.given;
+      if (is_token ? inside && t < walk.length : cell >= walk.given - contents.of_states && cell < walk.ended) {
+        const int64_t row = 2 * (walk.cell_row + cell) + at;
+        const void* const content = static_cast<const uint4*>(contents.cells) + row * Row::kChunks + chunk;
+        copy_async(to, is_token ? static_cast<const void*>(token) : content);
       } else {
-        const bool exists = cell >= walk.given - contents.of_states && cell < walk.ended;
-        const int64_t row = exists ? 2 * (walk.cell_row + cell) + at : 0;
-        copy_async_or_zero(to_row, static_cast<const uint4*>(contents.cells) + row * Row::kChunks + chunk, exists);
+        store_shared(to, make_uint4(0, 0, 0, 0));
       }
     }
   };
@@ -316,24 +321,55 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         ++meetings;
       }
     };
+    // Of the walk, for what is read in each tile. Rows of this call's first token.
+    const int length = walk.length, own_begin = walk.own_begin, own_end = walk.own_end, walk_end = walk.walk_end;
+    const auto rows_of = [&](const View& view, int heads) {
+      return row_of<const storage>(view, walk.batch, static_cast<int64_t>(walk.head) * heads, walk.row);
+    };
+    const storage* const queries = rows_of(p.query, group);
+    const storage* const grads_out = rows_of(gradients.grad_out, group);
+    const storage* const tokens[2] = {rows_of(p.key, 1), rows_of(p.value, 1)};
     const auto load_tokens = [&](int tile) {
       constexpr int kRowsAtOnce = kWarp / Row::kChunks;
-      const int first_token = lane / Row::kChunks, chunk = lane % Row::kChunks;
-      const int t = walk.tile_token(tile) + patch * kPatch + first_token;
+      const int thread = hidden(lane), first_token = thread / Row::kChunks, chunk = thread % Row::kChunks;
+      const int t = walk.tile_token(tile) + patch * kPatch;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const View& view = i ? p.value : p.key;
-        const storage* from = row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8;
-        const bool exists = chunk * 8 < (i ? p.value_dim : p.key_dim);
+        const int dim = static_cast<int>(i ? p.value_dim : p.key_dim);
+        const storage* from = tokens[i] + (t + first_token) * view.token + chunk * 8;
+        const int64_t step = kRowsAtOnce * view.token;
+        const uint32_t to = Row::at(attend.tokens[i], first_token, chunk);
+        const auto place = [&](int n) { return (to ^ (n * kRowsAtOnce % 8 << 4)) + n * kRowsAtOnce * kRow; };
+        if (t >= 0 && t + kPatch <= length && dim == config::kDim) {
 #pragma unroll
-        for (int n = 0; n < kPatch / kRowsAtOnce; ++n, from += kRowsAtOnce * view.token) {
-          const bool valid = exists && static_cast<unsigned>(t + n * kRowsAtOnce) < static_cast<unsigned>(walk.length);
-          copy_async_or_zero(Row::at(attend.tokens[i], first_token + n * kRowsAtOnce, chunk), valid ? from : view.data,
-                             valid);
+          for (int n = 0; n < kPatch / kRowsAtOnce; ++n, from += step) copy_async(place(n), from);
+        } else {
+#pragma unroll 1
+          for (int n = 0; n < kPatch / kRowsAtOnce; ++n, from += step) {
+            const int token = t + first_token + n * kRowsAtOnce;
+            const bool valid = chunk * 8 < dim && token >= 0 && token < length;
+            copy_async_or_zero(place(n), valid ? from : view.data, valid);
+          }
         }
       }
       commit_copies();
     };
+    // A query head's rows of the patch, or of its outputs' gradients.
+    typename Attend<config>::Fetched query_rows, grad_out_rows;
+    const auto fetch = [&](typename Attend<config>::Fetched& rows, const storage* first, const View& view, int64_t dim,
+                           int tile, int i) {
+      const int t = walk.tile_token(tile) + patch * kPatch;
+      attend.fetch_rows(rows, first + i * view.head + t * view.token, view.token, own_begin - t, walk_end - t,
+                        static_cast<int>(dim));
+    };
+    // Memory is far: rows are fetched ahead where there are registers for it.
+    constexpr bool kAhead = config::kDim > 64;
+    const auto fetch_query = [&](int tile, int i) { fetch(query_rows, queries, p.query, p.key_dim, tile, i); };
+    const auto fetch_grad = [&](int tile, int i) {
+      fetch(grad_out_rows, grads_out, gradients.grad_out, p.value_dim, tile, i);
+    };
+    if constexpr (kAhead) fetch_query(last_tile, 0);
     if constexpr (kFirst) load_tokens(last_tile);
     int made_for = -1;  // the likeness of the patch that weights are of
     int parity = 0;
@@ -341,7 +377,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const int t = walk.tile_token(tile) + patch * kPatch;
       int offset;
       const int cell = walk.trailing(tile, patch, &offset);
-      const bool whole = t >= 0 && t + kPatch <= walk.length, irregular = !whole || cell - slots < walk.first;
+      const bool whole = t >= 0 && t + kPatch <= length, irregular = !whole || cell - slots < walk.first;
       const int likeness = Weights::likeness(cell, walk.first, slots, offset, walk.resolution, whole);
       const bool make = kFirst && !kSelecting && (likeness < 0 || made_for != likeness);
       if (make) {
@@ -358,14 +394,16 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       attend.going_on = goes_on(offset);
       attend.started = shared + layout.started + ((tile & 1) * kPatches + patch) * 2 * kRow;
       attend.find_places(0);
-      const int from = walk.own_begin - t, until = walk.walk_end - t;  // of the patch's tokens
+      const int from = own_begin - t, until = walk_end - t;  // of the patch's tokens
       for (int i = 0; i < group; ++i) {
         const int64_t query_head = static_cast<int64_t>(walk.head) * group + i, row = walk.row + t;
         uint32_t key_weights[kPairs][4], value_weights[kPairs][4];
         {
           Tiles<kTiles> score, grad;
           typename Attend<config>::Raw raw, shares = {}, grad_shares = {};
-          attend.load_rows(p.query, walk.batch, query_head, row, from, until, static_cast<int>(p.key_dim), query_sign);
+          if constexpr (!kAhead) fetch_query(tile, i);
+          attend.take_rows(query_rows, query_sign);
+          if constexpr (kAhead) fetch_grad(tile, i);
           const int64_t scalar = (walk.batch * p.query_heads + query_head) * p.tokens + row + g;
           float lse[2], grad_lse[2], delta[2];
 #pragma unroll
@@ -384,8 +422,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           attend.column_products(score, 0, kFrom);
           if constexpr (kFirst) attend.template advance<-1>(score, raw);
           attend.mask(score, 8 * kFrom);
-          attend.load_rows(gradients.grad_out, walk.batch, query_head, row, from, until, static_cast<int>(p.value_dim),
-                           0);
+          if constexpr (!kAhead) fetch_grad(tile, i);
+          attend.take_rows(grad_out_rows, made_anew(0, tile));
           if constexpr (kFirst) attend.token_products(raw, 1);
           attend.column_products(grad, 1, kFrom);
           if constexpr (kFirst) attend.template advance<0>(grad, raw);
@@ -462,7 +500,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
           __syncwarp();  // the values have been read
           attend.store_rows(out, {1.f, 1.f}, gradients.query, walk.batch, query_head, row, from,
-                            min(until, walk.own_end - t), static_cast<int>(p.key_dim), attend.tokens[1], first_chunk);
+                            min(until, own_end - t), static_cast<int>(p.key_dim), attend.tokens[1], first_chunk);
+          if constexpr (kAhead) {
+            if (i + 1 < group) {
+              fetch_query(tile, i + 1);
+            } else if (tile > 0) {
+              fetch_query(tile - 1, 0);
+            }
+          }
           meet();
           if constexpr (kFirst) {
             if (i + 1 < group) {
@@ -526,17 +571,30 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   float* const all_grads_started = reinterpret_cast<float*>(shared_memory + layout.grads_started) + slice * 8 * kSlice;
   float* const sums_before =
       reinterpret_cast<float*>(shared_memory + layout.sums) + slice * kPatches * 16 * kWarp + lane;
-  // Of the columns of a product, eight of each of kSlice / 8 tiles, a lane has 8 elements in a row: first 8 q.
-  const auto at = [](int row, int element) { return row * kSlice + (element ^ ((row & 1) << 2)); };
+  // Of the columns of a product, eight of each of kSlice / 8 tiles, a lane has 8 elements in a row: first 8 q. They are
+  // read in pieces: pairs lie in registers as a product's sums do, fours take fewer reads where one row is all lanes'.
+  constexpr int kPiece = kSelecting ? 2 : 4;
+  struct alignas(4 * kPiece) Piece {
+    float x[kPiece];
+  };
   using Eight = float[8];
+  const auto at = [](int row, int element) { return row * kSlice + (element ^ ((row & (8 / kPiece - 1)) * kPiece)); };
   const auto load_eight = [&](const float* rows, int row, Eight& x) {
-    const float4 low = *reinterpret_cast<const float4*>(rows + at(row, 8 * q));
-    const float4 high = *reinterpret_cast<const float4*>(rows + at(row, 8 * q + 4));
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+#pragma unroll
+    for (int n = 0; n < 8; n += kPiece) {
+      const Piece piece = *reinterpret_cast<const Piece*>(rows + at(row, 8 * q + n));
+#pragma unroll
+      for (int e = 0; e < kPiece; ++e) x[n + e] = piece.x[e];
+    }
   };
   const auto store_eight = [&](float* rows, int row, const Eight& x) {
-    *reinterpret_cast<float4*>(rows + at(row, 8 * q)) = make_float4(x[0], x[1], x[2], x[3]);
-    *reinterpret_cast<float4*>(rows + at(row, 8 * q + 4)) = make_float4(x[4], x[5], x[6], x[7]);
+#pragma unroll
+    for (int n = 0; n < 8; n += kPiece) {
+      Piece piece;
+#pragma unroll
+      for (int e = 0; e < kPiece; ++e) piece.x[e] = x[n + e];
+      *reinterpret_cast<Piece*>(rows + at(row, 8 * q + n)) = piece;
+    }
   };
   for (int row = 0; row < grad_rows; ++row) all_grads[at(row, lane)] = 0.f;
   if (walk.to_end && grad_state && has_element) {

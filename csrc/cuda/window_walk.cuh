@@ -14,9 +14,8 @@ struct Config {
   using storage = storage_type;
   static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
   static constexpr bool kMore = more, kContents = contents;
-  // Cells are tokens, one of kStride: they replace what their slots held, and there are no decays and no weights.
-  static constexpr bool kSelecting = flux == kPatch || flux == kEveryOther;
-  static constexpr int kStride = kSelecting ? kPatch / flux : 1;
+  static constexpr bool kSelecting = is_selecting(flux);
+  static constexpr int kStride = stride_of(flux);
   static constexpr int kWarps = dim <= 64 ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kTile = kWarps * kPatch;
@@ -248,31 +247,42 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       for (int tile = 0; tile < Weights::kFluxTiles; ++tile) ends[tile] = end_weights[tile * kWarp + lane];
       for (int from_side = 0; from_side < 2; from_side += config::kSidesAtOnce) {
         if (from_side > 0) __syncthreads();
+        uint32_t strays = 0;  // of columns whose weights are zero: not zero where a token is not finite
 #pragma unroll
         for (int side = from_side; side < from_side + config::kSidesAtOnce; ++side) {
           const uint32_t rows = tile_base + side * kTile * config::kRow;
+          constexpr int kAtOnce = 4;  // products that do not wait for each other
 #pragma unroll
-          for (int m = 0; m < kDim / 16; ++m) {
-            uint32_t a[4];
-            load_matrices_transposed(a,
-                                     Row::at(rows, warp * kPatch + (lane / 16) * 8 + lane % 8, 2 * m + (lane / 8) % 2));
+          for (int first = 0; first < kDim / 16; first += kAtOnce) {
+            uint32_t a[kAtOnce][4];
+#pragma unroll
+            for (int m = 0; m < kAtOnce; ++m) {
+              load_matrices_transposed(
+                  a[m], Row::at(rows, warp * kPatch + (lane / 16) * 8 + lane % 8, 2 * (first + m) + (lane / 8) % 2));
+            }
 #pragma unroll
             for (int tile = 0; tile < Weights::kFluxTiles; ++tile) {
-              float sum[4] = {};
-              mma<storage>(sum, a, ends[tile].x, ends[tile].y);
-              mma<storage>(sum, a, ends[tile].z, ends[tile].w);
+              Tiles<kAtOnce> sums = {};
 #pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const int j = 8 * tile + 2 * q + e % 2, d = 16 * m + g + 8 * (e / 2);
-                if (j < kFlux) {
-                  added(warp, side, j)[d] = sum[e];
-                } else if (sum[e] != 0.f) {
-                  report();  // the weights are zero
+              for (int m = 0; m < kAtOnce; ++m) mma<storage>(sums[m], a[m], ends[tile].x, ends[tile].y);
+#pragma unroll
+              for (int m = 0; m < kAtOnce; ++m) mma<storage>(sums[m], a[m], ends[tile].z, ends[tile].w);
+#pragma unroll
+              for (int m = 0; m < kAtOnce; ++m) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                  const int j = 8 * tile + 2 * q + e % 2, d = 16 * (first + m) + g + 8 * (e / 2);
+                  if (j < kFlux) {
+                    added(warp, side, j)[d] = sums[m][e];
+                  } else {
+                    strays |= __float_as_uint(sums[m][e]) & 0x7fffffff;
+                  }
                 }
               }
             }
           }
         }
+        if (strays) report();
         if (config::kContents && config::kStages == 1) {
           for (int side = from_side; side < from_side + config::kSidesAtOnce; ++side) fetch_next(side);
         }
