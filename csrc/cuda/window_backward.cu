@@ -25,13 +25,23 @@ struct BackConfig {
   static constexpr int kAttendRegisters = dim > 64 ? 240 : kBlocks == 2 ? 168 : 0;
   static constexpr int kSumRegisters = dim > 64 ? 128 : kBlocks == 2 ? 88 : 0;
   static constexpr int kRow = Rows<dim>::kBytes;
+  // Of gradients' rows, elements that are read at once: pairs lie in registers as a product's sums do, fours take fewer
+  // reads where one row is all lanes'.
+  static constexpr int kPiece = kSelecting ? 2 : 4;
+  // Where a row of kSlice elements begins; element e lies there ^ e, so that eight rows' pieces lie in different banks.
+  __device__ __forceinline__ static int grad_row(int row) { return row * kSlice + (row & (8 / kPiece - 1)) * kPiece; }
 };
 
-// Where a patch lies among the rows of gradients: of the trailing cell's slot before the patch, of that cell.
+// Where a patch lies among the rows of gradients.
 struct alignas(16) PatchPlace {
-  int before, own;
+  int own;       // the trailing cell's row
   int ended;     // cells that ended before the walk
   int going_on;  // cells that go on in the patch
+};
+// The first element's place in the rows of its cells in flux: of their slots before the patch, and their own.
+template <int flux>
+struct alignas(16) FluxPlaces {
+  int before[(flux + 3) / 4 * 4], own[(flux + 3) / 4 * 4];
 };
 
 // Shared memory of a walk backward, by offsets in bytes.
@@ -42,7 +52,7 @@ struct BackLayout {
   // tokens; some that nobody reads.
   int piece_started, piece_tokens, piece_spare, piece_rows;
   uint32_t ring, started, side_bytes, tokens, grads, grads_started, sums, pieces, gates, weights, decays, patches,
-      shared_weights, shared_deltas, barriers, bytes;
+      places, shared_weights, shared_deltas, barriers, bytes;
 
   template <typename config>
   __host__ __device__ static BackLayout make(int slots, int resolution, int group) {
@@ -83,6 +93,8 @@ struct BackLayout {
     at += config::kPatches * in_flux * 4;
     l.patches = at = rounded(at, 16);  // [patch]
     at += config::kPatches * sizeof(PatchPlace);
+    l.places = at;  // [patch]
+    at += config::kSelecting ? 0 : config::kPatches * sizeof(FluxPlaces<config::kFlux>);
     l.shared_weights = at;  // between the warps of a patch: [patch][16 columns, in the end the tokens][lane][4]
     at += config::kSharing > 1 ? config::kPatches * (config::kColumns / 16 + 1) * kWarp * 16 : 0;
     l.shared_deltas = at;  // float: [patch][warp][token]
@@ -303,6 +315,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     float* const gates = reinterpret_cast<float*>(shared_memory + layout.gates) + patch * 2 * kFlux * kPatch;
     float* const end_weights = reinterpret_cast<float*>(shared_memory + layout.weights) + patch * kFlux * kPatch;
     PatchPlace& place = reinterpret_cast<PatchPlace*>(shared_memory + layout.patches)[patch];
+    auto& places = reinterpret_cast<FluxPlaces<kFlux>*>(shared_memory + layout.places)[patch];
     float* const end_decays = reinterpret_cast<float*>(shared_memory + layout.decays) + patch * kFlux;
     const uint32_t pieces = shared + layout.pieces + patch * layout.piece_rows * 32;  // of the keys
     const uint32_t of_values = kPatches * layout.piece_rows * 32;
@@ -523,7 +536,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
         if (make && i == 0) Weights::make_end(gates, end_decays, end_weights);
         const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
-        if (kFirst && lane == 0) place = {before_row, own_row, walk.given - cell, attend.going_on};
+        if (kFirst && lane == 0) place = {own_row, walk.given - cell, attend.going_on};
+        if (kFirst && !kSelecting && lane < kFlux) {
+          places.before[lane] = config::grad_row(wrap(before_row + lane, grad_rows));
+          places.own[lane] = config::grad_row(wrap(own_row + lane, grad_rows));
+        }
         // The gradients' rows of cells that no column has are cleared.
         const int clear = irregular ? grad_rows : grad_rows - slots + attend.going_on;
 #pragma unroll 1
@@ -571,32 +588,31 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   float* const all_grads_started = reinterpret_cast<float*>(shared_memory + layout.grads_started) + slice * 8 * kSlice;
   float* const sums_before =
       reinterpret_cast<float*>(shared_memory + layout.sums) + slice * kPatches * 16 * kWarp + lane;
-  // Of the columns of a product, eight of each of kSlice / 8 tiles, a lane has 8 elements in a row: first 8 q. They are
-  // read in pieces: pairs lie in registers as a product's sums do, fours take fewer reads where one row is all lanes'.
-  constexpr int kPiece = kSelecting ? 2 : 4;
+  // Of the columns of a product, eight of each of kSlice / 8 tiles, a lane has 8 elements in a row: first 8 q.
+  constexpr int kPiece = config::kPiece;
   struct alignas(4 * kPiece) Piece {
     float x[kPiece];
   };
   using Eight = float[8];
-  const auto at = [](int row, int element) { return row * kSlice + (element ^ ((row & (8 / kPiece - 1)) * kPiece)); };
-  const auto load_eight = [&](const float* rows, int row, Eight& x) {
+  const auto load_eight = [&](const float* rows, int row_place, Eight& x) {
 #pragma unroll
     for (int n = 0; n < 8; n += kPiece) {
-      const Piece piece = *reinterpret_cast<const Piece*>(rows + at(row, 8 * q + n));
+      const Piece piece = *reinterpret_cast<const Piece*>(rows + (row_place ^ (8 * q + n)));
 #pragma unroll
       for (int e = 0; e < kPiece; ++e) x[n + e] = piece.x[e];
     }
   };
-  const auto store_eight = [&](float* rows, int row, const Eight& x) {
+  const auto store_eight = [&](float* rows, int row_place, const Eight& x) {
 #pragma unroll
     for (int n = 0; n < 8; n += kPiece) {
       Piece piece;
 #pragma unroll
       for (int e = 0; e < kPiece; ++e) piece.x[e] = x[n + e];
-      *reinterpret_cast<Piece*>(rows + at(row, 8 * q + n)) = piece;
+      *reinterpret_cast<Piece*>(rows + (row_place ^ (8 * q + n))) = piece;
     }
   };
-  for (int row = 0; row < grad_rows; ++row) all_grads[at(row, lane)] = 0.f;
+  const auto at_lane = [&](int row) { return config::grad_row(row) ^ lane; };
+  for (int row = 0; row < grad_rows; ++row) all_grads[at_lane(row)] = 0.f;
   if (walk.to_end && grad_state && has_element) {
     // The newest cells of the slots. A token that is a cell lies in two slots where the next one has begun.
     const int64_t trailing = walk.cells.trailing(walk.end() - 1);
@@ -605,7 +621,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const int64_t cell = newest - i, held = kSelecting && i == 0 ? trailing : cell;
       const int slot = static_cast<int>(walk.cells.slot(cell));
       if (walk.end() <= walk.cells.slot_opening(slot)) continue;
-      all_grads[at(static_cast<int>(held - walk.base) % grad_rows, lane)] +=
+      all_grads[at_lane(static_cast<int>(held - walk.base) % grad_rows)] +=
           static_cast<const float*>(grad_state)[state_at(slot)];
     }
   }
@@ -633,12 +649,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     for (int i = 0; i < group; ++i) {
       uint32_t b[kPatches][kSlice / 8][2];
       const storage* from = first_row + i * rows_view.head + (t + g) * rows_view.token;
+      const bool whole = has_eight && t >= begin && t + config::kTile <= end;
 #pragma unroll
       for (int w = 0; w < kPatches; ++w) {
 #pragma unroll
         for (int half = 0; half < 2; ++half, from += 8 * rows_view.token) {
           const int token = t + w * kPatch + g + 8 * half;
-          const bool exists = has_eight && token >= begin && token < end;
+          const bool exists = whole || (has_eight && token >= begin && token < end);
           const uint4 words = exists ? load_global(from) : make_uint4(0, 0, 0, 0);
           b[w][0][half] = words.x;
           b[w][1][half] = words.y;
@@ -674,7 +691,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         if (!fresh) {
           for (int half = 0; half < halves; ++half) {
             Eight x;
-            load_eight(rows, row + g + 8 * half, x);
+            load_eight(rows, config::grad_row(row + g + 8 * half), x);
 #pragma unroll
             for (int e = 0; e < 8; ++e) sums[e / 2][2 * half + e % 2] = x[e];
           }
@@ -685,7 +702,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           Eight x;
 #pragma unroll
           for (int e = 0; e < 8; ++e) x[e] = sums[e / 2][2 * half + e % 2];
-          store_eight(rows, row + g + 8 * half, x);
+          store_eight(rows, config::grad_row(row + g + 8 * half), x);
         }
       };
       // What the slots held when the patches began, of cells, and of cells that went on.
@@ -717,7 +734,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               const int left = walk.length - (t + w * kPatch + token);
               if (left < 1 || (left > 1 && token % config::kStride + 1 < config::kStride)) continue;
             }
-            const int row = wrap(place.own + cell, grad_rows);
+            const int row = config::grad_row(wrap(place.own + cell, grad_rows));
             Eight held;
             load_eight(grads, row, held);
 #pragma unroll
@@ -732,13 +749,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           const float* const decays = reinterpret_cast<const float*>(shared_memory + layout.decays) + w * kFlux;
           const float* const weights =
               reinterpret_cast<const float*>(shared_memory + layout.weights) + w * kFlux * kPatch;
+          const auto& places = reinterpret_cast<const FluxPlaces<kFlux>*>(shared_memory + layout.places)[w];
           int before[kFlux], own[kFlux];
           float at_begin[kFlux], held[kFlux];
 #pragma unroll
           for (int j = 0; j < kFlux; ++j) {
-            before[j] = at(wrap(place.before + j, grad_rows), lane);
-            own[j] = wrap(place.own + j, grad_rows);
-            at_begin[j] = decays[j] * grads[at(own[j], lane)];
+            before[j] = places.before[j] ^ lane;
+            own[j] = places.own[j];
+            at_begin[j] = decays[j] * grads[own[j] ^ lane];
             held[j] = grads[before[j]];
           }
 #pragma unroll
@@ -755,9 +773,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           __syncwarp();
 #pragma unroll
           for (int j = 0; j < kFlux; ++j) {
-            float& now = grads[at(own[j], lane)];
-            if (j < place.going_on) {
-              now = at_begin[j] + grads_started[at(2 * w + j, lane)];
+            float& now = grads[own[j] ^ lane];
+            if (j < 2 && j < place.going_on) {
+              now = at_begin[j] + grads_started[at_lane(2 * w + j)];
             } else if (j >= place.ended) {
               now = 0.f;
               grads[before[j]] = held[j] + at_begin[j];
@@ -789,13 +807,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const int cell = walk.trailing(0, 0, &offset);
     for (int j = 0; j < goes_on(offset); ++j) {
       if (cell + j < walk.given) continue;
-      all_grads[at((cell + j - slots) % grad_rows, lane)] += all_grads[at((cell + j) % grad_rows, lane)];
+      all_grads[at_lane((cell + j - slots) % grad_rows)] += all_grads[at_lane((cell + j) % grad_rows)];
     }
   }
   for (int i = 0; i < slots; ++i) {
     const int cell = walk.given - 1 - i, slot = static_cast<int>(walk.cells.slot(walk.base + cell));
     const bool open = walk.position > walk.cells.slot_opening(slot);
-    static_cast<float*>(grad_given)[state_at(slot)] = open ? all_grads[at(cell % grad_rows, lane)] : 0.f;
+    static_cast<float*>(grad_given)[state_at(slot)] = open ? all_grads[at_lane(cell % grad_rows)] : 0.f;
   }
 }
 
