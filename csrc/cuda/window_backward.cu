@@ -774,7 +774,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
           for (int j = 0; j < kFlux; ++j) {
             float& now = grads[own[j] ^ lane];
-            if (j < 2 && j < place.going_on) {
+            if (j < 2 && j < place.going_on) {  // two go on at most: no code for the others
               now = at_begin[j] + grads_started[at_lane(2 * w + j)];
             } else if (j >= place.ended) {
               now = 0.f;
