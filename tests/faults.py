@@ -436,6 +436,7 @@ CUDA_PACKED = ("tests/test_cuda.py::test_packed_over_many_stretches", STATES[1])
 
 WALK = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and fresh and not wide")
 WALK_STATES = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and state and not wide")
+WALK_ECHO = ("tests/test_cuda.py::test_window_kernels_with_an_echo", "-k", "bfloat16 and fresh")
 WALK_NAN = ("tests/test_cuda.py::test_window_kernels_contain_what_is_not_finite",)
 QUERY_NAN = ("tests/test_nan.py::test_nan_in_a_query_leaves_shut_slots_without_gradient", "-k", "bfloat16")
 PATCHES = ("tests/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and fresh and not wide")
@@ -521,7 +522,7 @@ CUDA = [
         ("CUDA window: stretches overlap", "static_cast<int>(t - first_time > least ? t - first_time : least);",
          "static_cast<int>(t - first_time > least ? t - first_time - 1 : least);", WALK),
         ("CUDA window: gates below one taken for one", "return law.selects && law.cells.resolution <= 2;",
-         "return law.cells.resolution <= 2;", WALK),
+         "return law.cells.resolution <= 2;", WALK_ECHO),
     ),
     *faults(
         "csrc/cuda/window_attend.cuh",

@@ -149,7 +149,7 @@ def test_window_kernels(walk, dtype, stated, device):
 @pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("sharpness", [1.0, 3.0])
-@pytest.mark.parametrize("walk", ["coarse", "odd", "long"])
+@pytest.mark.parametrize("walk", ["coarse", "odd", "every other", "long", "long and sliding"])
 def test_window_kernels_with_an_echo(walk, sharpness, dtype, stated, device):
     slots, resolutions, phase, (heads, *dims), tokens = WALKS[walk]
     window = BlurryWindow(slots, tuple(slots * r for r in resolutions), "fejer", sharpness, phase)
