@@ -290,8 +290,9 @@ struct FluxClass {
 // quarter of the heads at r = 1, 2, 4 and 8 each.
 enum class Task { forward, contents, backward };
 inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents, Task task) {
-  constexpr int kForward[] = {4, 1, 3, 0, 2}, kWideForward[] = {1, 0, 4, 3, 2}, kBackward[] = {0, 3, 4, 1, 2};
-  const auto& order = task != Task::forward ? kBackward : is_wide(p) ? kWideForward : kForward;
+  constexpr int kForward[2][kFluxClasses] = {{4, 1, 3, 0, 2}, {1, 0, 4, 3, 2}};
+  constexpr int kBackward[2][kFluxClasses] = {{0, 3, 4, 1, 2}, {0, 4, 1, 3, 2}};
+  const auto& order = (task == Task::forward ? kForward : kBackward)[is_wide(p)];
   FluxClass classes[kFluxClasses] = {};
   int64_t cell_rows = 0;
   for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -326,10 +327,10 @@ void on_branches(const Problem& p, const std::vector<FluxClass>& classes, const 
 // Of window_back's blocks, those that run at once on a large card. Not asked of the card: its gradients' bits are the
 // same on all of them.
 constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
-// And those of all classes where several share the card, as measured; the class that begins first has fewer, but longer
-// ones, and for wide heads each class its own share, in quarters.
+// And those of all classes where several share the card, and each class's share in halves, as measured. Of wide heads,
+// the class that begins first has fewer, but longer ones.
 constexpr int64_t kSharedBlocks = 4 * kWideBlocksAtOnce;
-constexpr int64_t kWideQuarters[kFluxClasses] = {3, 4, 4, 4, 5};
+constexpr int64_t kHalves[2][kFluxClasses] = {{2, 2, 2, 1, 2}, {1, 2, 2, 2, 1}};
 
 constexpr int64_t kLeastStretch = 128;  // tokens; at least a patch
 
@@ -373,8 +374,8 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
       if (best > 1) plan.length = std::min(plan.length, (tokens + best - 1) / best);
     } else {
       const int64_t even = (kSharedBlocks + lanes / 2) / lanes;
-      const int64_t own = is_wide(problem) ? (even * kWideQuarters[c.number] + 2) / 4 : even - c.first;
-      const int64_t count = std::min(own, finest);
+      const bool wide = is_wide(problem);
+      const int64_t count = std::min((even - (wide && c.first)) * kHalves[wide][c.number] / 2, finest);
       plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, plan.length);
     }
     plan.halved = plan.length;

@@ -49,7 +49,7 @@ struct BackLayout {
   int ring_rows;  // of what cells hold, and
   int grad_rows;  // of its gradients
   // Rows of a patch's weights, 16 tokens each: of the cells in grad_rows, of the cells that go on and of the patch's
-  // tokens; some that nobody reads.
+  // tokens; where two warps share a patch, some that nobody reads.
   int piece_started, piece_tokens, piece_spare, piece_rows;
   uint32_t ring, started, side_bytes, tokens, grads, grads_started, sums, pieces, gates, weights, decays, patches,
       places, shared_weights, shared_deltas, barriers, bytes;
@@ -67,9 +67,8 @@ struct BackLayout {
     l.grad_rows = rounded(slots + between_patches + config::kFlux, 16);
     l.piece_started = l.grad_rows;
     l.piece_tokens = l.piece_started + 8;
-    // One warp writes over the spare rows in the end; two must not meet there.
-    l.piece_spare = l.piece_tokens + (config::kSharing > 1 ? kPatch : 0);
-    l.piece_rows = l.piece_spare + kPatch;
+    l.piece_spare = l.piece_tokens + kPatch;
+    l.piece_rows = l.piece_spare + (config::kSharing > 1 ? kPatch : 0);
     uint32_t at = 0;
     l.ring = at;                                  // of each side: [cell],
     l.started = at + l.ring_rows * config::kRow;  // [tile mod 2][patch][2]
@@ -99,8 +98,8 @@ struct BackLayout {
     at += config::kSharing > 1 ? config::kPatches * (config::kColumns / 16 + 1) * kWarp * 16 : 0;
     l.shared_deltas = at;  // float: [patch][warp][token]
     at += config::kSharing > 1 ? config::kPatches * config::kSharing * kPatch * 4 : 0;
-    l.barriers = at;  // of a tile's weights: written, read; of the warps of each patch
-    at += 16 + 8 * config::kPatches;
+    l.barriers = at;  // of a tile's weights: written, cells' read, all read; of the warps of each patch
+    at += 24 + 8 * config::kPatches;
     l.bytes = (at + 15) / 16 * 16;
     return l;
   }
@@ -206,13 +205,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     layout = BackLayout::make<config>(walk.slots, walk.resolution, walk.group);
     barrier_init(shared_address(shared_memory) + layout.barriers, config::kAttending);
     barrier_init(shared_address(shared_memory) + layout.barriers + 8, config::kSumming);
+    barrier_init(shared_address(shared_memory) + layout.barriers + 16, config::kSumming);
     for (int i = 0; i < kPatches; ++i) {
-      barrier_init(shared_address(shared_memory) + layout.barriers + 16 + 8 * i, config::kSharing * kWarp);
+      barrier_init(shared_address(shared_memory) + layout.barriers + 24 + 8 * i, config::kSharing * kWarp);
     }
   }
   __syncthreads();
   const uint32_t shared = shared_address(shared_memory);
-  const uint32_t written = shared + layout.barriers, read = written + 8;  // a tile's weights
+  // A tile's weights are written; those of cells, or all, have been read, so that the next tile's can take their place.
+  const uint32_t written = shared + layout.barriers, cells_read = written + 8, all_read = written + 16;
   const bool attends = warp < config::kFirstSlice;
   const int slice = warp - config::kFirstSlice;
   const int side = slice >= config::kSlices / 2;
@@ -328,7 +329,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     [[maybe_unused]] int meetings = 0;
     const auto meet = [&] {
       if constexpr (!kAlone) {
-        const uint32_t barrier = shared + layout.barriers + 16 + 8 * patch;
+        const uint32_t barrier = shared + layout.barriers + 24 + 8 * patch;
         barrier_arrive(barrier);
         barrier_wait(barrier, meetings & 1);
         ++meetings;
@@ -530,18 +531,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             }
           }
         }
-        if (i > 0 || tile < last_tile) {
-          barrier_wait(read, parity);
-          parity ^= 1;
-        }
-        if (make && i == 0) Weights::make_end(gates, end_decays, end_weights);
-        const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
-        if (kFirst && lane == 0) place = {own_row, walk.given - cell, attend.going_on};
-        if (kFirst && !kSelecting && lane < kFlux) {
-          places.before[lane] = config::grad_row(wrap(before_row + lane, grad_rows));
-          places.own[lane] = config::grad_row(wrap(own_row + lane, grad_rows));
-        }
+        const bool is_next = i > 0 || tile < last_tile;
+        if (is_next) barrier_wait(cells_read, parity);
         // The gradients' rows of cells that no column has are cleared.
+        const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
         const int clear = irregular ? grad_rows : grad_rows - slots + attend.going_on;
 #pragma unroll 1
         for (int n = warp / kPatches * kWarp + lane; n < 4 * clear; n += config::kSharing * kWarp) {
@@ -554,19 +547,36 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
         __syncwarp();
         if (irregular) meet();  // some of these rows may be the other warp's
-#pragma unroll
-        for (int m = 0; m < kPairs; ++m) {
-          if (slots < kColumns) __syncwarp();  // columns past the last share rows
-          const int column = 16 * pair_of(m) + 8 * (lane / 16) + lane % 8;
-          int to_row = wrap(before_row + column, grad_rows);
-          if (column < attend.ended) to_row = wrap(to_row + slots, grad_rows);
-          if (column < attend.going_on) to_row = layout.piece_started + 2 * patch + column;
-          if (column >= slots) to_row = layout.piece_spare + column % 16;
-          if (pair_of(m) == kColumns / 16) to_row = layout.piece_tokens + attend.token_of(column - kColumns);
-          const uint32_t at = piece_at(to_row, lane / 8 % 2);
+        const auto store_pair = [&](int m, int row) {
+          const uint32_t at = piece_at(row, lane / 8 % 2);
           store_matrices_transposed(pieces + at, key_weights[m]);
           store_matrices_transposed(pieces + of_values + at, value_weights[m]);
+        };
+        const int column = 8 * (lane / 16) + lane % 8;  // of a pair's
+#pragma unroll
+        for (int m = kTiles / 2 - 1; m >= 0; --m) {
+          // Columns past the last slot go where the first ones will be written over them, or where nobody reads.
+          if (slots < kColumns) __syncwarp();
+          int of_all = 16 * pair_of(m) + column;
+          const bool exists = of_all < slots;
+          if (kAlone && !exists) of_all = column;
+          int row = wrap(before_row + of_all, grad_rows);
+          if (of_all < attend.ended) row = wrap(row + slots, grad_rows);
+          if (of_all < attend.going_on) row = layout.piece_started + 2 * patch + of_all;
+          if (!kAlone && !exists) row = layout.piece_spare + column;
+          store_pair(m, row);
         }
+        if constexpr (kFirst) {
+          if (is_next) barrier_wait(all_read, parity);
+          if (make && i == 0) Weights::make_end(gates, end_decays, end_weights);
+          if (lane == 0) place = {own_row, walk.given - cell, attend.going_on};
+          if (!kSelecting && lane < kFlux) {
+            places.before[lane] = config::grad_row(wrap(before_row + lane, grad_rows));
+            places.own[lane] = config::grad_row(wrap(own_row + lane, grad_rows));
+          }
+          store_pair(kPairs - 1, layout.piece_tokens + attend.token_of(column));
+        }
+        if (is_next) parity ^= 1;
         barrier_arrive(written);
       }
     }
@@ -665,7 +675,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       barrier_wait(written, parity);
       parity ^= 1;
-      const bool is_last = i + 1 == group;
+      const bool is_last = i + 1 == group, is_end = is_last && tile == 0;
       if (is_last && tile >= 2) {
         const int thread = static_cast<int>(threadIdx.x) - config::kFirstSlice * kWarp + zero;
         load_cells(oldest(tile - 2), oldest(tile - 1), thread, config::kSumming);
@@ -708,7 +718,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       // What the slots held when the patches began, of cells, and of cells that went on.
       for (int row = 0; row < grad_rows; row += 16) add(grads, row, row, 2, false);
       if constexpr (!kSelecting) add(grads_started, 0, layout.piece_started, 1, i == 0);
+      wait_copies<0>();
       __syncwarp();
+      if (!is_end) barrier_arrive(cells_read);
 
       // Back over the patches.
 #pragma unroll
@@ -796,8 +808,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
                                       pack<storage>(sums[3][2 * half], sums[3][2 * half + 1])));
         }
       }
-      wait_copies<0>();
-      if (!is_last || tile > 0) barrier_arrive(read);
+      if (!is_end) barrier_arrive(all_read);
     }
   }
 

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int side = from_side; side < from_side + config::kSidesAtOnce; ++side) {
           const uint32_t rows = tile_base + side * kTile * config::kRow;
-          constexpr int kAtOnce = 4;  // products that do not wait for each other
+          constexpr int kAtOnce = kDim > 64 ? 4 : 2;  // products that do not wait for each other
 #pragma unroll
           for (int first = 0; first < kDim / 16; first += kAtOnce) {
             uint32_t a[kAtOnce][4];
