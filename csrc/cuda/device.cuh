@@ -363,8 +363,7 @@ void launch_early(const char* name, void (*kernel)(parameters...), int64_t block
 }
 
 // Streams for work that may run at once, what is to be begun first in front: each begins where `main` is now, and when
-// this is destroyed `main` waits for all to end. None is `main` where there are several: what comes last would begin
-// first there, without an event to wait for. A host thread has its own for every device.
+// this is destroyed `main` waits for all to end. The last is `main` itself. A host thread has its own for every device.
 class Branches {
  public:
   static constexpr int kMost = 5;
@@ -373,11 +372,11 @@ class Branches {
     if (count_ <= 1) return;
     resources_ = &of_device();
     check(cudaEventRecord(resources_->begin, main_));
-    for (int i = 0; i < count_; ++i) check(cudaStreamWaitEvent(resources_->streams[i], resources_->begin, 0));
+    for (int i = 0; i < count_ - 1; ++i) check(cudaStreamWaitEvent(resources_->streams[i], resources_->begin, 0));
   }
-  cudaStream_t stream(int i) const { return resources_ ? resources_->streams[i] : main_; }
+  cudaStream_t stream(int i) const { return i + 1 >= count_ ? main_ : resources_->streams[i]; }
   ~Branches() {
-    for (int i = 0; resources_ && i < count_; ++i) {
+    for (int i = 0; i < count_ - 1; ++i) {
       cudaEventRecord(resources_->ends[i], resources_->streams[i]);
       cudaStreamWaitEvent(main_, resources_->ends[i], 0);
     }
@@ -387,8 +386,8 @@ class Branches {
 
  private:
   struct Resources {
-    cudaStream_t streams[kMost];
-    cudaEvent_t begin, ends[kMost];
+    cudaStream_t streams[kMost - 1];
+    cudaEvent_t begin, ends[kMost - 1];
   };
 
   static void check(cudaError_t error) {
@@ -406,7 +405,7 @@ class Branches {
       check(cudaEventCreateWithFlags(&r.begin, cudaEventDisableTiming));
       int least = 0, greatest = 0;
       check(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-      for (int i = 0; i < kMost; ++i) {
+      for (int i = 0; i < kMost - 1; ++i) {
         check(cudaStreamCreateWithPriority(&r.streams[i], cudaStreamNonBlocking, std::min(greatest + i, least)));
         check(cudaEventCreateWithFlags(&r.ends[i], cudaEventDisableTiming));
       }
