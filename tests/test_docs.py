@@ -199,6 +199,23 @@ def which_rows(shown: list[list[str]]) -> list[list[str]]:
     return [*rows, ["full attention", "all", recall["full", 256], text["full"]]]
 
 
+def speed_rows(shown: list[list[str]]) -> list[list[str]]:
+    labels = [label for label, *_ in shown]
+    found: dict[tuple[str, str], dict[str, Any]] = {
+        (row["label"], row["mode"]): row
+        for row in result("speed/results/cuda.json")["rows"]
+        if (row["case"]["batch"], row["case"]["length"], row["case"]["head_dim"]) == (8, 8192, 64)
+    }
+    return [
+        [
+            label,
+            *(share(1e3 * found[label, mode]["seconds"]) for mode in ("forward", "forward+backward")),
+            f"{found[label, 'forward+backward']['peak_bytes'] / 2**20:,.0f} MiB",
+        ]
+        for label in labels
+    ]
+
+
 def law_rows(shown: list[list[str]]) -> list[list[str]]:
     from benchmarks.lm.report import bits
     from benchmarks.sweep.report import points
@@ -224,6 +241,7 @@ def law_rows(shown: list[list[str]]) -> list[list[str]]:
 
 SOURCES = {
     ("README.md", "Which window?"): which_rows,
+    ("README.md", "Speed"): speed_rows,
     ("docs/law.md", 'Why "fejer" is the default'): law_rows,
     ("docs/results.md", "Context parallel"): context_rows,
     ("docs/results.md", "A state in bfloat16"): drift_rows,
