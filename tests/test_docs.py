@@ -200,7 +200,6 @@ def which_rows(shown: list[list[str]]) -> list[list[str]]:
 
 
 def speed_rows(shown: list[list[str]]) -> list[list[str]]:
-    labels = [label for label, *_ in shown]
     found: dict[tuple[str, str], dict[str, Any]] = {
         (row["label"], row["mode"]): row
         for row in result("speed/results/cuda.json")["rows"]
@@ -212,7 +211,7 @@ def speed_rows(shown: list[list[str]]) -> list[list[str]]:
             *(share(1e3 * found[label, mode]["seconds"]) for mode in ("forward", "forward+backward")),
             f"{found[label, 'forward+backward']['peak_bytes'] / 2**20:,.0f} MiB",
         ]
-        for label in labels
+        for label, *_ in shown
     ]
 
 

@@ -46,6 +46,10 @@ struct alignas(16) FluxPlaces {
 
 // Shared memory of a walk backward, by offsets in bytes.
 struct BackLayout {
+  // From the first barrier, of a tile's weights that are written: of those of cells, and of all, read; of the warps of
+  // each patch.
+  static constexpr uint32_t kCellsRead = 8, kAllRead = 16, kMeetings = 24;
+
   int ring_rows;  // of what cells hold, and
   int grad_rows;  // of its gradients
   // Rows of a patch's weights, 16 tokens each: of the cells in grad_rows, of the cells that go on and of the patch's
@@ -98,8 +102,8 @@ struct BackLayout {
     at += config::kSharing > 1 ? config::kPatches * (config::kColumns / 16 + 1) * kWarp * 16 : 0;
     l.shared_deltas = at;  // float: [patch][warp][token]
     at += config::kSharing > 1 ? config::kPatches * config::kSharing * kPatch * 4 : 0;
-    l.barriers = at;  // of a tile's weights: written, cells' read, all read; of the warps of each patch
-    at += 24 + 8 * config::kPatches;
+    l.barriers = at;
+    at += kMeetings + 8 * config::kPatches;
     l.bytes = (at + 15) / 16 * 16;
     return l;
   }
@@ -204,16 +208,18 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     walk = WalkBack(p, contents, plan, heads, config::kTile);
     layout = BackLayout::make<config>(walk.slots, walk.resolution, walk.group);
     barrier_init(shared_address(shared_memory) + layout.barriers, config::kAttending);
-    barrier_init(shared_address(shared_memory) + layout.barriers + 8, config::kSumming);
-    barrier_init(shared_address(shared_memory) + layout.barriers + 16, config::kSumming);
+    barrier_init(shared_address(shared_memory) + layout.barriers + BackLayout::kCellsRead, config::kSumming);
+    barrier_init(shared_address(shared_memory) + layout.barriers + BackLayout::kAllRead, config::kSumming);
     for (int i = 0; i < kPatches; ++i) {
-      barrier_init(shared_address(shared_memory) + layout.barriers + 24 + 8 * i, config::kSharing * kWarp);
+      barrier_init(shared_address(shared_memory) + layout.barriers + BackLayout::kMeetings + 8 * i,
+                   config::kSharing * kWarp);
     }
   }
   __syncthreads();
   const uint32_t shared = shared_address(shared_memory);
   // A tile's weights are written; those of cells, or all, have been read, so that the next tile's can take their place.
-  const uint32_t written = shared + layout.barriers, cells_read = written + 8, all_read = written + 16;
+  const uint32_t written = shared + layout.barriers;
+  const uint32_t cells_read = written + BackLayout::kCellsRead, all_read = written + BackLayout::kAllRead;
   const bool attends = warp < config::kFirstSlice;
   const int slice = warp - config::kFirstSlice;
   const int side = slice >= config::kSlices / 2;
@@ -329,7 +335,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     [[maybe_unused]] int meetings = 0;
     const auto meet = [&] {
       if constexpr (!kAlone) {
-        const uint32_t barrier = shared + layout.barriers + 24 + 8 * patch;
+        const uint32_t barrier = shared + layout.barriers + BackLayout::kMeetings + 8 * patch;
         barrier_arrive(barrier);
         barrier_wait(barrier, meetings & 1);
         ++meetings;
