@@ -345,49 +345,51 @@ void launch(const char* name, void (*kernel)(parameters...), int64_t blocks, int
 }
 
 // The same for a kernel that calls wait_for_grid_before(): where cards and code can (from 9.0 on), it starts once every
-// block of the grid before has called start_next_grid() or ended.
-template <typename... parameters, typename... arguments>
+// block of the grid before has called start_next_grid() or ended, and so many blocks in a row as `cluster` says run
+// side by side. Their number is rounded up to a multiple of that.
+template <int cluster = 1, typename... parameters, typename... arguments>
 void launch_early(const char* name, void (*kernel)(parameters...), int64_t blocks, int threads, int64_t shared_bytes,
                   cudaStream_t stream, const arguments&... args) {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
   // Code made for an earlier card does not wait, on whatever card it runs.
   config.numAttrs = once_per_device([&] {
     cudaFuncAttributes made{};
-    return cudaFuncGetAttributes(&made, kernel) == cudaSuccess && made.ptxVersion >= 90 ? 1 : 0;
+    return cudaFuncGetAttributes(&made, kernel) == cudaSuccess && made.ptxVersion >= 90 ? 1 + (cluster > 1) : 0;
   });
-  launch_with(config, name, kernel, blocks, threads, shared_bytes, stream, args...);
+  launch_with(config, name, kernel, (blocks + cluster - 1) / cluster * cluster, threads, shared_bytes, stream, args...);
 }
 
-// Streams for work that may run at once, what is to be begun first in front: each begins where `main` is now, and when
-// this is destroyed `main` waits for all to end. The last is `main` itself. A host thread has its own for every device.
-class Branches {
+// Two streams for work that may run at once: `main`, and one of higher priority for what is begun first and every other
+// one after it. Both begin where `main` is now, and when this is destroyed `main` waits for both. A host thread has its
+// own for every device.
+class TwoStreams {
  public:
-  static constexpr int kMost = 5;
-
-  Branches(cudaStream_t main, int count) : main_(main), count_(count) {
-    if (count_ <= 1) return;
-    resources_ = &of_device();
-    check(cudaEventRecord(resources_->begin, main_));
-    for (int i = 0; i < count_ - 1; ++i) check(cudaStreamWaitEvent(resources_->streams[i], resources_->begin, 0));
+  TwoStreams(cudaStream_t main, bool needed) : main_(main) {
+    if (!needed) return;
+    side_ = &of_device();
+    check(cudaEventRecord(side_->begin, main_));
+    check(cudaStreamWaitEvent(side_->stream, side_->begin, 0));
   }
-  cudaStream_t stream(int i) const { return i + 1 >= count_ ? main_ : resources_->streams[i]; }
-  ~Branches() {
-    for (int i = 0; i < count_ - 1; ++i) {
-      cudaEventRecord(resources_->ends[i], resources_->streams[i]);
-      cudaStreamWaitEvent(main_, resources_->ends[i], 0);
-    }
+  cudaStream_t of(size_t number) const { return side_ && number % 2 == 0 ? side_->stream : main_; }
+  ~TwoStreams() {
+    if (!side_) return;
+    cudaEventRecord(side_->end, side_->stream);
+    cudaStreamWaitEvent(main_, side_->end, 0);
   }
-  Branches(const Branches&) = delete;
-  Branches& operator=(const Branches&) = delete;
+  TwoStreams(const TwoStreams&) = delete;
+  TwoStreams& operator=(const TwoStreams&) = delete;
 
  private:
-  struct Resources {
-    cudaStream_t streams[kMost - 1];
-    cudaEvent_t begin, ends[kMost - 1];
+  struct Side {
+    cudaStream_t stream;
+    cudaEvent_t begin, end;
   };
 
   static void check(cudaError_t error) {
@@ -395,27 +397,24 @@ class Branches {
     cudaGetLastError();
     throw std::runtime_error("blurry_attn: CUDA streams: " + std::string(cudaGetErrorString(error)));
   }
-  static Resources& of_device() {
-    static thread_local std::map<int, Resources> known;  // they live as long as the process
+  static const Side& of_device() {
+    static thread_local std::map<int, Side> known;  // they live as long as the process
     int device = 0;
     check(cudaGetDevice(&device));
     const auto [found, is_new] = known.try_emplace(device);
     if (is_new) {
-      Resources& r = found->second;
-      check(cudaEventCreateWithFlags(&r.begin, cudaEventDisableTiming));
+      Side& side = found->second;
       int least = 0, greatest = 0;
       check(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-      for (int i = 0; i < kMost - 1; ++i) {
-        check(cudaStreamCreateWithPriority(&r.streams[i], cudaStreamNonBlocking, std::min(greatest + i, least)));
-        check(cudaEventCreateWithFlags(&r.ends[i], cudaEventDisableTiming));
-      }
+      check(cudaStreamCreateWithPriority(&side.stream, cudaStreamNonBlocking, greatest));
+      check(cudaEventCreateWithFlags(&side.begin, cudaEventDisableTiming));
+      check(cudaEventCreateWithFlags(&side.end, cudaEventDisableTiming));
     }
     return found->second;
   }
 
   cudaStream_t main_;
-  int count_;
-  Resources* resources_ = nullptr;
+  const Side* side_ = nullptr;
 };
 
 // Calls body(storage{}, compute{}) for the dtype.

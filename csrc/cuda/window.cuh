@@ -284,13 +284,12 @@ struct FluxClass {
   HeadList heads;
   int64_t longest_window;
   double echo;  // the largest
-  bool first;   // begins before the others
 };
 // Those there are, in the order in which they begin: that after which all have ended soonest, as measured with a
 // quarter of the heads at r = 1, 2, 4 and 8 each.
 enum class Task { forward, contents, backward };
 inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& contents, Task task) {
-  constexpr int kForward[2][kFluxClasses] = {{4, 1, 3, 0, 2}, {1, 0, 4, 3, 2}};
+  constexpr int kForward[2][kFluxClasses] = {{4, 1, 3, 0, 2}, {3, 1, 4, 0, 2}};
   constexpr int kBackward[2][kFluxClasses] = {{0, 3, 4, 1, 2}, {0, 4, 1, 3, 2}};
   const auto& order = (task == Task::forward ? kForward : kBackward)[is_wide(p)];
   FluxClass classes[kFluxClasses] = {};
@@ -306,29 +305,28 @@ inline std::vector<FluxClass> flux_classes(const Problem& p, const Contents& con
   std::vector<FluxClass> found;
   for (const int number : order) {
     classes[number].number = number;
-    if (classes[number].heads.count == 0) continue;
-    classes[number].first = found.empty();
-    found.push_back(classes[number]);
+    if (classes[number].heads.count > 0) found.push_back(classes[number]);
   }
   return found;
 }
-// Calls body(class, problem) for each; they may run at once.
+// Calls body(class, problem) for each; two run at once. The code of three is more than the cache for instructions that
+// a group of multiprocessors has in common (128 KB on an H100), and each would run at half its speed.
 template <typename body_type>
-void on_branches(const Problem& p, const std::vector<FluxClass>& classes, const body_type& body) {
-  static_assert(kFluxClasses <= Branches::kMost, "a stream for each class");
-  const Branches branches(p.stream, static_cast<int>(classes.size()));
+void two_at_once(const Problem& p, const std::vector<FluxClass>& classes, const body_type& body) {
+  const TwoStreams streams(p.stream, classes.size() > 1);
   for (size_t i = 0; i < classes.size(); ++i) {
     Problem problem = p;
-    problem.stream = branches.stream(static_cast<int>(i));
+    problem.stream = streams.of(i);
     body(classes[i], problem);
   }
 }
+// Two multiprocessors have a smaller such cache in common: they get blocks of one class.
+constexpr int kPair = 2;
 
 // Of window_back's blocks, those that run at once on a large card. Not asked of the card: its gradients' bits are the
 // same on all of them.
 constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
-// And those of all classes where several share the card, and each class's share in halves, as measured. Of wide heads,
-// the class that begins first has fewer, but longer ones.
+// And those of all classes where several share the card, and each class's share in halves, as measured.
 constexpr int64_t kSharedBlocks = 4 * kWideBlocksAtOnce;
 constexpr int64_t kHalves[2][kFluxClasses] = {{2, 2, 2, 1, 2}, {1, 2, 2, 2, 1}};
 
@@ -374,8 +372,7 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
       if (best > 1) plan.length = std::min(plan.length, (tokens + best - 1) / best);
     } else {
       const int64_t even = (kSharedBlocks + lanes / 2) / lanes;
-      const bool wide = is_wide(problem);
-      const int64_t count = std::min((even - (wide && c.first)) * kHalves[wide][c.number] / 2, finest);
+      const int64_t count = std::min(even * kHalves[is_wide(problem)][c.number] / 2, finest);
       plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, plan.length);
     }
     plan.halved = plan.length;

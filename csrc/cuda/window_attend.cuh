@@ -43,26 +43,7 @@ struct Attend {
   __device__ __forceinline__ Attend(int slots_, int ring_rows_)
       : lane(threadIdx.x % kWarp), g(lane / 4), q(lane % 4), slots(slots_), ring_rows(ring_rows_) {}
 
-  // Rows from .. to - 1 of the patch, which begins at `first` of the view's tokens; others are zero.
-  __device__ __forceinline__ void load_rows(const View& view, int64_t batch, int64_t head, int64_t first, int from,
-                                            int to, int dim, uint32_t sign) {
-    const storage* at = row_of<const storage>(view, batch, head, first + g) + 16 * q;
-#pragma unroll
-    for (int half = 0; half < 2; ++half, at += 8 * view.token) {
-      const int token = g + 8 * half;
-#pragma unroll
-      for (int w = 0; w < kWords / 4; ++w) {
-        const int chunk = Row::chunk_of(q, w);
-        uint4 words = make_uint4(0, 0, 0, 0);
-        if (token >= from && token < to && chunk * 8 < dim) words = load_global(at + (chunk - 2 * q) * 8);
-        rows[2 * w][half] = words.x ^ sign;
-        rows[2 * w][half + 2] = words.y ^ sign;
-        rows[2 * w + 1][half] = words.z ^ sign;
-        rows[2 * w + 1][half + 2] = words.w ^ sign;
-      }
-    }
-  }
-  // The same in two steps, for rows that are fetched ahead.
+  // Rows that are fetched ahead of their use.
   struct Fetched {
     uint4 words[2][kWords / 4];
   };

@@ -21,6 +21,9 @@ struct BackConfig {
   static constexpr int kFirstSlice = 4, kSharing = kFirstSlice / patches;
   static constexpr int kAttending = kFirstSlice * kWarp, kSumming = kSlices * kWarp, kThreads = kAttending + kSumming;
   static constexpr int kBlocks = dim <= 64 && flux <= 3 ? 2 : 1;
+  // Of the code for a patch's cells in flux. Where it is long, one for all: what a multiprocessor runs fits badly into
+  // its caches for instructions.
+  static constexpr int kCopies = kSelecting && (dim <= 64 || kStride == 1) ? patches : 1;
   // Registers of those that attend and of the others; 0: as they are.
   static constexpr int kAttendRegisters = dim > 64 ? 240 : kBlocks == 2 ? 168 : 0;
   static constexpr int kSumRegisters = dim > 64 ? 128 : kBlocks == 2 ? 88 : 0;
@@ -195,6 +198,7 @@ template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads) {
   wait_for_grid_before();
+  if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   using Weights = PatchWeights<storage, config::kFlux>;
@@ -696,9 +700,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           b[w][n][1] = transpose(b[w][n][1]);
         }
       }
-      const auto multiply = [&](float (&sums)[kSlice / 8][4], int w, int row) {
-        uint32_t a[4];
-        load_matrices(a, pieces + w * patch_pieces + row * 32 + left);
+      const auto multiply = [&](float (&sums)[kSlice / 8][4], const uint32_t (&a)[4], int w) {
 #pragma unroll
         for (int n = 0; n < kSlice / 8; ++n) mma<storage>(sums[n], a, b[w][n][0], b[w][n][1]);
       };
@@ -713,7 +715,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
         }
 #pragma unroll
-        for (int w = 0; w < kPatches; ++w) multiply(sums, w, piece);
+        for (int w = 0; w < kPatches; ++w) {
+          uint32_t a[4];
+          load_matrices(a, pieces + w * patch_pieces + piece * 32 + left);
+          multiply(sums, a, w);
+        }
         for (int half = 0; half < halves; ++half) {
           Eight x;
 #pragma unroll
@@ -729,10 +735,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       if (!is_end) barrier_arrive(cells_read);
 
       // Back over the patches.
-#pragma unroll
+#pragma unroll(config::kCopies)
       for (int w = kPatches - 1; w >= 0; --w) {
         float sums[kSlice / 8][4] = {};
-        multiply(sums, w, layout.piece_tokens);
+        uint32_t a[4];
+        load_matrices(a, pieces + w * patch_pieces + layout.piece_tokens * 32 + left);
+#pragma unroll
+        for (int n = 0; n < kPatches; ++n) {
+          if (n == w) multiply(sums, a, n);
+        }
         if (group > 1) {
 #pragma unroll
           for (int e = 0; e < 16; ++e) {
@@ -897,7 +908,7 @@ int64_t window_backward_workspace(const Problem& p) { return Contents::bytes(p);
 
 void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
   const Contents contents(p, gradients.contents ? const_cast<void*>(gradients.contents) : workspace);
-  on_branches(p, flux_classes(p, contents, Task::backward), [&](const FluxClass& c, const Problem& problem) {
+  two_at_once(p, flux_classes(p, contents, Task::backward), [&](const FluxClass& c, const Problem& problem) {
     const HeadList& heads = c.heads;
     with_back_config(p, flux_of_class(c.number), [&](auto config_tag) {
       using config = decltype(config_tag);
@@ -915,8 +926,8 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
       const uint32_t bytes = shared_memory_of<window_back<config>>(
           p, heads, [&](int resolution) { return back_bytes<config>(p, resolution); });
       const WalkPlan back = make_plan(p, c, Task::backward);
-      launch_early("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes,
-                   problem.stream, problem, gradients, contents, back, heads);
+      launch_early<kPair>("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes,
+                          problem.stream, problem, gradients, contents, back, heads);
     });
   });
 }

@@ -94,7 +94,7 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   const Plans plans = make_plans(p, classes);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   if (p.tokens > 0) {
-    on_branches(p, classes, [&](const FluxClass& c, const Problem& problem) {
+    two_at_once(p, classes, [&](const FluxClass& c, const Problem& problem) {
       with_config(p, flux_of_class(c.number), [&](auto config) {
         if (outputs.contents && p.state_key) launch_given<decltype(config)>(problem, contents, c.heads);
         launch_walk<decltype(config)>("window_walk", problem, outputs, contents, plans.of_class[c.number], c.heads,

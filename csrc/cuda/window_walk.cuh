@@ -24,6 +24,8 @@ struct Config {
   // Tiles of tokens there: with one, a warp fetches its next patch as soon as it is done with this one.
   static constexpr int kStages = dim <= 64 && flux != 5 && !kSelecting ? 2 : 1;
   static constexpr int kSidesAtOnce = dim > 64 && flux == 9 ? 1 : 2;  // whose cells are advanced
+  // Whether there are registers for rows of the query while they are on their way.
+  static constexpr bool kAhead = !more && (dim > 64 || flux != kEveryOther);
   static constexpr int kRow = Rows<dim>::kBytes;
   static constexpr int kAddedStride = dim + 4;  // floats of a row of what a patch adds to its cells
   static constexpr int kAdded = kSelecting ? 0 : kSidesAtOnce * flux * kAddedStride * 4, kStaged = kPatch * kRow;
@@ -88,6 +90,7 @@ template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, uint8_t* unsound) {
   wait_for_grid_before();
+  if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   constexpr int kDim = config::kDim, kFlux = config::kFlux, kWarps = config::kWarps, kTile = config::kTile;
@@ -175,11 +178,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 
   const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;  // the scale below is its absolute value
   const int group = static_cast<int>(p.query_heads / p.kv_heads);
-  const auto load_query = [&](auto& attend, int patch, int i) {
-    attend.load_rows(p.query, walk.batch, head * group + i, walk.row + patch, walk.own_begin - patch,
-                     walk.own_end - patch, static_cast<int>(p.key_dim), query_sign);
-  };
   Attend<config> attend(slots, ring_rows);
+  [[maybe_unused]] typename Attend<config>::Fetched query_rows;
+  const auto fetch_query = [&](int patch, int i) {
+    attend.fetch_rows(query_rows, row_of<const storage>(p.query, walk.batch, head * group + i, walk.row + patch),
+                      p.query.token, walk.own_begin - patch, walk.own_end - patch, static_cast<int>(p.key_dim));
+  };
+  const auto take_query = [&] { attend.take_rows(query_rows, query_sign); };
   attend.ring = shared + layout.ring;
   attend.started = shared + layout.started + 2 * warp * config::kRow;
   attend.side_bytes = side_bytes;
@@ -223,7 +228,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       Weights::make_end(gates, decays + warp * kFlux, end_weights);
       made_for = likeness;
     }
-    if constexpr (!config::kContents) load_query(attend, patch, 0);
+    if constexpr (!config::kContents) {
+      fetch_query(patch, 0);
+      if (!config::kAhead) take_query();
+    }
     if (lane == 0) patch_cells[warp] = cell;
 
     // What the patch adds to its cells.
@@ -385,7 +393,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const uint32_t staged = shared + layout.scratch + warp * config::kScratch;
       for (int i = 0; i < group; ++i) {
         const int query_head = head * group + i;
-        if (i > 0) load_query(attend, patch, i);
+        if (i > 0) fetch_query(patch, i);
+        if (i > 0 || config::kAhead) take_query();
         Tiles<kDim / 8> out = {};
         typename Attend<config>::Raw raw, shares = {};
         float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
@@ -508,8 +517,8 @@ void launch_walk(const char* name, const Problem& p, const Outputs& outputs, con
                  const WalkPlan& plan, const HeadList& heads, uint8_t* unsound) {
   const uint32_t bytes = shared_memory_of<window_walk<config>>(
       p, heads, [&](int resolution) { return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes; });
-  launch_early(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p, outputs,
-               contents, plan, heads, unsound);
+  launch_early<kPair>(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
+                      outputs, contents, plan, heads, unsound);
 }
 
 }  // namespace
