@@ -700,6 +700,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           b[w][n][1] = transpose(b[w][n][1]);
         }
       }
+      const auto load_weights = [&](uint32_t (&a)[4], int w, int row) {
+        load_matrices(a, pieces + w * patch_pieces + row * 32 + left);
+      };
       const auto multiply = [&](float (&sums)[kSlice / 8][4], const uint32_t (&a)[4], int w) {
 #pragma unroll
         for (int n = 0; n < kSlice / 8; ++n) mma<storage>(sums[n], a, b[w][n][0], b[w][n][1]);
@@ -717,7 +720,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
         for (int w = 0; w < kPatches; ++w) {
           uint32_t a[4];
-          load_matrices(a, pieces + w * patch_pieces + piece * 32 + left);
+          load_weights(a, w, piece);
           multiply(sums, a, w);
         }
         for (int half = 0; half < halves; ++half) {
@@ -739,7 +742,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       for (int w = kPatches - 1; w >= 0; --w) {
         float sums[kSlice / 8][4] = {};
         uint32_t a[4];
-        load_matrices(a, pieces + w * patch_pieces + layout.piece_tokens * 32 + left);
+        load_weights(a, w, layout.piece_tokens);
 #pragma unroll
         for (int n = 0; n < kPatches; ++n) {
           if (n == w) multiply(sums, a, n);
