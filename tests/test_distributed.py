@@ -468,6 +468,8 @@ def test_heads_that_do_not_divide_are_told(schedule: TrainConfig, world: World, 
     world(is_told, schedule, tmp_path / "run")
 
 
+SHAPE = ["--dim", "16", "--layers", "1", "--context", "32", "--steps", "8", "--device", "cpu"]
+
 CRASH = """
 import os, sys
 from blurry_attn.lm import __main__, train
@@ -481,24 +483,49 @@ sys.exit(__main__.main())
 """
 
 
-@pytest.mark.parametrize(("crashes", "options"), [(False, []), (False, ["--parallel", "fsdp"]), (True, [])], ids=str)
-def test_torchrun_trains_and_ends(crashes: bool, options: list[str], schedule: TrainConfig, tmp_path: Path):
-    """The first prints and writes, with the losses of one process; a crash ends all, and what was saved is whole."""
+LATE = """
+import sys, time, torch
+from blurry_attn.lm import __main__
+train = __main__.train
+def late(*arguments):
+    result = train(*arguments)
+    torch.distributed.all_reduce(torch.zeros(1), async_op=True).get_future().then(lambda _: time.sleep(1))
+    return result
+__main__.train = late
+sys.exit(__main__.main())
+"""
+
+
+def launch(program: list[str], options: list[str], schedule: TrainConfig, folder: Path) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    files = ["--text", str(schedule.text), "--run", str(folder)]
+    command = [*torchrun, *program, "train", *SHAPE, *options, *files]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize("options", [[], ["--parallel", "fsdp"]], ids=str)
+def test_torchrun_trains_and_ends(options: list[str], schedule: TrainConfig, tmp_path: Path):
+    """The first prints and writes, with the losses of one process."""
+    done = launch(["-m", "--", "blurry_attn.lm"], options, schedule, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    assert done.stdout.count("step 8: held-out bits per byte") == done.stdout.count("to sample:") == 1
+    written = {file.name for file in (tmp_path / "run").iterdir()}
+    assert written == {checkpoint.FILE, training.METRICS, training.PLOT}
+    assert main(["train", *SHAPE, "--text", str(schedule.text), "--run", str(tmp_path / "alone")]) == 0
+    lines, expected = (outcome(tmp_path / name)[0] for name in ("run", "alone"))
+    assert lines == [pytest.approx(line, rel=1e-5) for line in expected]
+
+
+def test_a_crash_under_torchrun_ends_all(schedule: TrainConfig, tmp_path: Path):
+    """What was saved is whole."""
     (tmp_path / "crash.py").write_text(CRASH)
-    program = ["--", str(tmp_path / "crash.py")] if crashes else ["-m", "--", "blurry_attn.lm"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
-    shape = ["--dim", "16", "--layers", "1", "--context", "32", "--steps", "8", "--device", "cpu"]
-    files = ["--text", str(schedule.text), "--run", str(tmp_path / "run")]
-    done = subprocess.run([*launch, "train", *shape, *options, *files], capture_output=True, text=True, timeout=TIMEOUT)
-    if crashes:
-        assert done.returncode != 0 and "exitcode  : 7" in done.stderr, done.stderr
-        assert checkpoint.load(tmp_path / "run").step == 4
-    else:
-        assert done.returncode == 0, done.stderr
-        assert "Warning" not in done.stderr, done.stderr
-        assert done.stdout.count("step 8: held-out bits per byte") == done.stdout.count("to sample:") == 1
-        written = {file.name for file in (tmp_path / "run").iterdir()}
-        assert written == {checkpoint.FILE, training.METRICS, training.PLOT}
-        assert main(["train", *shape, "--text", str(schedule.text), "--run", str(tmp_path / "alone")]) == 0
-        lines, expected = (outcome(tmp_path / name)[0] for name in ("run", "alone"))
-        assert lines == [pytest.approx(line, rel=1e-5) for line in expected]
+    done = launch(["--", str(tmp_path / "crash.py")], [], schedule, tmp_path / "run")
+    assert done.returncode != 0 and "exitcode  : 7" in done.stderr, done.stderr
+    assert checkpoint.load(tmp_path / "run").step == 4
+
+
+def test_a_late_thread_of_gloo_aborts_nothing(schedule: TrainConfig, tmp_path: Path):
+    (tmp_path / "late.py").write_text(LATE)
+    done = launch(["--", str(tmp_path / "late.py")], ["--parallel", "fsdp"], schedule, tmp_path / "run")
+    assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ try:
     from .data import InputError
     from .generate import Sampling, generate, newest_run
     from .model import MIXERS, ModelConfig
-    from .parallel import STRATEGIES, agreed, joined, rank
+    from .parallel import STRATEGIES, agreed, end, joined, rank
     from .train import PLOT, Interrupted, train
 except ModuleNotFoundError as error:
     if error.name not in EXTRA:
@@ -35,8 +35,16 @@ RUNS = Path("runs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
-    args = _parser().parse_args(arguments)
+    """Runs the command line; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C.
+
+    A process that torchrun started ends with that status instead.
+    """
+    status = _run(_parser().parse_args(arguments))
+    end(status)
+    return status
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         with joined():
             return args.command(args)

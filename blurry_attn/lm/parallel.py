@@ -52,6 +52,17 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def end(status: int) -> None:
+    """Ends a process that torchrun started, without the interpreter's last steps; nothing for one that is alone.
+
+    A device mesh outlives `joined`, and so do gloo's threads: one that lets go of a tensor in those steps aborts.
+    """
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def rank() -> int:
     """This process's number; 0 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
