@@ -108,6 +108,14 @@ class TokenSelfAttention(nn.Module):
         return (age >= 0) if self.span is None else (age >= 0) & (age < self.span)
 
 
+class Norm(nn.RMSNorm):
+    """Under autocast, the result is cast once, not by each of the layers that read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, device = super().forward(x), x.device.type
+        return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
+
+
 class SwiGLU(nn.Module):
     """silu(x W_gate) * (x W_up) W_down, 8/3 as wide inside (rounded up to a multiple of 16)."""
 
@@ -127,7 +135,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.dim)
+        self.mixer_norm = Norm(config.dim)
         self.mixer: nn.Module
         if config.mixer == "blurry":
             window = BlurryWindow.pyramid(config.slots, config.resolutions)
@@ -135,7 +143,7 @@ class Block(nn.Module):
         else:
             span = config.slots if config.mixer == "sliding" else None
             self.mixer = TokenSelfAttention(config.dim, config.heads, span, ROPE_BASE)
-        self.mlp_norm = nn.RMSNorm(config.dim)
+        self.mlp_norm = Norm(config.dim)
         self.mlp = SwiGLU(config.dim)
 
     def forward(self, x: Tensor, mix: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
@@ -156,7 +164,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(VOCABULARY, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = Norm(config.dim)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 last = name.endswith(("out_proj.weight", "down.weight"))
