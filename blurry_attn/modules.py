@@ -3,62 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
-from .ops import blurry_window_attention, blurry_window_step
+from .ops import blurry_window_attention, blurry_window_step, rotary
 from .ragged import Packing
 from .state import BlurryState
 from .window import BlurryWindow
-
-
-def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary position embedding, rotate-half form: feature pairs (i, i + D/2) turn by position * base^(-2i/D) radians.
-
-    Args:
-        x: ``(B, H, T, D)``, D even; computed in float32 at least and returned in its dtype.
-        positions: ``(T,)`` or ``(B, T)`` integers, absolute positions in tokens.
-        base: > 0, commonly 10000.
-
-    Raises:
-        ValueError: D is odd.
-    """
-    dim = x.shape[-1]
-    if dim % 2:
-        raise ValueError(f"x must have an even head_dim for rotary embedding, got {dim}")
-    # In float64 an angle keeps its digits at any position that a state of constant size may reach.
-    frequency = base ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float64) / dim)
-    angle = positions.unsqueeze(-1) * frequency
-    if positions.dim() == 2:
-        angle = angle.unsqueeze(1)
-    work = torch.promote_types(x.dtype, torch.float32)
-    turned: Tensor = _Turn.apply(x, angle.cos().to(work), angle.sin().to(work))
-    return turned
-
-
-class _Turn(torch.autograd.Function):
-    """The turn of feature pairs; its adjoint turns back. Written out, it reads and writes half as much memory."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        halves = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
-        return torch.cat([half.to(x.dtype) for half in halves], dim=-1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        cos, sin = ctx.saved_tensors
-        return _Turn.apply(grad, cos, -sin), None, None
 
 
 class BlurryWindowAttention(nn.Module):

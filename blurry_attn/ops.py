@@ -128,9 +128,9 @@ def blurry_window_attention(
         return_lse: return the log-sum-exp of the logits too.
 
     Returns:
-        out (B, Hq, T, Dv) in query's dtype; with ``return_lse`` then lse (B, Hq, T) in float32 (float64 for float64);
-        with ``return_state`` then the :class:`BlurryState`. Differentiable in query, key, value and the given
-        state's key and value, through all that is returned.
+        out (B, Hq, T, Dv) in query's dtype, dense, (B, T, Hq, Dv) in memory if query is; with ``return_lse`` then lse
+        (B, Hq, T) in float32 (float64 for float64); with ``return_state`` then the :class:`BlurryState`. Differentiable
+        in query, key, value and the given state's key and value, through all that is returned.
 
     Raises:
         TypeError: a dtype or type that is not taken.
@@ -240,6 +240,33 @@ def blurry_window_step(
     return out
 
 
+def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary position embedding, rotate-half form: feature pairs (i, i + D/2) turn by position * base^(-2i/D) radians.
+
+    Args:
+        x: ``(B, H, T, D)``, D even, any strides; computed in float32 at least and returned in its dtype.
+        positions: ``(T,)`` or ``(B, T)`` integers, absolute positions in tokens.
+        base: > 0, commonly 10000.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or values that are not taken, as an odd D.
+    """
+    turned: Tensor = torch.ops.blurry_attn.rotary(x, positions.long(), base)
+    return turned
+
+
+def _empty_beside(x: Tensor, dim: int) -> Tensor:
+    """A new (B, H, T, dim): where ``x`` is (B, T, H, D) in memory, so is it."""
+    if not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        return x.new_empty(x.shape[0], x.shape[2], x.shape[1], dim).transpose(1, 2)
+    return x.new_empty(*x.shape[:3], dim)
+
+
+@torch.library.register_fake("blurry_attn::rotary")
+def _rotary_shape(x: Tensor, positions: Tensor, base: float, back: bool = False) -> Tensor:
+    return _empty_beside(x, x.shape[3])
+
+
 def _state_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
@@ -269,7 +296,7 @@ def _forward_shapes(
     position: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, ...]:
-    out = query.new_empty(*query.shape[:3], value.shape[3])
+    out = _empty_beside(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=_state_dtype(query))
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if return_state:
@@ -302,7 +329,7 @@ def _backward_shapes(
     position: Tensor | None,
     contents: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    gradients = tuple(_empty_beside(tensor, tensor.shape[3]) for tensor in (query, key, value))
     if state_key is None:
         none = query.new_empty(0, dtype=_state_dtype(query))
         return *gradients, none, torch.empty_like(none)
@@ -324,4 +351,4 @@ def _step_shapes(
     sharpness: float,
     scale: float,
 ) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
+    return _empty_beside(query, value.shape[3])

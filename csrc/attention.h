@@ -35,7 +35,7 @@ struct State {
 };
 
 struct Attention {
-  at::Tensor out;  // (batch, heads, tokens, value_dim), the inputs' dtype
+  at::Tensor out;  // (batch, heads, tokens, value_dim), the inputs' dtype; lies in memory as query does
   at::Tensor lse;  // (batch, heads, tokens), float32 (float64 for float64 inputs)
   State state;     // after the last token, where asked for; else empty tensors
 };

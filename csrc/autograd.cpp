@@ -28,6 +28,7 @@ using BackwardSignature = BackwardResult(const at::Tensor&, const OptionalTensor
                                          at::IntArrayRef, c10::string_view, double, double, const OptionalTensor&,
                                          const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                          const OptionalTensor&);
+using RotarySignature = at::Tensor(const at::Tensor&, const at::Tensor&, double, bool);
 using StepSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&,
                                  at::Tensor&, int64_t, at::IntArrayRef, at::IntArrayRef, c10::string_view, double,
                                  double);
@@ -41,6 +42,7 @@ const auto& forward_operator() { return find<ForwardSignature>("blurry_attn::for
 const auto& keeping_operator() { return find<KeptSignature>("blurry_attn::forward_with_contents"); }
 const auto& backward_operator() { return find<BackwardSignature>("blurry_attn::backward"); }
 const auto& step_operator() { return find<StepSignature>("blurry_attn::step"); }
+const auto& rotary_operator() { return find<RotarySignature>("blurry_attn::rotary"); }
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 bool requires_grad(const OptionalTensor& tensor) { return tensor && requires_grad(*tensor); }
@@ -187,6 +189,34 @@ at::Tensor step_autograd(const at::Tensor& query, const at::Tensor& key, const a
                               sharpness, scale);
 }
 
+// Linear in x; its adjoint turns back, and is differentiable, too.
+class Turn : public torch::autograd::Function<Turn> {
+ public:
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& positions,
+                            double base, bool back) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({positions});
+    context->saved_data["base"] = base;
+    context->saved_data["back"] = back;
+    return rotary_operator().call(x, positions, base, back);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    const at::Tensor none;
+    if (!gradients[0].defined()) return {none, none, none, none};
+    return {rotary_operator().call(gradients[0], context->get_saved_variables()[0],
+                                   context->saved_data["base"].toDouble(), !context->saved_data["back"].toBool()),
+            none, none, none};
+  }
+};
+
+at::Tensor rotary_autograd(const at::Tensor& x, const at::Tensor& positions, double base, bool back) {
+  refuse_forward_mode(x);
+  if (is_recorded(x)) return Turn::apply(x, positions, base, back);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return rotary_operator().call(x, positions, base, back);
+}
+
 // Autocast computes in the autocast dtype; states stay as they are.
 template <c10::DeviceType device, c10::DispatchKey dispatch_key>
 ForwardResult forward_autocast(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
@@ -221,6 +251,7 @@ TORCH_LIBRARY_IMPL(blurry_attn, Autograd, m) {
   m.impl("forward_with_contents", keeping_autograd);
   m.impl("backward", backward_autograd);
   m.impl("step", step_autograd);
+  m.impl("rotary", rotary_autograd);
 }
 TORCH_LIBRARY_IMPL(blurry_attn, AutocastCPU, m) {
   m.impl("forward", forward_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);

@@ -12,6 +12,22 @@ namespace blurry_attn {
 
 namespace {
 
+c10::DispatchKeySet keys_of(const at::Tensor& beside, at::ScalarType type) {
+  return c10::DispatchKeySet(c10::computeDispatchKey(type, at::kStrided, beside.device()));
+}
+
+// Whether it lies in memory as (batch, tokens, heads, dim), dense; by the rule of is_contiguous().
+bool is_tokens_first(const at::Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  int64_t stride = 1;
+  for (const int64_t d : {3, 1, 2, 0}) {
+    if (tensor.size(d) == 1) continue;
+    if (tensor.stride(d) != stride) return false;
+    stride *= tensor.size(d);
+  }
+  return true;
+}
+
 void check_tensor(const at::Tensor& tensor, const char* name, const at::Tensor& query) {
   TORCH_CHECK_NOT_IMPLEMENTED(!tensor.is_nested(), name,
                               " must not be a nested tensor; pack sequences with cu_seqlens");
@@ -51,12 +67,15 @@ std::vector<std::vector<double>> Call::gates() const {
 }
 
 at::Tensor Call::empty(at::IntArrayRef sizes, at::ScalarType type) const {
-  const c10::DispatchKeySet keys(c10::computeDispatchKey(type, at::kStrided, query.device()));
-  return at::Tensor(
-      at::detail::empty_generic(sizes, c10::GetAllocator(query.device().type()), keys, type, std::nullopt));
+  return at::Tensor(at::detail::empty_generic(sizes, c10::GetAllocator(query.device().type()), keys_of(query, type),
+                                              type, std::nullopt));
 }
-at::Tensor Call::empty_out() const {
-  return empty({batch(), query_heads(), tokens(), value_dim()}, query.scalar_type());
+at::Tensor empty_beside(const at::Tensor& x, int64_t dim) {
+  const int64_t heads = x.size(1), tokens = x.size(2), size = heads * tokens * dim;
+  const bool tokens_first = is_tokens_first(x);
+  return at::Tensor(at::detail::empty_strided_generic(
+      {x.size(0), heads, tokens, dim}, {size, tokens_first ? dim : tokens * dim, tokens_first ? heads * dim : dim, 1},
+      c10::GetAllocator(x.device().type()), keys_of(x, x.scalar_type()), x.scalar_type()));
 }
 at::Tensor Call::empty_lse() const { return empty({batch(), query_heads(), tokens()}, compute_type()); }
 at::Tensor Call::empty_state_key() const {
@@ -170,6 +189,18 @@ void check_gradients(const Call& call, const at::Tensor& grad_out, const Optiona
                 call.query);
   }
   if (contents) check_shape(*contents, "contents", {contents->numel()}, at::kByte, call.query);
+}
+
+void check_rotary(const at::Tensor& x, const at::Tensor& position, double base) {
+  check_tensor(x, "x", x);
+  TORCH_CHECK_VALUE(x.size(3) % 2 == 0, "x must have an even head_dim for rotary embedding, got ", x.size(3));
+  TORCH_CHECK_TYPE(position.scalar_type() == at::kLong, "positions must be int64, got ", position.scalar_type());
+  TORCH_CHECK_VALUE(
+      position.sizes() == x.sizes().slice(2, 1) || position.sizes() == at::IntArrayRef({x.size(0), x.size(2)}),
+      "positions must be (T,) or (B, T) of x ", x.sizes(), ", got ", position.sizes());
+  TORCH_CHECK_VALUE(position.device() == x.device(), "positions must be on x's device ", x.device(), ", got ",
+                    position.device());
+  TORCH_CHECK_VALUE(base > 0 && std::isfinite(base), "base must be positive and finite, got ", base);
 }
 
 void check_step(const Call& call) {

@@ -18,6 +18,10 @@ using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor,
 using KeptResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// A new (batch, heads, tokens, dim) tensor beside x, of x's kind: where x is (batch, tokens, heads, dim) in memory, so
+// is it, and else in the order of its shape. On the current device.
+at::Tensor empty_beside(const at::Tensor& x, int64_t dim);
+
 struct Call {
   at::Tensor query, key, value;
   std::vector<Cells> cells;  // per kv head
@@ -41,7 +45,6 @@ struct Call {
 
   // As at::empty() where query is, on the current device: the way through the dispatcher takes longer than the rest.
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const;
-  at::Tensor empty_out() const;
   at::Tensor empty_lse() const;
   at::Tensor empty_state_key() const;
   at::Tensor empty_state_value() const;
@@ -60,6 +63,8 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
 void check_gradients(const Call& call, const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                      const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
                      const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& contents);
+// Of a rotary embedding.
+void check_rotary(const at::Tensor& x, const at::Tensor& position, double base);
 // Of a step: one token.
 void check_step(const Call& call);
 // Of a step: a state whose every number has a place of its own, so that it can be written.

@@ -38,6 +38,7 @@ TORCH_LIBRARY(blurry_attn, m) {
   m.def(
       "step(Tensor query, Tensor key, Tensor value, Tensor(a!) state_key, Tensor(b!) state_value, "
       "Tensor(c!) position, int slots, int[] window, int[] phase, str kernel, float sharpness, float scale) -> Tensor");
+  m.def("rotary(Tensor x, Tensor positions, float base, bool back=False) -> Tensor");
 }
 
 namespace {
@@ -68,10 +69,10 @@ void parallel(int64_t count, const std::function<void(int64_t)>& body) {
   });
 }
 
-// Calls body(storage{}, compute{}) for the call's dtype.
+// Calls body(storage{}, compute{}) for the dtype.
 template <typename body_type>
-void for_type(const Call& call, const body_type& body) {
-  switch (call.query.scalar_type()) {
+void for_type(at::ScalarType type, const body_type& body) {
+  switch (type) {
     case at::kDouble: return body(double{}, double{});
     case at::kFloat: return body(float{}, float{});
     case at::kBFloat16: return body(c10::BFloat16{}, float{});
@@ -142,7 +143,7 @@ struct Scratch {
 void run_forward(const Call& call, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& state_key,
                  const OptionalTensor& state_value) {
   Scratch scratch{call, {}};
-  for_type(call, [&](auto storage_tag, auto compute_tag) {
+  for_type(call.query.scalar_type(), [&](auto storage_tag, auto compute_tag) {
     using storage = decltype(storage_tag);
     using compute = decltype(compute_tag);
     const auto problem = make_problem<storage, compute>(call);
@@ -163,7 +164,7 @@ ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const 
                           const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
   const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
                                state_value, position);
-  const at::Tensor out = in_huge_pages(call.empty_out()), lse = call.empty_lse();
+  const at::Tensor out = in_huge_pages(empty_beside(query, value.size(3))), lse = call.empty_lse();
   if (!return_state) {
     run_forward(call, out, lse, {}, {});
     return {out, lse, call.none(call.compute_type()), call.none(call.compute_type()), call.none(at::kLong)};
@@ -185,9 +186,9 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
                                state_value, position);
   check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse, contents);
   TORCH_CHECK_VALUE(!contents || contents->numel() == 0, "contents must be empty on the CPU");
-  const at::Tensor grad_query = in_huge_pages(call.empty(query.sizes(), query.scalar_type()));
-  const at::Tensor grad_key = in_huge_pages(call.empty(key.sizes(), key.scalar_type()));
-  const at::Tensor grad_value = in_huge_pages(call.empty(value.sizes(), value.scalar_type()));
+  const at::Tensor grad_query = in_huge_pages(empty_beside(query, query.size(3)));
+  const at::Tensor grad_key = in_huge_pages(empty_beside(key, key.size(3)));
+  const at::Tensor grad_value = in_huge_pages(empty_beside(value, value.size(3)));
   const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : call.none(call.compute_type());
   const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : call.none(call.compute_type());
   Scratch scratch{call, {}};
@@ -195,7 +196,7 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
   const auto dense = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };
   const OptionalTensor grad_lse_dense = dense(grad_lse);
   const OptionalTensor grad_key_end = dense(grad_state_key), grad_value_end = dense(grad_state_value);
-  for_type(call, [&](auto storage_tag, auto compute_tag) {
+  for_type(call.query.scalar_type(), [&](auto storage_tag, auto compute_tag) {
     using storage = decltype(storage_tag);
     using compute = decltype(compute_tag);
     const auto problem = make_problem<storage, compute>(call);
@@ -234,12 +235,25 @@ at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Te
   check_step(call);
   check_is_writable(state_key, state_value, position);
   // One token is a forward of length 1 whose scan touches each slot once; the state is replaced when it is done.
-  const at::Tensor out = call.empty_out(), lse = call.empty_lse();
+  const at::Tensor out = empty_beside(query, value.size(3)), lse = call.empty_lse();
   const at::Tensor end_key = call.empty_state_key(), end_value = call.empty_state_value();
   run_forward(call, out, lse, end_key, end_value);
   state_key.copy_(end_key);
   state_value.copy_(end_value);
   position.add_(1);
+  return out;
+}
+
+at::Tensor rotary_cpu(const at::Tensor& x, const at::Tensor& positions, double base, bool back) {
+  check_rotary(x, positions, base);
+  const at::Tensor out = in_huge_pages(empty_beside(x, x.size(3))), dense = positions.contiguous();
+  for_type(x.scalar_type(), [&](auto storage_tag, auto compute_tag) {
+    using storage = decltype(storage_tag);
+    const int64_t per_batch = positions.dim() == 2 ? x.size(2) : 0;
+    cpu::rotary<storage, decltype(compute_tag)>({view<const storage>(x), view<storage>(out), x.size(0), x.size(1),
+                                                 x.size(2), x.size(3), dense.const_data_ptr<int64_t>(), per_batch, base,
+                                                 back, parallel});
+  });
   return out;
 }
 
@@ -250,6 +264,7 @@ TORCH_LIBRARY_IMPL(blurry_attn, CPU, m) {
   m.impl("forward", forward_cpu);
   m.impl("backward", backward_cpu);
   m.impl("step", step_cpu);
+  m.impl("rotary", rotary_cpu);
 }
 
 }  // namespace blurry_attn

@@ -7,6 +7,10 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a busy machine: threads that wait do not spin
 
+# Compiled graphs are kept by the names of operators, whatever shapes and strides those had when they were compiled.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+
 import pytest
 import torch
 from hypothesis import settings

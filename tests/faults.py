@@ -85,6 +85,7 @@ STATE = ("tests/test_state.py",)
 DECODING = ("tests/test_decoding.py",)
 REFUSALS = ("tests/test_refusals.py",)
 MODULES = ("tests/test_modules.py",)
+ROTARY = ("tests/test_rotary.py",)
 SWAP = ("tests/test_swap.py",)
 RAGGED = ("tests/test_ragged.py",)
 EXPORT = ("tests/test_export.py",)
@@ -192,7 +193,19 @@ CPU = [
          "static_cast<compute>(from[i]) * factor;", LAYOUT),
     ),
     *faults(
+        "csrc/cpu/rotary.cpp",
+        ("rotary: turned backwards", "problem.back ? -position", "!problem.back ? -position", ROTARY),
+        ("rotary: angles in float32", "std::cos(position * frequency[i])",
+         "std::cos(static_cast<float>(position * frequency[i]))", ROTARY),
+        ("rotary: all sequences at the first one's positions", "b * problem.position_batch + t", "t", ROTARY),
+    ),
+    *faults(
+        "csrc/autograd.cpp",
+        ("rotary: gradient not turned back", '!context->saved_data["back"]', 'context->saved_data["back"]', ROTARY),
+    ),
+    *faults(
         "csrc/call.cpp",
+        ("results do not lie as inputs do", "tokens_first = is_tokens_first(x);", "tokens_first = false;", OPERATORS),
         ("phase of a whole resolution accepted", "phase[h] < resolution,", "phase[h] <= resolution,", ERRORS),
         ("window of no tokens accepted", "window[h] >= slots && ", "", ERRORS),
         ("falling cu_seqlens accepted", "ends[i] >= ends[i - 1],", "true,", ERRORS),
@@ -320,10 +333,6 @@ PYTHON = [
     ),
     *faults(
         "blurry_attn/modules.py",
-        ("rotary: turned backwards", "angle.sin().to(work))", "-angle.sin().to(work))", MODULES),
-        ("rotary: gradient not turned back", "_Turn.apply(grad, cos, -sin)", "_Turn.apply(grad, cos, sin)", MODULES),
-        ("rotary: angles in float32", "device=x.device, dtype=torch.float64) / dim)", "device=x.device) / dim)",
-         MODULES),
         ("modules: positions begin anew after a state", "tokens if state is None else tokens + state.position",
          "tokens if state is None else tokens + 0 * state.position", MODULES),
         ("modules: padded positions begin anew after a state", "positions = positions + state.position.unsqueeze(1)",
@@ -456,6 +465,14 @@ CUDA = [
     *faults(
         "csrc/cuda/step.cu",
         ("CUDA step: position not advanced", "position[i] = before + 1;", "position[i] = before;", STEP),
+    ),
+    *faults(
+        "csrc/cuda/rotary.cu",
+        ("CUDA rotary: turned backwards", "p.back ? -s : s", "p.back ? s : -s", ROTARY),
+        ("CUDA rotary: a group's last head left out", "begin + group < p.heads ? begin + group : p.heads;",
+         "begin + group < p.heads ? begin + group - (group > 1) : p.heads;", ROTARY),
+        ("CUDA rotary: all sequences at the first one's positions", "batch * p.position_batch + token", "token",
+         ROTARY),
     ),
     *faults(
         "csrc/cuda/step.cuh",

@@ -1,4 +1,4 @@
-"""The modules: rotary embedding, the drop-in for scaled_dot_product_attention, and self-attention."""
+"""The modules: the drop-in for scaled_dot_product_attention, and self-attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from blurry_attn import (
     blurry_window_attention,
     reference,
 )
-from blurry_attn.modules import rotary
+from blurry_attn.ops import rotary
 
 WINDOWS = [
     BlurryWindow(4, (12, 4), phase=(1, 0)),
@@ -43,44 +43,6 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 def self_attention(window: BlurryWindow, **options) -> BlurrySelfAttention:
     """16 features, 4 query heads on 2 key/value heads, with rotary embedding, unless told otherwise."""
     return BlurrySelfAttention(16, 4, window, 2, **{"rope_base": 100.0, "dtype": torch.float64, **options})
-
-
-# rotary
-
-
-def test_rotary_turns_pairs_by_the_position():
-    x, positions, base = double(2, 3, 5, 6), torch.tensor([[0, 1, 2, 7, 10**7], [3, 1, 4, 1, 5]]), 50.0
-    got = rotary(x, positions, base)
-    for i in range(3):
-        for b in range(2):
-            turn = torch.polar(torch.ones(5).double(), positions[b].double() * base ** (-2 * i / 6))
-            pair = torch.complex(x[b, :, :, i], x[b, :, :, i + 3]) * turn
-            close(got[b, :, :, i], pair.real)
-            close(got[b, :, :, i + 3], pair.imag)
-    close(rotary(x, positions[0], base)[1], rotary(x[1:], positions[:1], base)[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rotary_keeps_the_dtype_and_its_digits_far_out(dtype):
-    x, positions = double(1, 1, 4, 64).to(dtype), torch.arange(4) + 10**9
-    got, expected = rotary(x, positions, 10000.0), rotary(x.double(), positions, 10000.0)
-    assert got.dtype == dtype
-    assert (got.double() - expected).abs().max() < 4 * torch.finfo(dtype).eps * x.abs().max()
-
-
-def test_rotary_gradients():
-    x, positions = double(2, 3, 5, 6).requires_grad_(), torch.tensor([0, 1, 2, 7, 10**7])
-    assert torch.autograd.gradcheck(lambda x: rotary(x, positions, 50.0), x)
-    assert torch.autograd.gradgradcheck(lambda x: rotary(x, positions, 50.0), x)
-    close(
-        torch.vmap(lambda x: rotary(x, positions, 50.0))(torch.stack((x, 2 * x))),
-        rotary(torch.stack((x, 2 * x)).flatten(0, 1), positions, 50.0).unflatten(0, (2, 2)),
-    )
-
-
-def test_rotary_refuses_an_odd_head_dim():
-    with pytest.raises(ValueError, match="x must have an even head_dim for rotary embedding, got 5"):
-        rotary(torch.zeros(1, 1, 2, 5), torch.arange(2), 100.0)
 
 
 # BlurryWindowAttention

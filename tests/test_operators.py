@@ -53,9 +53,13 @@ def test_opcheck_step(kernel, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_shapes_for_tracing_are_those_of_results(dtype, device):
-    """Sizes, dtypes and strides of all that the operators return: lse and states are of another dtype than halves."""
+@pytest.mark.parametrize("tokens_first", [False, True], ids=["heads first", "tokens first"])
+def test_shapes_for_tracing_are_those_of_results(dtype, tokens_first, device):
+    """Sizes, dtypes and strides of all that the operators return: lse and states are of another dtype than halves, and
+    results lie in memory as query, key or value does."""
     inputs = make_inputs(2, 4, 2, 9, 8, 6, dtype, device)
+    if tokens_first:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     state = make_state(WINDOW["fejer"], [3, 50], 2, 8, 6, dtype, device)
     given = (*law("fejer"), None, state.key, state.value, state.position)
 
@@ -68,6 +72,7 @@ def test_shapes_for_tracing_are_those_of_results(dtype, device):
         return [(x.shape, x.dtype, x.stride()) for x in (*forward, *backward)]
 
     real = results(*inputs, *given[-3:])
+    assert [real[i][2] for i in (5, 6, 7)] == [x.stride() for x in inputs]
     assert results(*(x.to("meta") for x in (*inputs, *given[-3:]))) == real
 
 

@@ -22,7 +22,7 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 
 FAST = {"window_walk", "window_back", "dirichlet_walk", "dirichlet_weights", "dirichlet_back"}
 OTHERS = {"dirichlet_rows", "dirichlet_state", "window_given", "window_repair", "window_state"}
-OTHERS |= {"step_slots", "step_positions", "softmax_rows", "softmax_rows_backward"}
+OTHERS |= {"step_slots", "step_positions", "rotary_turn", "softmax_rows", "softmax_rows_backward"}
 OTHERS |= {f"scan_{pass_}" for pass_ in ("adjoint", "boundaries", "carries", "chains", "decays", "dot", "mix")}
 
 # The most loads and stores of spilled registers that nvcc makes in kernels of a name, for each architecture, and why. A

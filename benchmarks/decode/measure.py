@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from blurry_attn import BlurryState
 from blurry_attn.lm.generate import Sampling
 from blurry_attn.lm.model import ROPE_BASE, LanguageModel, ModelConfig, TokenCache, TokenSelfAttention
-from blurry_attn.modules import rotary
+from blurry_attn.ops import rotary
 
 from ..speed.meters.cpu import ALLOCATOR, PROC, resident
 

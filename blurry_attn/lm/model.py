@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import BlurrySelfAttention, rotary
+from ..modules import BlurrySelfAttention
+from ..ops import rotary
 from ..window import BlurryWindow
 from .data import VOCABULARY, InputError
 

@@ -91,4 +91,19 @@ template <typename storage, typename compute>
 void scan_backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients,
                    const Allocate& allocate, int isa);
 
+// x turned into out (rotary.cpp), by the law of ../rotary.h; `back`: by minus the angles, which is the adjoint.
+template <typename storage>
+struct Rotary {
+  View<const storage> x;
+  View<storage> out;
+  int64_t batch, heads, tokens, dim;
+  const int64_t* position;  // of token t in batch entry b: [b * position_batch + t]
+  int64_t position_batch;
+  double base;
+  bool back;
+  Parallel parallel;
+};
+template <typename storage, typename compute>
+void rotary(const Rotary<storage>& problem);
+
 }  // namespace blurry_attn::cpu

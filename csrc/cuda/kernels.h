@@ -102,4 +102,17 @@ void dirichlet_backward(const Problem& problem, const Gradients& gradients, void
 // One token per sequence (step.cu): problem.tokens is 1; updates the slots and the positions in place.
 void step(const Problem& problem, const View& out, void* state_key, void* state_value, int64_t* position);
 
+// x turned into out (rotary.cu), by the law of ../rotary.h; `back`: by minus the angles, which is the adjoint.
+struct Rotary {
+  DType dtype;
+  View x, out;
+  int64_t batch, heads, tokens, dim;  // dim at most kMaxHeadDim
+  const int64_t* position;            // of token t in batch entry b: [b * position_batch + t]
+  int64_t position_batch;
+  double base;
+  bool back;
+  cudaStream_t stream;
+};
+void rotary(const Rotary& problem);
+
 }  // namespace blurry_attn::cuda

@@ -211,7 +211,7 @@ KeptResult run_forward(const at::Tensor& query, const at::Tensor& key, const at:
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
   check_values(call);
-  const at::Tensor out = call.empty_out(), lse = call.empty_lse();
+  const at::Tensor out = empty_beside(query, value.size(3)), lse = call.empty_lse();
   const at::Tensor end_key = return_state ? call.empty_state_key() : call.none(call.compute_type());
   const at::Tensor end_value = return_state ? call.empty_state_value() : call.none(call.compute_type());
   const cuda::Problem problem = make_problem(call);
@@ -241,9 +241,9 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
   check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse, contents);
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
-  const at::Tensor grad_query = call.empty(query.sizes(), query.scalar_type());
-  const at::Tensor grad_key = call.empty(key.sizes(), key.scalar_type());
-  const at::Tensor grad_value = call.empty(value.sizes(), value.scalar_type());
+  const at::Tensor grad_query = empty_beside(query, query.size(3));
+  const at::Tensor grad_key = empty_beside(key, key.size(3));
+  const at::Tensor grad_value = empty_beside(value, value.size(3));
   const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : call.none(call.compute_type());
   const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : call.none(call.compute_type());
   const at::Tensor dense_lse = lse.contiguous();
@@ -314,7 +314,7 @@ at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::T
   check_is_writable(state_key, state_value, position);
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
-  const at::Tensor out = call.empty_out();
+  const at::Tensor out = empty_beside(query, value.size(3));
   // The call's state is the given one, or a contiguous copy of it.
   cuda::step(make_problem(call), view(out), const_cast<void*>(call.state_key->const_data_ptr()),
              const_cast<void*>(call.state_value->const_data_ptr()),
@@ -322,6 +322,18 @@ at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::T
   if (!call.state_key->is_same(state_key)) state_key.copy_(*call.state_key);
   if (!call.state_value->is_same(state_value)) state_value.copy_(*call.state_value);
   if (!call.position->is_same(position)) position.copy_(*call.position);
+  return out;
+}
+
+at::Tensor rotary_cuda(const at::Tensor& x, const at::Tensor& positions, double base, bool back) {
+  check_rotary(x, positions, base);
+  TORCH_CHECK_NOT_IMPLEMENTED(x.size(3) <= cuda::kMaxHeadDim, "x must have a head_dim of at most ", cuda::kMaxHeadDim,
+                              " on CUDA, got ", x.size(3));
+  const c10::DeviceGuard guard(x.device());
+  const at::Tensor out = empty_beside(x, x.size(3)), dense = positions.contiguous();
+  cuda::rotary({dtype_of(x.scalar_type()), view(x), view(out), x.size(0), x.size(1), x.size(2), x.size(3),
+                dense.const_data_ptr<int64_t>(), positions.dim() == 2 ? x.size(2) : 0, base, back,
+                c10::cuda::getCurrentCUDAStream().stream()});
   return out;
 }
 
@@ -333,6 +345,7 @@ TORCH_LIBRARY_IMPL(blurry_attn, CUDA, m) {
   m.impl("forward_with_contents", forward_with_contents_cuda);
   m.impl("backward", backward_cuda);
   m.impl("step", step_cuda);
+  m.impl("rotary", rotary_cuda);
 }
 
 }  // namespace blurry_attn

@@ -213,8 +213,9 @@ Case draw(const Options& o, uint64_t seed) {
   Random random(seed);
   Case c{};
   reference::Problem& p = c.p;
-  c.kind = !o.kind.empty() ? o.kind : random.one_of<const char*>({"window", "window", "window", "scan", "step"});
-  const bool window = c.kind == "window", step = c.kind == "step";
+  c.kind =
+      !o.kind.empty() ? o.kind : random.one_of<const char*>({"window", "window", "window", "scan", "step", "rotary"});
+  const bool window = c.kind == "window", step = c.kind == "step", rotary = c.kind == "rotary";
   c.dtype = random.one_of({DType::bfloat16, DType::float16});
   if (!window) c.dtype = random.one_of({DType::bfloat16, DType::float16, DType::float32, DType::float64});
   for (const DType dtype : {DType::bfloat16, DType::float16, DType::float32, DType::float64}) {
@@ -223,7 +224,7 @@ Case draw(const Options& o, uint64_t seed) {
   p.kernel = random.chance(40) ? Kernel::dirichlet : Kernel::fejer;
   if (!o.kernel.empty()) p.kernel = o.kernel == "dirichlet" ? Kernel::dirichlet : Kernel::fejer;
   p.kv_heads = random.one_of({1, 1, 2, 3});
-  p.query_heads = p.kv_heads * (step ? random.one_of({1, 1, 2, 3, 8, 33}) : random.one_of({1, 1, 2, 3}));
+  p.query_heads = p.kv_heads * (step || rotary ? random.one_of({1, 1, 2, 3, 8, 33}) : random.one_of({1, 1, 2, 3}));
   p.slots = window
                 ? random.one_of<int64_t>({16, 17, 24, 31, 32, 32, 33, 48, 63, 64, 64, 65, 80, random.between(16, 80)})
                 : random.one_of<int64_t>({2, 3, 5, 16, 33, random.between(2, 40), random.between(41, 160)});
@@ -251,6 +252,7 @@ Case draw(const Options& o, uint64_t seed) {
     return random.one_of<int64_t>({1, 8, 16, 20, 33, 64, random.between(1, 100)});
   };
   p.key_dim = dim();
+  if (rotary) p.key_dim = 2 * ((p.key_dim + 1) / 2);
   p.value_dim = random.chance(50) ? p.key_dim : dim();
   p.scale = (random.chance(20) ? -1 : 1) * random.one_of({1., 1., 2., .3, 0.}) / std::sqrt(p.key_dim);
   const int64_t longest = window ? 400 : 150;
@@ -451,16 +453,19 @@ void run_attention(Case& c, Checks& checks) {
   Tensor key(c.dtype, p.batch, p.kv_heads, p.tokens, p.key_dim, c.order[1]);
   Tensor value(c.dtype, p.batch, p.kv_heads, p.tokens, p.value_dim, c.order[2]);
   Tensor grad_out(c.dtype, p.batch, p.query_heads, p.tokens, p.value_dim, c.order[3]);
-  Tensor out(c.dtype, p.batch, p.query_heads, p.tokens, p.value_dim), lse(compute, p.batch, p.query_heads, p.tokens, 1);
+  // What is made beside a tensor lies as it does.
+  const auto beside = [&](int i) { return c.order[i] == Order::tokens_first ? Order::tokens_first : Order::dense; };
+  Tensor out(c.dtype, p.batch, p.query_heads, p.tokens, p.value_dim, beside(0));
+  Tensor lse(compute, p.batch, p.query_heads, p.tokens, 1);
   Tensor grad_lse(compute, p.batch, p.query_heads, p.tokens, 1);
   const int64_t sequences = static_cast<int64_t>(p.sequences.size());
   const auto state = [&](int64_t dim) { return Tensor(compute, sequences, p.kv_heads, p.slots, dim); };
   Tensor state_key = state(p.key_dim), state_value = state(p.value_dim), end_key = state(p.key_dim),
          end_value = state(p.value_dim), grad_end_key = state(p.key_dim), grad_end_value = state(p.value_dim),
          grad_given_key = state(p.key_dim), grad_given_value = state(p.value_dim);
-  Tensor grad_query(c.dtype, p.batch, p.query_heads, p.tokens, p.key_dim);
-  Tensor grad_key(c.dtype, p.batch, p.kv_heads, p.tokens, p.key_dim);
-  Tensor grad_value(c.dtype, p.batch, p.kv_heads, p.tokens, p.value_dim);
+  Tensor grad_query(c.dtype, p.batch, p.query_heads, p.tokens, p.key_dim, beside(0));
+  Tensor grad_key(c.dtype, p.batch, p.kv_heads, p.tokens, p.key_dim, beside(1));
+  Tensor grad_value(c.dtype, p.batch, p.kv_heads, p.tokens, p.value_dim, beside(2));
   query.set(p.query);
   key.set(p.key);
   value.set(p.value);
@@ -631,6 +636,39 @@ void run_attention(Case& c, Checks& checks) {
   compare_state("grad_state_value", grad_given_value, want.grad_given_value, p.grad_state_value, p.value_dim);
 }
 
+// The case's query, turned by positions of each batch entry or of all, or back.
+void run_rotary(Case& c, Checks& checks) {
+  reference::Problem& p = c.p;
+  const int64_t half = p.key_dim / 2;
+  const double base = c.wants_state ? 10000 : 50;
+  Tensor x(c.dtype, p.batch, p.query_heads, p.tokens, p.key_dim, c.order[0]);
+  Tensor out(c.dtype, p.batch, p.query_heads, p.tokens, p.key_dim, c.order[1]);
+  x.set(p.query);
+  std::vector<int64_t> positions;
+  for (int64_t i = 0; i < (c.with_grad_lse ? p.batch : 1) * p.tokens; ++i)
+    positions.push_back(c.wide_ends ? 1000000 + 7 * i : i);
+  const Known known(positions);
+  cuda::rotary({c.dtype, x.view, out.view, p.batch, p.query_heads, p.tokens, p.key_dim, positions.data(),
+                c.with_grad_lse ? p.tokens : 0, base, c.with_grad_state, nullptr});
+  Numbers want(p.query.size());
+  for (int64_t row = 0; row < p.batch * p.query_heads * p.tokens; ++row) {
+    const int64_t b = row / p.tokens / p.query_heads, t = row % p.tokens;
+    const double position = static_cast<double>(positions[(c.with_grad_lse ? b * p.tokens : 0) + t]);
+    for (int64_t i = 0; i < half; ++i) {
+      const double angle = (c.with_grad_state ? -1 : 1) * position * std::pow(base, -2. * i / p.key_dim);
+      const double first = p.query[row * p.key_dim + i], second = p.query[row * p.key_dim + i + half];
+      want[row * p.key_dim + i] = first * std::cos(angle) - second * std::sin(angle);
+      want[row * p.key_dim + i + half] = second * std::cos(angle) + first * std::sin(angle);
+    }
+  }
+  const double rounding = c.dtype == DType::float64    ? 1e-12
+                          : c.dtype == DType::float32  ? 1e-6
+                          : c.dtype == DType::bfloat16 ? 0x1p-9
+                                                       : 0x1p-12;
+  checks.tokens("rotary", out.numbers(), want, p.query_heads, rounding, .3);
+  if (!out.buffer.guarded()) checks.fail("rotary: written out of bounds");
+}
+
 std::string running;  // for a crash
 void crashed(int) {
   running = "FAIL " + running + ": the program crashed\n";
@@ -639,7 +677,7 @@ void crashed(int) {
 }
 
 constexpr char kUsage[] =
-    "emulate [--seeds FIRST:END] [--kind window|scan|step] [--dtype bfloat16|float16|float32|float64]\n"
+    "emulate [--seeds FIRST:END] [--kind window|scan|step|rotary] [--dtype bfloat16|float16|float32|float64]\n"
     "        [--kernel fejer|dirichlet] [--slots N] [--resolution R] [--dim D] [--tokens T]\n"
     "        [--sharpness S] [--stretch TOKENS] [--stop FAILURES] [--verbose]\n"
     "Runs the problems of seeds FIRST .. END - 1; what an option sets is not drawn.\n";
@@ -697,7 +735,7 @@ int main(int count, char** words) {
     if (options.verbose) std::printf("%s\n", running.c_str());
     Checks checks{c, {}};
     try {
-      run_attention(c, checks);
+      c.kind == "rotary" ? run_rotary(c, checks) : run_attention(c, checks);
     } catch (const std::runtime_error& error) {
       checks.fail(error.what());
     }

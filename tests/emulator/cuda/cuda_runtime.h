@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <tuple>
@@ -50,6 +51,11 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
+
+inline void sincospi(double x, double* sin_of, double* cos_of) {
+  *sin_of = std::sin(3.141592653589793 * x);
+  *cos_of = std::cos(3.141592653589793 * x);
+}
 
 template <typename to_type, typename from_type>
 to_type emulator_bits(const from_type& from) {

@@ -1,0 +1,17 @@
+// Rotary embedding (https://arxiv.org/abs/2104.09864), rotate-half form: the feature pair (i, i + dim / 2) of a token
+// turns by position * rotary_frequency(i) radians; host and device. In float64 an angle keeps its digits at any
+// position that a state of constant size may reach.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "law.h"
+
+namespace blurry_attn {
+
+BLURRY_HOST_DEVICE inline double rotary_frequency(int64_t pair, int64_t dim, double base) {
+  return std::pow(base, -2.0 * static_cast<double>(pair) / static_cast<double>(dim));
+}
+
+}  // namespace blurry_attn
