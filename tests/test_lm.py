@@ -205,6 +205,21 @@ def test_full_attention_over_a_whole_sequence_makes_no_mask():
     assert largest.elements == length * 256  # the logits
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_autocast_casts_what_layers_read_once(mixer: str):
+    """To the bits that each layer's own cast gives."""
+    model, tokens = LanguageModel(replace(TINY, mixer=mixer)), torch.randint(256, (2, 30))
+    read = []
+    for layer in (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)):
+        layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens)
+        assert len(read) == 7 * TINY.layers and set(read) == {torch.bfloat16}
+        for norm in (norm for norm in model.modules() if isinstance(norm, torch.nn.RMSNorm)):
+            norm.forward = lambda x, norm=norm: torch.nn.RMSNorm.forward(norm, x)
+        assert torch.equal(model(tokens), logits) and torch.float32 in read
+
+
 def test_generate_streams_text_and_says_what_it_took(run: training.Result):
     class Stream(io.StringIO):
         flushes = 0
