@@ -11,6 +11,7 @@ import torch
 from helpers import KERNELS, make_inputs, make_state, run
 
 from blurry_attn import BlurryWindow, blurry_window_attention, blurry_window_step
+from blurry_attn.ops import rotary
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 # name: (slots, tokens per slot of each kv head, heads, key dim, value dim, ends of the packed sequences, positions)
@@ -32,7 +33,7 @@ VIEWS = (
 
 
 def calls(kernel: str, dtype: torch.dtype, shape: str) -> None:
-    """Forward and backward, packed and resumed, then as a fresh batch; a step of every sequence."""
+    """Forward and backward, packed and resumed, then as a fresh batch; a step of every sequence. Turns of the query."""
     slots, resolutions, heads, dim, value_dim, ends, positions = SHAPES[shape]
     window, kv_heads = BlurryWindow.pyramid(slots, resolutions, kernel), len(resolutions)
     inputs = make_inputs(1, heads, kv_heads, ends[-1], dim, value_dim, dtype)
@@ -46,6 +47,9 @@ def calls(kernel: str, dtype: torch.dtype, shape: str) -> None:
     with torch.no_grad():
         out = blurry_window_step(*token, state, enable_gqa=True)
     assert out.isfinite().all() and state.key.isfinite().all()
+    for x in (packed[0], token[0]):
+        even = x[..., : dim // 2 * 2] if dim > 1 else x.expand(*x.shape[:3], 2)
+        assert rotary(even, torch.arange(x.shape[2], device="cuda"), 100.0).isfinite().all()
 
 
 def main() -> None:
