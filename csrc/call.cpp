@@ -220,6 +220,11 @@ void check_is_writable(const at::Tensor& state_key, const at::Tensor& state_valu
                     "state.value must not share memory with state.key to be updated in place");
 }
 
+void write_back(const Call& call, at::Tensor& state_key, at::Tensor& state_value) {
+  if (!call.state_key->is_same(state_key)) state_key.copy_(*call.state_key);
+  if (!call.state_value->is_same(state_value)) state_value.copy_(*call.state_value);
+}
+
 std::vector<int64_t> checked_cu_seqlens(const at::Tensor& cu_seqlens, int64_t tokens) {
   const at::Tensor numbers = cu_seqlens.to(at::kLong).contiguous();
   const int64_t* data = numbers.const_data_ptr<int64_t>();

@@ -69,6 +69,8 @@ void check_rotary(const at::Tensor& x, const at::Tensor& position, double base);
 void check_step(const Call& call);
 // Of a step: a state whose every number has a place of its own, so that it can be written.
 void check_is_writable(const at::Tensor& state_key, const at::Tensor& state_value, const at::Tensor& position);
+// Of a step, after it: the call's state is the given one, or a contiguous copy that goes back into it.
+void write_back(const Call& call, at::Tensor& state_key, at::Tensor& state_value);
 
 // cu_seqlens and positions as numbers, their values checked. `cu_seqlens` on the host.
 std::vector<int64_t> checked_cu_seqlens(const at::Tensor& cu_seqlens, int64_t tokens);

@@ -96,6 +96,7 @@ cpu::Problem<storage, compute> make_problem(const Call& call) {
   }
   problem.cells = call.cells;
   for (const std::vector<double>& table : call.gates()) problem.gates.emplace_back(table.begin(), table.end());
+  problem.of_period = call.kernel != Kernel::fejer;
   problem.query_heads = call.query_heads();
   problem.tokens = call.tokens();
   problem.key_dim = call.key_dim();
@@ -227,6 +228,8 @@ std::string backend_cpu(const at::Tensor& query, const at::Tensor& key, const at
   return call.kernel == Kernel::fejer ? "window" : "scan: the kernel is not \"fejer\"";
 }
 
+constexpr size_t kLeastForThreads = size_t(64) << 10;  // bytes of state that one thread steps through sooner than two
+
 at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
                     at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
                     at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
@@ -234,12 +237,20 @@ at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Te
                                state_value, position);
   check_step(call);
   check_is_writable(state_key, state_value, position);
-  // One token is a forward of length 1 whose scan touches each slot once; the state is replaced when it is done.
-  const at::Tensor out = empty_beside(query, value.size(3)), lse = call.empty_lse();
-  const at::Tensor end_key = call.empty_state_key(), end_value = call.empty_state_value();
-  run_forward(call, out, lse, end_key, end_value);
-  state_key.copy_(end_key);
-  state_value.copy_(end_value);
+  const at::Tensor out = empty_beside(query, value.size(3));
+  for_type(query.scalar_type(), [&](auto storage_tag, auto compute_tag) {
+    using storage = decltype(storage_tag);
+    using compute = decltype(compute_tag);
+    auto problem = make_problem<storage, compute>(call);
+    if (call.state_key->nbytes() + call.state_value->nbytes() < kLeastForThreads) {
+      problem.parallel = [](int64_t count, const std::function<void(int64_t)>& body) {
+        for (int64_t i = 0; i < count; ++i) body(i);
+      };
+    }
+    cpu::step(problem, {view<storage>(out), nullptr, data<compute>(*call.state_key), data<compute>(*call.state_value)},
+              instruction_set());
+  });
+  write_back(call, state_key, state_value);
   position.add_(1);
   return out;
 }

@@ -193,6 +193,15 @@ CPU = [
          "static_cast<compute>(from[i]) * factor;", LAYOUT),
     ),
     *faults(
+        "csrc/cpu/step.inl",
+        ("step: leading cell takes nothing", "{trailing, trailing + 1}", "{trailing}", STEP),
+        ("step: shut slots of the value not cleared", "      values.clear(m);\n", "", STEP),
+        ("step: rows with a tail not stored", "store_row(copy.data(), dim, row, 1);", "", STEP),
+        ("step: a token that opens not written whole", "t == opening ? compute(1) : gates[", "gates[", STEP),
+        ("step: all queries of a group are the first", "row(sequence.batch, h, sequence.begin), problem.query.element",
+         "row(sequence.batch, head * problem.group(), sequence.begin), problem.query.element", STEP),
+    ),
+    *faults(
         "csrc/cpu/rotary.cpp",
         ("rotary: turned backwards", "problem.back ? -position", "!problem.back ? -position", ROTARY),
         ("rotary: angles in float32", "std::cos(position * frequency[i])",
@@ -216,6 +225,8 @@ CPU = [
         ("step into an expanded state", "at::has_internal_overlap(tensor) != at::MemOverlap::Yes,", "true,", REFUSALS),
         ("step into a state whose key is its value", "shared != at::MemOverlapStatus::Full &&", "", REFUSALS),
         ("negative position accepted", "data[i] >= 0,", "true,", ERRORS),
+        ("step: values of a state that is not dense not written back",
+         "if (!call.state_value->is_same(state_value)) state_value.copy_(*call.state_value);", "", STEP),
         ("step of two tokens accepted", "call.tokens() == 1,", "call.tokens() >= 1,", ERRORS),
         ("returned position does not count the given one", "return position ? position->add(tokens()) : at::full(",
          "return at::full(", VALUES),
@@ -227,7 +238,6 @@ CPU = [
         ("given position ignored", "problem.sequences.push_back({s, 0, call.tokens(), position});",
          "problem.sequences.push_back({s, 0, call.tokens(), 0 * position});", VALUES),
         ("step: position not advanced", "position.add_(1);", "", STEP),
-        ("step: values not written back", "state_value.copy_(end_value);", "", STEP),
     ),
 ]  # fmt: skip
 

@@ -39,7 +39,8 @@ template <typename storage, typename compute>
 struct Problem {
   std::vector<Sequence> sequences;
   std::vector<Cells> cells;                 // per kv head
-  std::vector<std::vector<compute>> gates;  // per kv head: flux_gates ("fejer") or period_gates (any kernel)
+  std::vector<std::vector<compute>> gates;  // per kv head: flux_gates ("fejer"), or period_gates (any kernel)
+  bool of_period = false;                   // whether the latter
   int64_t query_heads, tokens, key_dim, value_dim;
   compute scale;
   View<const storage> query, key, value;
@@ -77,7 +78,7 @@ struct Gradients {
 // Scratch memory the kernels need, in elements of `compute`.
 using Allocate = std::function<void*(int64_t elements)>;
 
-// "fejer" in its parallel form (window.cpp) and any kernel as a scan over time (scan.cpp). `isa`: an index from isa().
+// "fejer" in its parallel form (window.cpp) and any kernel as a scan over time (scan.cpp). `isa`: which of each_isa.h.
 template <typename storage, typename compute>
 void window_forward(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,
                     const Allocate& allocate, int isa);
@@ -90,6 +91,10 @@ void scan_forward(const Problem<storage, compute>& problem, const Outputs<storag
 template <typename storage, typename compute>
 void scan_backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients,
                    const Allocate& allocate, int isa);
+
+// One token per sequence (step.cpp): updates the slots in place, which are outputs.state_key and state_value; no lse.
+template <typename storage, typename compute>
+void step(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs, int isa);
 
 // x turned into out (rotary.cpp), by the law of ../rotary.h; `back`: by minus the angles, which is the adjoint.
 template <typename storage>

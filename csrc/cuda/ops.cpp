@@ -315,12 +315,10 @@ at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::T
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
   const at::Tensor out = empty_beside(query, value.size(3));
-  // The call's state is the given one, or a contiguous copy of it.
   cuda::step(make_problem(call), view(out), const_cast<void*>(call.state_key->const_data_ptr()),
              const_cast<void*>(call.state_value->const_data_ptr()),
              static_cast<int64_t*>(const_cast<void*>(call.position->const_data_ptr())));
-  if (!call.state_key->is_same(state_key)) state_key.copy_(*call.state_key);
-  if (!call.state_value->is_same(state_value)) state_value.copy_(*call.state_value);
+  write_back(call, state_key, state_value);
   if (!call.position->is_same(position)) position.copy_(*call.position);
   return out;
 }

@@ -276,6 +276,39 @@ int64_t levels() {
 #endif
 }
 
+// The first tokens of all sequences once more, one by one from the given state.
+template <typename storage, typename compute>
+void check_steps(const reference::Problem& p, const reference::Results& r, cpu::Problem<storage, compute> problem,
+                 const Tensor<storage>& out, double rounding, double epsilon, int isa) {
+  int64_t steps = p.sequences.empty() ? 0 : 8;
+  for (const reference::Sequence& s : p.sequences) steps = std::min(steps, s.length);
+  const Dense<compute> key(p.state_key), value(p.state_value);
+  for (int64_t t = 0; t < steps; ++t) {
+    for (cpu::Sequence& s : problem.sequences) s = {s.batch, s.begin, 1, s.position};
+    cpu::step(problem, {out.view(), nullptr, key.memory.get(), value.memory.get()}, isa);
+    for (cpu::Sequence& s : problem.sequences) ++s.begin, ++s.position;
+  }
+  Numbers stepped, expected;
+  const Numbers all = out.numbers();
+  for (const reference::Sequence& s : p.sequences) {
+    for (int64_t h = 0; h < p.query_heads; ++h) {
+      const auto row = ((s.batch * p.query_heads + h) * p.tokens + s.row) * p.value_dim,
+                 end = row + steps * p.value_dim;
+      stepped.insert(stepped.end(), all.begin() + row, all.begin() + end);
+      expected.insert(expected.end(), r.out.begin() + row, r.out.begin() + end);
+    }
+  }
+  const Terms terms(p);
+  compare("step: out", stepped, expected, rounding, epsilon * terms.out, p);
+  if (!out.gaps_are_untouched()) fail("step: a gap between elements was written", describe(p));
+  for (const reference::Sequence& s : p.sequences) {
+    if (s.length != steps) return;
+  }
+  if (steps == 0) return;
+  compare("step: state_key", key.numbers(), r.state_key, 0, epsilon * terms.state_key, p);
+  compare("step: state_value", value.numbers(), r.state_value, 0, epsilon * terms.state_value, p);
+}
+
 // `rounding`: half a step of `storage`, relative; 0 where it is `compute`.
 template <typename storage, typename compute>
 void run(Bytes& bytes, double rounding) {
@@ -322,6 +355,7 @@ void run(Bytes& bytes, double rounding) {
     const auto table = window ? flux_gates(cells, p.sharpness) : period_gates(p.kernel, cells, p.sharpness);
     problem.gates.emplace_back(table.begin(), table.end());
   }
+  problem.of_period = !window;
   problem.query_heads = p.query_heads;
   problem.tokens = p.tokens;
   problem.key_dim = p.key_dim;
@@ -390,6 +424,8 @@ void run(Bytes& bytes, double rounding) {
   for (const auto* written : {&out, &grad_query, &grad_key, &grad_value}) {
     if (!written->gaps_are_untouched()) fail("a gap between elements was written", describe(p));
   }
+  if (p.given && !poisoned)
+    check_steps(p, r, problem, tensor(p.query_heads, p.value_dim, true), rounding, epsilon, isa);
   if (poisoned) return;  // what a gradient makes of NaN depends on the order of its sums
   compare("grad_query", grad_query.numbers(), r.grad_query, rounding, epsilon * terms.grad_query, p);
   compare("grad_key", grad_key.numbers(), r.grad_key, rounding, epsilon * terms.grad_key, p);
