@@ -251,6 +251,8 @@ def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
     Raises:
         TypeError, ValueError: dtypes, shapes or values that are not taken, as an odd D.
     """
+    if positions.is_floating_point() or positions.is_complex():
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
     turned: Tensor = torch.ops.blurry_attn.rotary(x, positions.long(), base)
     return turned
 

@@ -247,7 +247,9 @@ at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Te
         for (int64_t i = 0; i < count; ++i) body(i);
       };
     }
-    cpu::step(problem, {view<storage>(out), nullptr, data<compute>(*call.state_key), data<compute>(*call.state_value)},
+    cpu::step(problem,
+              {view<storage>(out), nullptr, call.state_key->mutable_data_ptr<compute>(),
+               call.state_value->mutable_data_ptr<compute>()},
               instruction_set());
   });
   write_back(call, state_key, state_value);

@@ -136,6 +136,18 @@ def test_layouts_give_the_same_bits(slots, dim, kernel, device):
     assert memory == (strided.key.data_ptr(), strided.value.data_ptr(), strided.position.data_ptr())
 
 
+def test_a_lazy_clone_is_not_written(device):
+    window = BlurryWindow(5, 20)
+    inputs = make_inputs(2, 2, tokens=1, dtype=torch.float32, device=device)
+    state = make_state(window, [50, 2], dtype=torch.float32, device=device)
+    before = state.clone()
+    lazy = BlurryState(*(torch._lazy_clone(x) for x in (state.key, state.value, state.position)), window)
+    out = blurry_window_step(*inputs, lazy)
+    assert all(torch.equal(getattr(state, name), getattr(before, name)) for name in ("key", "value", "position"))
+    assert torch.equal(blurry_window_step(*inputs, before), out)
+    assert all(torch.equal(getattr(lazy, name), getattr(before, name)) for name in ("key", "value", "position"))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_no_sequences(kernel, device):
     window = BlurryWindow(4, 16, kernel)

@@ -315,9 +315,10 @@ at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::T
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
   const at::Tensor out = empty_beside(query, value.size(3));
-  cuda::step(make_problem(call), view(out), const_cast<void*>(call.state_key->const_data_ptr()),
-             const_cast<void*>(call.state_value->const_data_ptr()),
-             static_cast<int64_t*>(const_cast<void*>(call.position->const_data_ptr())));
+  void *const state_key_data = call.state_key->mutable_data_ptr(), *const state_value_data =
+                                                                       call.state_value->mutable_data_ptr();
+  int64_t* const position_data = call.position->mutable_data_ptr<int64_t>();
+  cuda::step(make_problem(call), view(out), state_key_data, state_value_data, position_data);
   write_back(call, state_key, state_value);
   if (!call.position->is_same(position)) position.copy_(*call.position);
   return out;
