@@ -238,6 +238,7 @@ at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Te
   check_step(call);
   check_is_writable(state_key, state_value, position);
   const at::Tensor out = empty_beside(query, value.size(3));
+  Scratch scratch{call, {}};
   for_type(query.scalar_type(), [&](auto storage_tag, auto compute_tag) {
     using storage = decltype(storage_tag);
     using compute = decltype(compute_tag);
@@ -250,7 +251,7 @@ at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Te
     cpu::step(problem,
               {view<storage>(out), nullptr, call.state_key->mutable_data_ptr<compute>(),
                call.state_value->mutable_data_ptr<compute>()},
-              instruction_set());
+              std::ref(scratch), instruction_set());
   });
   write_back(call, state_key, state_value);
   position.add_(1);

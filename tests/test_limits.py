@@ -116,19 +116,21 @@ def test_results_of_more_than_two_to_the_31_elements(device):
 
 OUT_OF_MEMORY = """
 import resource, torch
+from functools import partial
 from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
 
 torch.set_num_threads(1)
 window = BlurryWindow(64, 64)
 state = BlurryState.empty(256, 16, 64, window=window)
-query, key, value = torch.randn(3, 256, 16, 1, 64).unbind()
+query, key, value = torch.randn(256, 800, 1, 64), *torch.randn(2, 256, 16, 1, 64).unbind()
+step = partial(blurry_window_step, query, key, value, enable_gqa=True)
 long = torch.zeros(1).expand(1, 16, 200_000, 64)
-blurry_window_step(query, key, value, state)
+step(state)
 before = state.clone()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20), resource.RLIM_INFINITY))
 errors = []
-for call in (lambda: blurry_window_step(query, key, value, state),
+for call in (lambda: step(state),
              lambda: blurry_window_attention(long, long, long, window)):
     try:
         call()
@@ -137,8 +139,8 @@ for call in (lambda: blurry_window_step(query, key, value, state),
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert len(errors) == 2 and all("memory" in error or "alloc" in error for error in errors), errors
 assert all(torch.equal(getattr(state, name), getattr(before, name)) for name in ("key", "value", "position"))
-expected = blurry_window_step(query, key, value, before)
-assert torch.equal(blurry_window_step(query, key, value, state), expected)
+expected = step(before)
+assert torch.equal(step(state), expected)
 print("whole")
 """
 

@@ -81,7 +81,7 @@ def test_tracing(device):
         (torch.zeros(1, 1, 2, 4).long(), torch.arange(2), 9.0, TypeError, "x must be float64"),
         (torch.zeros(1, 1, 2, 4), torch.arange(3), 9.0, ValueError, r"positions must be \(T,\) or \(B, T\) of x"),
         (torch.zeros(1, 1, 2, 4), torch.zeros(2), 9.0, TypeError, "positions must be integers, got torch.float32"),
-        (torch.zeros(3, 1, 2, 4), torch.zeros(2, 2).long(), 9.0, ValueError, r"positions must be \(T,\) or \(B, T\) of x"),
+        (torch.zeros(3, 1, 2, 4), torch.arange(4).view(2, 2), 9.0, ValueError, r"positions must be \(T,\) or \(B, T\)"),
         (torch.zeros(1, 1, 2, 4), torch.arange(2), 0.0, ValueError, "base must be positive and finite, got 0"),
         (torch.zeros(1, 1, 2, 4), torch.arange(2), float("inf"), ValueError, "base must be positive and finite"),
     ],

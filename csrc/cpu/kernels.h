@@ -94,7 +94,8 @@ void scan_backward(const Problem<storage, compute>& problem, const Gradients<sto
 
 // One token per sequence (step.cpp): updates the slots in place, which are outputs.state_key and state_value; no lse.
 template <typename storage, typename compute>
-void step(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs, int isa);
+void step(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs, const Allocate& allocate,
+          int isa);
 
 // x turned into out (rotary.cpp), by the law of ../rotary.h; `back`: by minus the angles, which is the adjoint.
 template <typename storage>

@@ -1,5 +1,4 @@
 // One token per sequence on the CPU: one build of step.inl per instruction set.
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -13,13 +12,15 @@
 namespace blurry_attn::cpu {
 
 template <typename storage, typename compute>
-void step(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs, int isa) {
-  BLURRY_AT_LEVEL(step_all(problem, outputs))
+void step(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs, const Allocate& allocate,
+          int isa) {
+  BLURRY_AT_LEVEL(step_all(problem, outputs, allocate))
 }
-template void step<double, double>(const Problem<double, double>&, const Outputs<double, double>&, int);
-template void step<float, float>(const Problem<float, float>&, const Outputs<float, float>&, int);
-template void step<c10::BFloat16, float>(const Problem<c10::BFloat16, float>&, const Outputs<c10::BFloat16, float>&,
-                                         int);
-template void step<c10::Half, float>(const Problem<c10::Half, float>&, const Outputs<c10::Half, float>&, int);
+#define BLURRY_STEP(storage, compute) \
+  template void step(const Problem<storage, compute>&, const Outputs<storage, compute>&, const Allocate&, int);
+BLURRY_STEP(double, double)
+BLURRY_STEP(float, float)
+BLURRY_STEP(c10::BFloat16, float)
+BLURRY_STEP(c10::Half, float)
 
 }  // namespace blurry_attn::cpu

@@ -5,93 +5,96 @@
 namespace blurry_attn::cpu::BLURRY_ISA {
 namespace {
 
-// The slots of one sequence and head, on one side: as they lie in the state, or a padded copy for the loops over rows.
+// The slots of one sequence and head, on one side; `scratch`: a padded row for those that are no whole vectors.
 template <typename compute>
 struct Slots {
   compute* state;
-  int64_t count, dim, width;
-  std::vector<compute> copy;
+  int64_t dim, width;
+  compute* scratch;
 
-  Slots(compute* all, int64_t lane, int64_t slots, int64_t size)
-      : state(all + lane * slots * size), count(slots), dim(size), width(padded<compute>(size)) {}
-  bool is_copied() const { return width != dim; }
+  compute* at(int64_t m) const { return state + m * dim; }
   // Slot m takes a share of the token, a padded row.
-  void take(int64_t m, compute share, const compute* token) {
-    compute* const row = state + m * dim;
-    if (!is_copied()) return write_row(share, token, row, width, row);
-    copy.resize(width);
-    load_row(row, 1, dim, copy.data());
-    write_row(share, token, copy.data(), width, copy.data());
-    store_row(copy.data(), dim, row, 1);
+  void take(int64_t m, compute share, const compute* token) const {
+    if (width == dim) return write_row(share, token, at(m), width, at(m));
+    load_row(at(m), 1, dim, scratch);
+    write_row(share, token, scratch, width, scratch);
+    store_row(scratch, dim, at(m), 1);
   }
-  void clear(int64_t m) { std::fill_n(state + m * dim, dim, compute(0)); }
-  // To be called once all have taken: then rows are to be read.
-  void settle() {
-    if (!is_copied()) return;
-    copy.resize(count * width);
-    for (int64_t m = 0; m < count; ++m) load_row(state + m * dim, 1, dim, copy.data() + m * width);
+  void clear(int64_t m) const {
+    for (int64_t i = 0; i < dim; ++i) at(m)[i] = 0;
   }
-  const compute* row(int64_t m) const { return (is_copied() ? copy.data() : state) + m * width; }
+  const compute* row(int64_t m) const { return read_row(at(m), 1, dim, scratch); }
 };
 
 template <typename storage, typename compute>
-void step_lane(const Problem<storage, compute>& problem, int64_t lane, const Outputs<storage, compute>& outputs) {
-  const int64_t head = lane % problem.kv_heads();
+int64_t scratch_of_lane(const Problem<storage, compute>& problem) {
+  return 3 * (padded<compute>(problem.key_dim) + padded<compute>(problem.value_dim)) + padded<compute>(problem.slots());
+}
+
+template <typename storage, typename compute>
+void step_lane(const Problem<storage, compute>& problem, int64_t lane, const Outputs<storage, compute>& outputs,
+               compute* scratch) {
+  const int64_t head = lane % problem.kv_heads(), key_dim = problem.key_dim, value_dim = problem.value_dim;
   const Sequence& sequence = problem.sequences[lane / problem.kv_heads()];
   const Cells& cells = problem.cells[head];
   const compute* const gates = problem.gates[head].data();
-  const int64_t t = sequence.position, trailing = cells.trailing(t);
-  Slots<compute> keys(outputs.state_key, lane, cells.slots, problem.key_dim);
-  Slots<compute> values(outputs.state_value, lane, cells.slots, problem.value_dim);
+  const int64_t t = sequence.position, slots = cells.slots;
+  const int64_t key_width = padded<compute>(key_dim), value_width = padded<compute>(value_dim);
+  compute *const key = scratch, *const query = key + key_width, *const value = query + 2 * key_width,
+                 *const out = value + value_width, *const weights = out + 2 * value_width;
+  const Slots<compute> keys{outputs.state_key + lane * slots * key_dim, key_dim, key_width, query + key_width};
+  const Slots<compute> values{outputs.state_value + lane * slots * value_dim, value_dim, value_width,
+                              out + value_width};
+  const auto is_open = [&](int64_t m) { return t >= cells.slot_opening(m); };
 
-  std::vector<compute> key(keys.width), value(values.width);
-  load_row(problem.key.row(sequence.batch, head, sequence.begin), problem.key.element, problem.key_dim, key.data());
-  load_row(problem.value.row(sequence.batch, head, sequence.begin), problem.value.element, problem.value_dim,
-           value.data());
+  load_row(problem.key.row(sequence.batch, head, sequence.begin), problem.key.element, key_dim, key);
+  load_row(problem.value.row(sequence.batch, head, sequence.begin), problem.value.element, value_dim, value);
   const auto take = [&](int64_t m, compute share) {
     if (share == 0) return;
-    keys.take(m, share, key.data());
-    values.take(m, share, value.data());
+    keys.take(m, share, key);
+    values.take(m, share, value);
   };
-  std::vector<int64_t> open;
-  for (int64_t m = 0; m < cells.slots; ++m) {
-    const int64_t opening = cells.slot_opening(m);
-    if (t < opening) {  // whatever it holds
+  for (int64_t m = 0; m < slots; ++m) {
+    if (!is_open(m)) {  // whatever it holds
       keys.clear(m);
       values.clear(m);
-      continue;
-    }
-    open.push_back(m);
-    if (problem.of_period) {
+    } else if (problem.of_period) {
       const int64_t offset = (t - cells.centre(m)) % cells.window();
-      take(m, t == opening ? compute(1) : gates[offset < 0 ? offset + cells.window() : offset]);
+      take(m, t == cells.slot_opening(m) ? compute(1) : gates[offset < 0 ? offset + cells.window() : offset]);
     }
   }
   if (!problem.of_period) {
+    const int64_t trailing = cells.trailing(t);
     for (const int64_t cell : {trailing, trailing + 1}) {
       if (cells.is_open(cell, t)) take(cells.slot(cell), cells.gate(gates, cell, t));
     }
   }
-  keys.settle();
-  values.settle();
 
-  const int64_t count = static_cast<int64_t>(open.size());
-  std::vector<compute> query(keys.width), out(values.width), weights(padded<compute>(cells.slots));
   for (int64_t h = head * problem.group(); h < (head + 1) * problem.group(); ++h) {
-    load_row(problem.query.row(sequence.batch, h, sequence.begin), problem.query.element, problem.key_dim, query.data(),
+    load_row(problem.query.row(sequence.batch, h, sequence.begin), problem.query.element, key_dim, query,
              problem.scale);
-    for (int64_t i = 0; i < count; ++i) weights[i] = dot(query.data(), keys.row(open[i]), keys.width);
-    const compute total = exponentials(weights.data(), count, largest(weights.data(), count, weights[0]));
-    zero_row(out.data(), values.width);
-    for (int64_t i = 0; i < count; ++i) add_scaled(weights[i] / total, values.row(open[i]), values.width, out.data());
-    store_row(out.data(), problem.value_dim, outputs.out.row(sequence.batch, h, sequence.begin), outputs.out.element);
+    int64_t open = 0;  // gathered to the front
+    for (int64_t m = 0; m < slots; ++m) {
+      if (is_open(m)) weights[open++] = dot(query, keys.row(m), key_width);
+    }
+    const compute total = exponentials(weights, open, largest(weights, open, weights[0]));
+    zero_row(out, value_width);
+    open = 0;
+    for (int64_t m = 0; m < slots; ++m) {
+      if (is_open(m)) add_scaled(weights[open++] / total, values.row(m), value_width, out);
+    }
+    store_row(out, value_dim, outputs.out.row(sequence.batch, h, sequence.begin), outputs.out.element);
   }
 }
 
 template <typename storage, typename compute>
-void step_all(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs) {
-  problem.parallel(static_cast<int64_t>(problem.sequences.size()) * problem.kv_heads(),
-                   [&](int64_t lane) { step_lane(problem, lane, outputs); });
+void step_all(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,
+              const Allocate& allocate) {
+  const int64_t lanes = static_cast<int64_t>(problem.sequences.size()) * problem.kv_heads();
+  const int64_t size = scratch_of_lane(problem);
+  // All at once: where there is no memory, no slot is touched.
+  compute* const scratch = static_cast<compute*>(allocate(lanes * size));
+  problem.parallel(lanes, [&](int64_t lane) { step_lane(problem, lane, outputs, scratch + lane * size); });
 }
 
 }  // namespace

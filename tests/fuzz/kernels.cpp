@@ -279,13 +279,13 @@ int64_t levels() {
 // The first tokens of all sequences once more, one by one from the given state.
 template <typename storage, typename compute>
 void check_steps(const reference::Problem& p, const reference::Results& r, cpu::Problem<storage, compute> problem,
-                 const Tensor<storage>& out, double rounding, double epsilon, int isa) {
+                 const Tensor<storage>& out, const cpu::Allocate& allocate, double rounding, double epsilon, int isa) {
   int64_t steps = p.sequences.empty() ? 0 : 8;
   for (const reference::Sequence& s : p.sequences) steps = std::min(steps, s.length);
   const Dense<compute> key(p.state_key), value(p.state_value);
   for (int64_t t = 0; t < steps; ++t) {
     for (cpu::Sequence& s : problem.sequences) s = {s.batch, s.begin, 1, s.position};
-    cpu::step(problem, {out.view(), nullptr, key.memory.get(), value.memory.get()}, isa);
+    cpu::step(problem, {out.view(), nullptr, key.memory.get(), value.memory.get()}, allocate, isa);
     for (cpu::Sequence& s : problem.sequences) ++s.begin, ++s.position;
   }
   Numbers stepped, expected;
@@ -425,7 +425,7 @@ void run(Bytes& bytes, double rounding) {
     if (!written->gaps_are_untouched()) fail("a gap between elements was written", describe(p));
   }
   if (p.given && !poisoned)
-    check_steps(p, r, problem, tensor(p.query_heads, p.value_dim, true), rounding, epsilon, isa);
+    check_steps(p, r, problem, tensor(p.query_heads, p.value_dim, true), allocate, rounding, epsilon, isa);
   if (poisoned) return;  // what a gradient makes of NaN depends on the order of its sums
   compare("grad_query", grad_query.numbers(), r.grad_query, rounding, epsilon * terms.grad_query, p);
   compare("grad_key", grad_key.numbers(), r.grad_key, rounding, epsilon * terms.grad_key, p);
