@@ -66,7 +66,7 @@ std::vector<double> gates(Kernel kernel, const Cells& cells, double sharpness, i
       const int64_t opening = cells.slot_opening(m);
       table[i * cells.slots + m] = token < opening    ? std::numeric_limits<double>::quiet_NaN()
                                    : token == opening ? 1.0
-                                                      : period[modulo(token - cells.centre(m), cells.window())];
+                                                      : period[cells.offset(m, token)];
     }
   }
   return table;

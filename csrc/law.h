@@ -56,6 +56,11 @@ struct Cells {
   }
   // Whether the slot of `cell` is open at `token`, one of the cell's flux.
   BLURRY_HOST_DEVICE bool is_open(int64_t cell, int64_t token) const { return !opens(cell) || token >= opening(cell); }
+  // How long after the latest centre of the slot's cells `token` lies: its index in period_gates().
+  BLURRY_HOST_DEVICE int64_t offset(int64_t slot, int64_t token) const {
+    const int64_t since = token - centre(slot);
+    return since - floor_div(since, window()) * window();
+  }
   // The share of `token` that the slot of `cell` takes, for a token of the cell's flux at which the slot is open;
   // `gates` is flux_gates(): a token that opens is written whole.
   template <typename scalar>

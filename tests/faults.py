@@ -204,9 +204,8 @@ CPU = [
     ),
     *faults(
         "csrc/cpu/rotary.cpp",
-        ("rotary: turned backwards", "problem.back ? -position", "!problem.back ? -position", ROTARY),
-        ("rotary: angles in float32", "std::cos(position * frequency[i])",
-         "std::cos(static_cast<float>(position * frequency[i]))", ROTARY),
+        ("rotary: turned backwards", "problem.back ? -angle", "!problem.back ? -angle", ROTARY),
+        ("rotary: angles in float32", "std::cos(angle)", "std::cos(static_cast<float>(angle))", ROTARY),
         ("rotary: all sequences at the first one's positions", "b * problem.position_batch + t", "t", ROTARY),
     ),
     *faults(

@@ -21,8 +21,9 @@ void rotary(const Rotary<storage>& problem) {
     for (int64_t t = begin; t < end; ++t) {
       const double position = static_cast<double>(problem.position[b * problem.position_batch + t]);
       for (int64_t i = 0; i < half; ++i) {
-        cos[i] = static_cast<compute>(std::cos(position * frequency[i]));
-        sin[i] = static_cast<compute>(std::sin(problem.back ? -position * frequency[i] : position * frequency[i]));
+        const double angle = position * frequency[i];
+        cos[i] = static_cast<compute>(std::cos(angle));
+        sin[i] = static_cast<compute>(std::sin(problem.back ? -angle : angle));
       }
       for (int64_t h = 0; h < problem.heads; ++h) {
         const storage *const first = x.row(b, h, t), *const second = first + half * x.element;

@@ -35,8 +35,7 @@ struct Scan {
   bool is_open(int64_t m, int64_t t) const { return t >= openings[m]; }
   compute share(int64_t m, int64_t t) const {
     if (t == openings[m]) return 1;
-    const int64_t offset = (t - cells.centre(m)) % cells.window();
-    return problem.gates[head][offset < 0 ? offset + cells.window() : offset];
+    return problem.gates[head][cells.offset(m, t)];
   }
   compute* slot_key(int64_t m) { return keys.data() + m * key_width; }
   compute* slot_value(int64_t m) { return values.data() + m * value_width; }

@@ -59,8 +59,7 @@ void step_lane(const Problem<storage, compute>& problem, int64_t lane, const Out
       keys.clear(m);
       values.clear(m);
     } else if (problem.of_period) {
-      const int64_t offset = (t - cells.centre(m)) % cells.window();
-      take(m, t == cells.slot_opening(m) ? compute(1) : gates[offset < 0 ? offset + cells.window() : offset]);
+      take(m, t == cells.slot_opening(m) ? compute(1) : gates[cells.offset(m, t)]);
     }
   }
   if (!problem.of_period) {

@@ -104,10 +104,10 @@ __device__ __forceinline__ void copy_quad(Quad<storage>* to, const storage* row,
   for (int e = 0; e < 4; ++e) to->x[e] = d + e < dim ? row[(d + e) * element] : storage{};
 }
 
-BLURRY_HOST_DEVICE inline bool has_whole_quads(const View& view, int64_t element_size) {
-  const int64_t quad = 4 * element_size;
-  return view.element == 1 && reinterpret_cast<uintptr_t>(view.data) % quad == 0 && view.batch % 4 == 0 &&
-         view.head % 4 == 0 && view.token % 4 == 0;
+// Whether so many neighbours are one aligned access anywhere in a tensor's rows.
+BLURRY_HOST_DEVICE inline bool in_packs(const View& view, int64_t count, int64_t element_size) {
+  return view.element == 1 && reinterpret_cast<uintptr_t>(view.data) % (count * element_size) == 0 &&
+         view.batch % count == 0 && view.head % count == 0 && view.token % count == 0;
 }
 
 template <typename storage>

@@ -71,19 +71,13 @@ __global__ void __launch_bounds__(kThreads) rotary_turn(Rotary p, int64_t groups
   }
 }
 
-// Whether a pack of so many neighbours is one aligned access anywhere in a tensor's rows.
-bool in_packs(const View& view, int64_t count, int64_t bytes) {
-  return view.element == 1 && reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && view.batch % count == 0 &&
-         view.head % count == 0 && view.token % count == 0;
-}
-
 }  // namespace
 
 void rotary(const Rotary& p) {
   for_type(p.dtype, [&](auto storage_tag, auto compute_tag) {
     using storage = decltype(storage_tag);
     using compute = decltype(compute_tag);
-    constexpr int kBytes = 16, kCount = kBytes / sizeof(storage);
+    constexpr int kCount = 16 / sizeof(storage);
     const auto launch_with_count = [&](auto count_tag) {
       constexpr int count = decltype(count_tag)::value;
       const int64_t threads = p.batch * p.tokens * (p.dim / 2 / count);
@@ -93,7 +87,7 @@ void rotary(const Rotary& p) {
       launch("rotary_turn", rotary_turn<storage, compute, count>, (threads * groups + kThreads - 1) / kThreads,
              kThreads, 0, p.stream, p, groups, group);
     };
-    if (p.dim / 2 % kCount == 0 && in_packs(p.x, kCount, kBytes) && in_packs(p.out, kCount, kBytes)) {
+    if (p.dim / 2 % kCount == 0 && in_packs(p.x, kCount, sizeof(storage)) && in_packs(p.out, kCount, sizeof(storage))) {
       launch_with_count(std::integral_constant<int, kCount>());
     } else {
       launch_with_count(std::integral_constant<int, 1>());

@@ -952,7 +952,7 @@ struct Scan {
 
   explicit Scan(const Problem& problem) : p(problem), plan(problem), stretches(plan.at_once(problem)) {}
 
-  bool whole(const View& view) const { return has_whole_quads(view, sizeof(storage)); }
+  bool whole(const View& view) const { return in_packs(view, 4, sizeof(storage)); }
   Side side(const View& tokens, int64_t dim, const void* given, compute* boundaries) const {
     return {tokens, whole(tokens), static_cast<int>(dim), given, boundaries};
   }

@@ -38,8 +38,8 @@ bool has_whole_rows(const Problem& p, const void* state_key, const void* state_v
     return reinterpret_cast<uintptr_t>(slots) % sizeof(Quad<compute>) == 0;
   };
   return p.key_dim % 4 == 0 && p.value_dim % 4 == 0 && aligned(state_key) && aligned(state_value) &&
-         has_whole_quads(p.query, sizeof(storage)) && has_whole_quads(p.key, sizeof(storage)) &&
-         has_whole_quads(p.value, sizeof(storage));
+         in_packs(p.query, 4, sizeof(storage)) && in_packs(p.key, 4, sizeof(storage)) &&
+         in_packs(p.value, 4, sizeof(storage));
 }
 
 // Calls body(std::bool_constant<whole>(), shape) with the shape for the problem.

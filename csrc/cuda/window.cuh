@@ -381,11 +381,8 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
   return plan;
 }
 
-// Whether rows are runs of whole, aligned 16 bytes.
-inline bool aligned(const View& view) {
-  return view.element == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch % 8 == 0 &&
-         view.head % 8 == 0 && view.token % 8 == 0;
-}
+// Whether rows are runs of whole, aligned 16 bytes, eight elements each.
+inline bool aligned(const View& view) { return in_packs(view, 8, 2); }
 
 // What a launch over heads has of shared memory: as much as bytes_for(resolution) says that one needs.
 template <auto kernel, typename bytes_type>
