@@ -7,22 +7,31 @@
 namespace blurry_attn::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kBlocks = 4;   // of a multiprocessor: enough rows are on their way
 constexpr int64_t kEnoughThreads = 1 << 17;  // where there are fewer, heads are divided among more
-constexpr int kAtOnce = 4;                   // heads whose rows are on their way
 
-// Cosine and sine of an angle in radians. The reduction is exact to a rounding, and has no slow path, whose table the
-// compiler would keep in local memory.
-__device__ __forceinline__ void turn_of(double angle, double* cos, double* sin) {
-  constexpr double kTwoPi = 6.283185307179586, kTwoPiRest = 2.4492935982947064e-16, kPi = 3.141592653589793;
-  const double turns = rint(angle / kTwoPi);
-  sincospi(fma(-turns, kTwoPiRest, fma(-turns, kTwoPi, angle)) / kPi, sin, cos);
+// Cosine and sine of an angle in radians, to a rounding of theirs. The reduction to half turns is exact to a rounding
+// of float64, and has no slow path, whose table the compiler would keep in local memory; most cards are slow in
+// float64, so that what comes after it is not.
+template <typename compute>
+__device__ __forceinline__ void turn_of(double angle, compute* cos, compute* sin) {
+  constexpr double kPi = 3.141592653589793, kTwoPi = 2 * kPi, kTwoPiRest = 2.4492935982947064e-16;
+  const double turns = rint(angle * (1 / kTwoPi));
+  const double halves = fma(-turns, kTwoPiRest, fma(-turns, kTwoPi, angle)) * (1 / kPi);
+  const compute rounded = static_cast<compute>(halves);
+  sincospi(rounded, sin, cos);
+  if constexpr (sizeof(compute) < sizeof(double)) {
+    const compute rest = static_cast<compute>((halves - rounded) * kPi), rounded_sin = *sin;
+    *sin = fma(rest, *cos, rounded_sin);
+    *cos = fma(-rest, rounded_sin, *cos);
+  }
 }
 
 // A thread turns `count` neighbouring pairs of one token for `group` heads.
 template <typename storage, typename compute, int count>
-__global__ void __launch_bounds__(kThreads) rotary_turn(Rotary p, int64_t groups, int64_t group) {
+__global__ void __launch_bounds__(kThreads, kBlocks) rotary_turn(Rotary p, int64_t groups, int64_t group) {
   __shared__ double frequency[kMaxHeadDim / 2];
+  __shared__ compute angles[2][count][kThreads];
   const int64_t half = p.dim / 2, packs = half / count;
   for (int64_t i = threadIdx.x; i < half; i += kThreads) frequency[i] = rotary_frequency(i, p.dim, p.base);
   __syncthreads();
@@ -33,41 +42,35 @@ __global__ void __launch_bounds__(kThreads) rotary_turn(Rotary p, int64_t groups
   rest /= p.tokens;
   const int64_t begin = rest % groups * group, batch = rest / groups;
   if (batch >= p.batch) return;
-  const int64_t end = begin + group < p.heads ? begin + group : p.heads;
+  const int64_t heads = begin + group < p.heads ? group : p.heads - begin;
   const double position = static_cast<double>(p.position[batch * p.position_batch + token]);
+  // One after another, by way of shared memory: at once they would take the registers of half the blocks.
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    turn_of(position * frequency[pair + i], &angles[0][i][threadIdx.x], &angles[1][i][threadIdx.x]);
+  }
   compute cos[count], sin[count];
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    double c, s;
-    turn_of(position * frequency[pair + i], &c, &s);
-    cos[i] = static_cast<compute>(c);
-    sin[i] = static_cast<compute>(p.back ? -s : s);
+    cos[i] = angles[0][i][threadIdx.x];
+    sin[i] = p.back ? -angles[1][i][threadIdx.x] : angles[1][i][threadIdx.x];
   }
   using Part = Pack<storage, count>;
+  const storage* from = row_of<const storage>(p.x, batch, begin, token) + pair * p.x.element;
+  storage* to = row_of<storage>(p.out, batch, begin, token) + pair * p.out.element;
   const int64_t second = half * p.x.element, to_second = half * p.out.element;
-  for (int64_t h = begin; h < end; h += kAtOnce) {
-    Part x[kAtOnce][2];
+  for (int64_t h = 0; h < heads; ++h, from += p.x.head, to += p.out.head) {
+    const Part x[2] = {*reinterpret_cast<const Part*>(from), *reinterpret_cast<const Part*>(from + second)};
+    Part turned[2];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (h + i >= end) break;
-      const storage* const row = row_of<const storage>(p.x, batch, h + i, token) + pair * p.x.element;
-      x[i][0] = *reinterpret_cast<const Part*>(row);
-      x[i][1] = *reinterpret_cast<const Part*>(row + second);
+    for (int j = 0; j < count; ++j) {
+      const auto a = to_compute<compute>(x[0].x[j]), b = to_compute<compute>(x[1].x[j]);
+      // Which product is rounded is not the compiler's choice, lest a layout change a bit.
+      turned[0].x[j] = to_storage<storage>(fma(a, cos[j], -b * sin[j]));
+      turned[1].x[j] = to_storage<storage>(fma(b, cos[j], a * sin[j]));
     }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (h + i >= end) break;
-      Part turned[2];
-#pragma unroll
-      for (int j = 0; j < count; ++j) {
-        const auto a = to_compute<compute>(x[i][0].x[j]), b = to_compute<compute>(x[i][1].x[j]);
-        turned[0].x[j] = to_storage<storage>(a * cos[j] - b * sin[j]);
-        turned[1].x[j] = to_storage<storage>(b * cos[j] + a * sin[j]);
-      }
-      storage* const row = row_of<storage>(p.out, batch, h + i, token) + pair * p.out.element;
-      *reinterpret_cast<Part*>(row) = turned[0];
-      *reinterpret_cast<Part*>(row + to_second) = turned[1];
-    }
+    *reinterpret_cast<Part*>(to) = turned[0];
+    *reinterpret_cast<Part*>(to + to_second) = turned[1];
   }
 }
 

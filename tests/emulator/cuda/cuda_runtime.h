@@ -52,9 +52,10 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 
-inline void sincospi(double x, double* sin_of, double* cos_of) {
-  *sin_of = std::sin(3.141592653589793 * x);
-  *cos_of = std::cos(3.141592653589793 * x);
+template <typename number>
+void sincospi(number x, number* sin_of, number* cos_of) {
+  *sin_of = static_cast<number>(std::sin(3.141592653589793 * x));
+  *cos_of = static_cast<number>(std::cos(3.141592653589793 * x));
 }
 
 template <typename to_type, typename from_type>
