@@ -58,4 +58,9 @@ BLURRY_API Attention forward(const at::Tensor& query, const at::Tensor& key, con
 BLURRY_API at::Tensor step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                            const Window& window, State& state, std::optional<double> scale = std::nullopt);
 
+// Rotary embedding, rotate-half form: of x (batch, heads, tokens, head_dim), head_dim even, the pairs (i, i + head_dim
+// / 2) turn by position * base^(-2i / head_dim) radians; positions (tokens) or (batch, tokens), int64. Differentiable
+// in x.
+BLURRY_API at::Tensor rotary(const at::Tensor& x, const at::Tensor& positions, double base);
+
 }  // namespace blurry_attn

@@ -285,4 +285,8 @@ at::Tensor step(const at::Tensor& query, const at::Tensor& key, const at::Tensor
                               window.phase, window.kernel, window.sharpness, default_scale(query, scale));
 }
 
+at::Tensor rotary(const at::Tensor& x, const at::Tensor& positions, double base) {
+  return rotary_operator().call(x, positions, base, /*back=*/false);
+}
+
 }  // namespace blurry_attn

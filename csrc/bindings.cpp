@@ -1,10 +1,14 @@
-// The Python module blurry_attn._C: loads the operators, and shows the law and how the library was built.
+// The Python module blurry_attn._C: loads the operators, calls them, and shows the law and how the library was built.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <stdexcept>
+#include <tuple>
 
+#include "attention.h"
 #include "law.h"
 
 #ifndef BLURRY_TORCH_VERSION
@@ -54,6 +58,29 @@ std::vector<int64_t> slot_openings(int64_t slots, int64_t window, int64_t phase)
   return tokens;
 }
 
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The operators, with the arguments of their schemas.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> call_forward(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots, std::vector<int64_t> window,
+    std::vector<int64_t> phase, std::string kernel, double sharpness, double scale, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& state_key, const OptionalTensor& state_value, const OptionalTensor& position,
+    bool return_state) {
+  Options options{scale, cu_seqlens, {}, return_state};
+  if (state_key) options.state = State{*state_key, state_value.value(), position.value()};
+  const auto [out, lse, state] =
+      forward(query, key, value, {slots, std::move(window), std::move(phase), std::move(kernel), sharpness}, options);
+  return {out, lse, state.key, state.value, state.position};
+}
+at::Tensor call_step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                     const at::Tensor& state_key, const at::Tensor& state_value, const at::Tensor& position,
+                     int64_t slots, std::vector<int64_t> window, std::vector<int64_t> phase, std::string kernel,
+                     double sharpness, double scale) {
+  State state{state_key, state_value, position};
+  return step(query, key, value, {slots, std::move(window), std::move(phase), std::move(kernel), sharpness}, state,
+              scale);
+}
+
 py::dict build_info() {
   py::dict info;
   info["torch"] = BLURRY_TORCH_VERSION;
@@ -66,6 +93,9 @@ py::dict build_info() {
 }  // namespace blurry_attn
 
 PYBIND11_MODULE(_C, m) {
+  m.def("forward", torch::wrap_pybind_function_no_gil(&blurry_attn::call_forward), "torch.ops.blurry_attn.forward.");
+  m.def("step", torch::wrap_pybind_function_no_gil(&blurry_attn::call_step), "torch.ops.blurry_attn.step.");
+  m.def("rotary", torch::wrap_pybind_function_no_gil(&blurry_attn::rotary), "torch.ops.blurry_attn.rotary.");
   m.def("gates", &blurry_attn::gate_table, py::arg("kernel"), py::arg("slots"), py::arg("window"), py::arg("phase"),
         py::arg("sharpness"), py::arg("start"), py::arg("length"),
         "The law as a float64 table (length, slots): the share of token start + i that each slot takes, openings\n"

@@ -9,6 +9,7 @@ from helpers import KERNELS, make_inputs, make_state, randn
 from torch import nn
 
 from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
+from blurry_attn.ops import rotary
 
 WINDOW = {kernel: BlurryWindow(4, (4, 12), kernel) for kernel in KERNELS}
 
@@ -74,6 +75,29 @@ def test_shapes_for_tracing_are_those_of_results(dtype, tokens_first, device):
     real = results(*inputs, *given[-3:])
     assert [real[i][2] for i in (5, 6, 7)] == [x.stride() for x in inputs]
     assert results(*(x.to("meta") for x in (*inputs, *given[-3:]))) == real
+
+
+def test_what_watches_python_sees_the_operators_called(device):
+    """Subclasses and modes with __torch_function__; else the same operators are called with torch.ops left out."""
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    inputs, _, state = tensors(device, False, tokens=1)
+    window, positions = WINDOW["fejer"], torch.zeros(1, dtype=torch.int64, device=device)
+    calls = {
+        "forward": lambda: blurry_window_attention(*inputs, window, enable_gqa=True),
+        "step": lambda: blurry_window_step(*inputs, BlurryState(*map(torch.clone, state), window), enable_gqa=True),
+        "rotary": lambda: rotary(inputs[0], positions, 50.0),
+    }
+    for name, call in calls.items():
+        alone = call()
+        with Watch():
+            assert torch.equal(call(), alone)
+        assert seen.count(f"blurry_attn.{name}.default") == 1
 
 
 def test_opcheck_backend(device):

@@ -96,6 +96,13 @@ TEST_P(Operators, PackedSequencesEqualSeparateOnes) {
   EXPECT_TRUE(at::equal(packed, at::cat(separate, 2)));
 }
 
+TEST(Rotary, TurnsPairsByThePosition) {
+  const at::Tensor x = at::randn({2, 3, 5, 6}, at::kDouble), positions = at::tensor({0, 1, 2, 70, 10000000}, at::kLong);
+  const at::Tensor angles = positions.unsqueeze(1) * at::pow(50.0, at::arange(0, 6, 2, at::kDouble) / -6);
+  const at::Tensor a = x.slice(3, 0, 3), b = x.slice(3, 3, 6), cos = angles.cos(), sin = angles.sin();
+  EXPECT_LT(difference(rotary(x, positions, 50), at::cat({a * cos - b * sin, b * cos + a * sin}, 3)), 1e-8);
+}
+
 // The derivative along a random direction, through every output and for every input.
 TEST_P(Operators, GradientsAgreeWithFiniteDifferences) {
   const Problem p(GetParam());
