@@ -89,10 +89,12 @@ void launch_rows(const Problem& p, const RowTables& tables) {
 }
 
 // How time is cut. Where a walk only brings contents along, forward, it does a quarter of its work, backward half.
+// Lengths as measured: of three blocks at once on a multiprocessor for narrow heads, of two for wide ones.
 inline WalkPlan make_patch_plan(const Problem& p, bool backward) {
   WalkPlan plan;
   const int64_t least = 2 * p.longest_window;
-  plan.length = plan.halved = least > 2048 ? least : 2048;
+  plan.length = std::max<int64_t>(least, is_wide(p) ? 4096 : 2816);
+  plan.halved = std::max<int64_t>(least, 2048);
   plan.warm_up = p.longest_window;
   plan.extra = plan.warm_up / (backward ? 2 : 4);
   plan.backward = backward;

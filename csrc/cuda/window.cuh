@@ -323,11 +323,11 @@ void two_at_once(const Problem& p, const std::vector<FluxClass>& classes, const 
 // Two multiprocessors have a smaller such cache in common: they get blocks of one class.
 constexpr int kPair = 2;
 
-// Of window_back's blocks, those that run at once on a large card. Not asked of the card: its gradients' bits are the
-// same on all of them.
-constexpr int64_t kBlocksAtOnce = 264, kWideBlocksAtOnce = 132;
-// And those of all classes where several share the card, and each class's share in halves, as measured.
-constexpr int64_t kSharedBlocks = 4 * kWideBlocksAtOnce;
+// Of a large card. Not asked of the one at hand: gradients' bits are the same on all of them.
+constexpr int64_t kMultiprocessors = 132;
+// Of window_back's blocks, those of all classes where several share the card, and each class's share in halves, as
+// measured.
+constexpr int64_t kSharedBlocks = 4 * kMultiprocessors;
 constexpr int64_t kHalves[2][kFluxClasses] = {{2, 2, 2, 1, 2}, {1, 2, 2, 2, 1}};
 
 constexpr int64_t kLeastStretch = 128;  // tokens; at least a patch
@@ -339,7 +339,8 @@ inline int laps_until(double rounding, double echo) {
   return laps;
 }
 
-inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task) {
+// `at_once`: blocks of a walk backward on a multiprocessor. How the output is cut is a matter of each sequence alone.
+inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task, int64_t at_once = 1) {
   WalkPlan plan;
   // Walks begin with empty slots so much before the tokens they own.
   const int laps = laps_until(problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14, c.echo);
@@ -348,8 +349,8 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
   const bool alone = c.heads.count == problem.kv_heads, forward = task == Task::forward;
   plan.length = std::max<int64_t>((alone ? 8 : 2) * plan.warm_up, alone ? 4096 : 1024);
   plan.backward = task == Task::backward;
-  // A walk for the output does no more than a third of its work where it warms up.
-  plan.extra = forward ? plan.warm_up / 3 : plan.warm_up;
+  // Where they warm up, walks forward do a third of their work, and those backward seven eighths.
+  plan.extra = forward ? plan.warm_up / 3 : plan.warm_up - plan.warm_up / 8;
   plan.halved = plan.length;
   if (forward) {
     const int64_t halved = plan.warm_up + plan.warm_up / 2;
@@ -359,23 +360,25 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task)
     const int64_t tokens = problem.cu_seqlens ? problem.tokens / problem.sequences : problem.tokens;
     const int64_t finest = tokens / (std::max(plan.warm_up / 2, kLeastStretch) + 1);
     if (alone) {
-      // Where work is short of the card, stretches are shorter, as long as that ends sooner.
-      const int64_t at_once = is_wide(problem) ? kWideBlocksAtOnce : kBlocksAtOnce;
+      // So many stretches as fill the card once, or a few times, or one: those that end first.
+      const int64_t blocks = at_once * kMultiprocessors;
       const auto time = [&](int64_t count) {
         const int64_t own = (tokens - plan.warm_up) / count;
-        return (lanes * count + at_once - 1) / at_once * (count > 1 ? own + plan.warm_up : tokens);
+        return (lanes * count + blocks - 1) / blocks * (count > 1 ? own + plan.warm_up : tokens);
       };
       int64_t best = 1;
-      for (int64_t count = 2; count <= std::min<int64_t>(finest, 32); ++count) {
-        if (time(count) < time(best)) best = count;
+      for (int64_t times = 1; times <= 8; ++times) {
+        const int64_t count = std::min(times * blocks / lanes, finest);
+        if (count > 1 && time(count) < time(best)) best = count;
       }
-      if (best > 1) plan.length = std::min(plan.length, (tokens + best - 1) / best);
+      plan.length = best > 1 ? (tokens + best - 1) / best : std::max(tokens, plan.length);
+      plan.halved = plan.length + 1;
     } else {
       const int64_t even = (kSharedBlocks + lanes / 2) / lanes;
       const int64_t count = std::min(even * kHalves[is_wide(problem)][c.number] / 2, finest);
       plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, plan.length);
+      plan.halved = plan.length;
     }
-    plan.halved = plan.length;
   }
   plan.count_stretches(problem);
   return plan;

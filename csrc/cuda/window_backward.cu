@@ -504,7 +504,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
           meet();
         }
-        {
+        __syncwarp();       // the values have been read
+        if (t < own_end) {  // later tokens' are another stretch's
           Tiles<kChunks> out = {};
 #pragma unroll
           for (int m = 0; m <= kColumns / 16; ++m) {
@@ -522,23 +523,22 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               attend.gather_tokens(out, w, 0, first_chunk);
             }
           }
-          __syncwarp();  // the values have been read
           attend.store_rows(out, {1.f, 1.f}, gradients.query, walk.batch, query_head, row, from,
                             min(until, own_end - t), static_cast<int>(p.key_dim), attend.tokens[1], first_chunk);
-          if constexpr (kAhead) {
-            if (i + 1 < group) {
-              fetch_query(tile, i + 1);
-            } else if (tile > 0) {
-              fetch_query(tile - 1, 0);
-            }
+        }
+        if constexpr (kAhead) {
+          if (i + 1 < group) {
+            fetch_query(tile, i + 1);
+          } else if (tile > 0) {
+            fetch_query(tile - 1, 0);
           }
-          meet();
-          if constexpr (kFirst) {
-            if (i + 1 < group) {
-              load_tokens(tile);
-            } else if (tile > 0) {
-              load_tokens(tile - 1);
-            }
+        }
+        meet();
+        if constexpr (kFirst) {
+          if (i + 1 < group) {
+            load_tokens(tile);
+          } else if (tile > 0) {
+            load_tokens(tile - 1);
           }
         }
         const bool is_next = i > 0 || tile < last_tile;
@@ -921,14 +921,14 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
         if constexpr (!config::kSelecting) {
           using walk = Config<storage, config::kDim, config::kFlux, 32, false, true>;
           if (p.tokens > 0) {
-            launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents, make_plan(p, c, Task::contents),
-                              heads, nullptr);
+            launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents,
+                              make_plan(p, c, Task::contents, walk::kBlocks), heads, nullptr);
           }
         }
       }
       const uint32_t bytes = shared_memory_of<window_back<config>>(
           p, heads, [&](int resolution) { return back_bytes<config>(p, resolution); });
-      const WalkPlan back = make_plan(p, c, Task::backward);
+      const WalkPlan back = make_plan(p, c, Task::backward, config::kBlocks);
       launch_early<kPair>("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes,
                           problem.stream, problem, gradients, contents, back, heads);
     });
