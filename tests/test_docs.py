@@ -284,3 +284,14 @@ def test_reports_are_those_of_the_results() -> None:
 def test_no_table_is_without_a_source(page: str) -> None:
     with_tables = {(page, heading) for heading, text in sections(page).items() if tables(text)}
     assert with_tables == {key for key in {*SOURCES, *WITHOUT} if key[0] == page}
+
+
+def test_mutants_are_of_these_sources() -> None:
+    """Every fault can be made, and the page has its outcome."""
+    from faults import CPU, CUDA, PYTHON, QUICK, QUICK_CUDA
+
+    faults = [*CPU, *PYTHON, *CUDA]
+    for edit in (*faults, *QUICK, *QUICK_CUDA):
+        assert (ROOT / edit.file).read_text().count(edit.old) == 1, edit
+    listed = re.findall(r"^\| (.*?) \| `", (ROOT / "docs/mutants.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(fault.name for fault in faults)
