@@ -80,8 +80,9 @@ _cached_law = lru_cache(_make_law)
 
 def _law(window: BlurryWindow, kv_heads: int) -> _Law:
     """The operators' arguments slots, window, phase, kernel, sharpness."""
-    # A trace sees through the cache, with a warning.
-    return _make_law(window, kv_heads) if torch.compiler.is_compiling() else _cached_law(window, kv_heads)
+    # A trace sees through the cache, with a warning, and sizes that are symbols have no hash.
+    traced = torch.compiler.is_compiling() or type(kv_heads) is not int
+    return _make_law(window, int(kv_heads)) if traced else _cached_law(window, kv_heads)
 
 
 def _is_distributed(*tensors: Tensor) -> bool:

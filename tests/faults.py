@@ -610,8 +610,8 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/window_backward.cu",
-        ("CUDA window: last queries of a stretch without a gradient", "if (t < own_end) {", "if (t + kPatch < own_end) {",
-         WALK),
+        ("CUDA window: last queries of a stretch without a gradient", "if (t < own_end) {",
+         "if (t + kPatch < own_end) {", WALK),
         ("CUDA window: delta omitted", "score[tile][e] * (grad[tile][e] - delta[half]);",
          "score[tile][e] * grad[tile][e];", WALK),
         ("CUDA window: scale dropped in backward", "grad[tile][e] = static_cast<float>(p.scale) * score",

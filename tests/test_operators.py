@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from helpers import KERNELS, make_inputs, make_state, randn
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
 from blurry_attn.ops import rotary
@@ -123,6 +124,24 @@ def module(device):
     torch.manual_seed(0)
     window = BlurryWindow.pyramid(4, (1, 1, 3, 3))
     return nn.Sequential(BlurrySelfAttention(32, 4, window, rope_base=1e4), nn.Linear(32, 8)).to(device)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(mode, device):
+    """Calls and their gradients are seen below autograd, with sizes as numbers or as symbols."""
+    inputs = make_inputs(1, 2, 2, 9, 8, 6, torch.float32, device)
+
+    def call(*inputs):
+        leaves = [x.requires_grad_() for x in inputs]
+        return torch.autograd.grad(blurry_window_attention(*leaves, WINDOW["fejer"]).sum(), leaves)
+
+    graph = make_fx(call, tracing_mode=mode)(*inputs)
+    called = {str(node.target) for node in graph.graph.nodes}
+    assert called >= {"blurry_attn.forward.default", "blurry_attn.backward.default"}
+    with torch.no_grad():
+        found = graph(*inputs)
+    for ours, expected in zip(found, call(*inputs), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
