@@ -16,8 +16,8 @@ from .state import BlurryState
 from .window import BlurryWindow
 
 
-def _operator(name: str, *tensors: Tensor) -> Callable[..., Any]:
-    """The operator, by way of torch.ops where Python must see it called: that way takes a third of the host's time."""
+def _operator(name: str, *tensors: Tensor | None) -> Callable[..., Any]:
+    """The operator: by torch.ops only where Python must see the call, for it costs a third of a call's host time."""
     seen = torch.compiler.is_compiling() or has_torch_function(tensors)
     return getattr(torch.ops.blurry_attn, name).default if seen else getattr(_C, name)
 
@@ -167,7 +167,9 @@ def blurry_window_attention(
             enable_gqa=enable_gqa,
         )
     contents = (None, None) if state is None else state._contents()
-    out, lse, state_key, state_value, position = _operator("forward", query, key, value)(
+    position = None if state is None else state.position
+    forward = _operator("forward", query, key, value, cu_seqlens, *contents, position)
+    out, lse, state_key, state_value, position = forward(
         query,
         key,
         value,
@@ -175,7 +177,7 @@ def blurry_window_attention(
         _scale(scale, query.shape[-1]),
         cu_seqlens,
         *contents,
-        None if state is None else state.position,
+        position,
         return_state,
     )
     results = [out]
@@ -242,7 +244,7 @@ def blurry_window_step(
         if not torch.compiler.is_compiling():
             state._check_writable()
         position = position.clone()
-    step = _operator("step", query, key, value, *slots)
+    step = _operator("step", query, key, value, *slots, position)
     out: Tensor = step(
         query, key, value, *slots, position, *_law(state.window, key.shape[1]), _scale(scale, query.shape[-1])
     )
@@ -264,7 +266,7 @@ def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
     """
     if positions.is_floating_point() or positions.is_complex():
         raise TypeError(f"positions must be integers, got {positions.dtype}")
-    turned: Tensor = _operator("rotary", x)(x, positions.long(), base)
+    turned: Tensor = _operator("rotary", x, positions)(x, positions.long(), base)
     return turned
 
 

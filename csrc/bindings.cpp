@@ -60,7 +60,7 @@ std::vector<int64_t> slot_openings(int64_t slots, int64_t window, int64_t phase)
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// The operators, with the arguments of their schemas.
+// The operators, with the arguments of their schemas; a state is given whole.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> call_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots, std::vector<int64_t> window,
     std::vector<int64_t> phase, std::string kernel, double sharpness, double scale, const OptionalTensor& cu_seqlens,

@@ -86,13 +86,13 @@ WALKS = {  # slots, resolutions, phase, (query heads, head_dim, value_dim), toke
 
 
 PATCHES = {  # the same for "dirichlet"
-    "aligned": (64, (8, 4), None, (2, 64, 64), 5000),
+    "aligned": (64, (8, 4), None, (2, 64, 64), 6000),
     "sliding": (32, (1, 8), None, (4, 64, 64), 700),
-    "coarse": (32, (16, 32), None, (2, 64, 64), 4500),
+    "coarse": (32, (16, 32), None, (2, 64, 64), 5700),
     "few slots": (18, (3, 8), (2, 3), (4, 64, 40), 3000),
     "odd": (40, (5, 7, 11, 13), None, (4, 40, 64), 777),
     "phases": (16, (8, 9, 24), (3, 4, 23), (3, 64, 64), 600),
-    "wide": (48, (8, 4), None, (6, 128, 96), 500),
+    "wide": (48, (8, 4), None, (6, 128, 96), 4200),
     "wide and few": (17, (12,), 5, (1, 72, 128), 500),
     "short": (64, (8, 32), None, (2, 64, 64), 50),  # slots stay shut
 }

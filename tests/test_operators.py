@@ -9,8 +9,8 @@ from helpers import KERNELS, make_inputs, make_state, randn
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
-from blurry_attn.ops import rotary
+from blurry_attn import _C, BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
+from blurry_attn.ops import _operator, rotary
 
 WINDOW = {kernel: BlurryWindow(4, (4, 12), kernel) for kernel in KERNELS}
 
@@ -79,8 +79,14 @@ def test_shapes_for_tracing_are_those_of_results(dtype, tokens_first, device):
 
 
 def test_what_watches_python_sees_the_operators_called(device):
-    """Subclasses and modes with __torch_function__; else the same operators are called with torch.ops left out."""
+    """Subclasses and modes with __torch_function__; else torch.ops is left out."""
     seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs)
 
     class Watch(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -96,9 +102,15 @@ def test_what_watches_python_sees_the_operators_called(device):
     }
     for name, call in calls.items():
         alone = call()
+        assert seen == []
         with Watch():
             assert torch.equal(call(), alone)
         assert seen.count(f"blurry_attn.{name}.default") == 1
+        assert _operator(name, *inputs, None) is getattr(_C, name)
+        seen.clear()
+    lengths = torch.tensor([0, 1], device=device).as_subclass(Watched)
+    blurry_window_attention(*inputs, window, enable_gqa=True, cu_seqlens=lengths)
+    assert seen.count("blurry_attn.forward.default") == 1
 
 
 def test_opcheck_backend(device):

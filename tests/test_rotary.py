@@ -47,7 +47,7 @@ def test_it_turns_pairs_by_the_position(dtype, dim, layout, device):
         assert torch.equal(got, rotary(x.contiguous(), positions, 50.0))
 
 
-@pytest.mark.parametrize(("heads", "tokens", "batch"), [(67, 70, 2), (3, 0, 2), (3, 5, 0), (1, 1, 300)])
+@pytest.mark.parametrize(("heads", "tokens", "batch"), [(67, 70, 2), (0, 5, 2), (3, 0, 2), (3, 5, 0), (1, 1, 300)])
 def test_many_heads_and_none(heads, tokens, batch, device):
     x, positions = randn(batch, heads, tokens, 128, dtype=torch.float32, device=device), torch.arange(tokens).to(device)
     got = rotary(x, positions, 10000.0)

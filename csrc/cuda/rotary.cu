@@ -10,9 +10,9 @@ namespace {
 constexpr int kThreads = 256, kBlocks = 4;   // of a multiprocessor: enough rows are on their way
 constexpr int64_t kEnoughThreads = 1 << 17;  // where there are fewer, heads are divided among more
 
-// Cosine and sine of an angle in radians, to a rounding of theirs. The reduction to half turns is exact to a rounding
-// of float64, and has no slow path, whose table the compiler would keep in local memory; most cards are slow in
-// float64, so that what comes after it is not.
+// Cosine and sine of an angle in radians, to a rounding of theirs. The reduction to half turns is exact to a few
+// roundings of float64, and has no slow path, whose table the compiler would keep in local memory; most cards are slow
+// in float64, so that what comes after it is not.
 template <typename compute>
 __device__ __forceinline__ void turn_of(double angle, compute* cos, compute* sin) {
   constexpr double kPi = 3.141592653589793, kTwoPi = 2 * kPi, kTwoPiRest = 2.4492935982947064e-16;
@@ -84,7 +84,7 @@ void rotary(const Rotary& p) {
     const auto launch_with_count = [&](auto count_tag) {
       constexpr int count = decltype(count_tag)::value;
       const int64_t threads = p.batch * p.tokens * (p.dim / 2 / count);
-      if (threads == 0) return;
+      if (threads == 0 || p.heads == 0) return;
       const int64_t wanted = std::clamp<int64_t>(kEnoughThreads / threads, 1, p.heads);
       const int64_t group = (p.heads + wanted - 1) / wanted, groups = (p.heads + group - 1) / group;
       launch("rotary_turn", rotary_turn<storage, compute, count>, (threads * groups + kThreads - 1) / kThreads,

@@ -60,7 +60,7 @@ struct HeadList {
 // it, but for the last, which therefore has `extra` tokens more than the others.
 struct WalkPlan {
   int64_t length;  // tokens of a stretch at most
-  int64_t halved;  // a sequence of so many tokens is cut in two, though it is not longer than `length`
+  int64_t halved;  // a sequence of so many tokens is cut in two, though it is not longer than `length`; above: none is
   int64_t warm_up;
   int64_t extra;
   bool backward;
@@ -339,47 +339,59 @@ inline int laps_until(double rounding, double echo) {
   return laps;
 }
 
-// `at_once`: blocks of a walk backward on a multiprocessor. How the output is cut is a matter of each sequence alone.
-inline WalkPlan make_plan(const Problem& problem, const FluxClass& c, Task task, int64_t at_once = 1) {
-  WalkPlan plan;
+inline bool is_alone(const Problem& problem, const FluxClass& c) { return c.heads.count == problem.kv_heads; }
+
+// What plans begin with.
+inline WalkPlan plan_of(const Problem& problem, const FluxClass& c) {
+  WalkPlan plan{};
   // Walks begin with empty slots so much before the tokens they own.
   const int laps = laps_until(problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14, c.echo);
   plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
   // Where classes share the card they are cut finer, so that all end together.
-  const bool alone = c.heads.count == problem.kv_heads, forward = task == Task::forward;
+  const bool alone = is_alone(problem, c);
   plan.length = std::max<int64_t>((alone ? 8 : 2) * plan.warm_up, alone ? 4096 : 1024);
+  return plan;
+}
+
+// Of the walk for the output, which is cut by each sequence's own length alone.
+inline WalkPlan make_plan(const Problem& problem, const FluxClass& c) {
+  WalkPlan plan = plan_of(problem, c);
+  plan.extra = plan.warm_up / 3;  // of its work it does so much where it warms up
+  plan.halved = std::max<int64_t>(plan.warm_up + plan.warm_up / 2, 1024);
+  plan.count_stretches(problem);
+  return plan;
+}
+
+// Of the walk back, or of the one that makes contents for it, of which `at_once` blocks fit on a multiprocessor.
+inline WalkPlan make_back_plan(const Problem& problem, const FluxClass& c, Task task, int64_t at_once) {
+  WalkPlan plan = plan_of(problem, c);
   plan.backward = task == Task::backward;
-  // Where they warm up, walks forward do a third of their work, and those backward seven eighths.
-  plan.extra = forward ? plan.warm_up / 3 : plan.warm_up - plan.warm_up / 8;
-  plan.halved = plan.length;
-  if (forward) {
-    const int64_t halved = plan.warm_up + plan.warm_up / 2;
-    plan.halved = halved < 1024 ? 1024 : halved;
-  } else if (problem.sequences > 0) {
+  plan.extra = plan.backward ? plan.warm_up - plan.warm_up / 8 : plan.warm_up;  // back without gradients of queries
+  int64_t tokens = 0, count = 1;
+  if (problem.sequences > 0) {
     const int64_t lanes = problem.sequences * problem.kv_heads;
-    const int64_t tokens = problem.cu_seqlens ? problem.tokens / problem.sequences : problem.tokens;
+    tokens = problem.cu_seqlens ? problem.tokens / problem.sequences : problem.tokens;
     const int64_t finest = tokens / (std::max(plan.warm_up / 2, kLeastStretch) + 1);
-    if (alone) {
+    if (is_alone(problem, c)) {
       // So many stretches as fill the card once, or a few times, or one: those that end first.
       const int64_t blocks = at_once * kMultiprocessors;
-      const auto time = [&](int64_t count) {
-        const int64_t own = (tokens - plan.warm_up) / count;
-        return (lanes * count + blocks - 1) / blocks * (count > 1 ? own + plan.warm_up : tokens);
+      const auto time = [&](int64_t n) {
+        const int64_t own = (tokens - plan.warm_up) / n;
+        return (lanes * n + blocks - 1) / blocks * (n > 1 ? own + plan.warm_up : tokens);
       };
-      int64_t best = 1;
       for (int64_t times = 1; times <= 8; ++times) {
-        const int64_t count = std::min(times * blocks / lanes, finest);
-        if (count > 1 && time(count) < time(best)) best = count;
+        const int64_t n = std::min(times * blocks / lanes, finest);
+        if (n > 1 && time(n) < time(count)) count = n;
       }
-      plan.length = best > 1 ? (tokens + best - 1) / best : std::max(tokens, plan.length);
-      plan.halved = plan.length + 1;
     } else {
+      // Sequences that could stay whole are cut in two, unless they are short.
       const int64_t even = (kSharedBlocks + lanes / 2) / lanes;
-      const int64_t count = std::min(even * kHalves[is_wide(problem)][c.number] / 2, finest);
-      plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, plan.length);
-      plan.halved = plan.length;
+      const int64_t least = problem.cu_seqlens || tokens < plan.length ? 1 : 2;
+      count = std::max(least, std::min(even * kHalves[is_wide(problem)][c.number] / 2, finest));
     }
   }
+  plan.length = count > 1 ? (tokens + count - 1) / count : std::max(tokens, plan.length);
+  plan.halved = plan.length + 1;
   plan.count_stretches(problem);
   return plan;
 }

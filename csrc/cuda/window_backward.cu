@@ -504,7 +504,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
           meet();
         }
-        __syncwarp();       // the values have been read
+        __syncwarp();       // the values have been read, and may be overwritten, also by what comes after this branch
         if (t < own_end) {  // later tokens' are another stretch's
           Tiles<kChunks> out = {};
 #pragma unroll
@@ -922,13 +922,13 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
           using walk = Config<storage, config::kDim, config::kFlux, 32, false, true>;
           if (p.tokens > 0) {
             launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents,
-                              make_plan(p, c, Task::contents, walk::kBlocks), heads, nullptr);
+                              make_back_plan(p, c, Task::contents, walk::kBlocks), heads, nullptr);
           }
         }
       }
       const uint32_t bytes = shared_memory_of<window_back<config>>(
           p, heads, [&](int resolution) { return back_bytes<config>(p, resolution); });
-      const WalkPlan back = make_plan(p, c, Task::backward, config::kBlocks);
+      const WalkPlan back = make_back_plan(p, c, Task::backward, config::kBlocks);
       launch_early<kPair>("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes,
                           problem.stream, problem, gradients, contents, back, heads);
     });

@@ -55,7 +55,7 @@ void with_config(const Problem& p, int flux, const body_type& body) {
 
 Plans make_plans(const Problem& p, const std::vector<FluxClass>& classes) {
   Plans plans{};
-  for (const FluxClass& c : classes) plans.of_class[c.number] = make_plan(p, c, Task::forward);
+  for (const FluxClass& c : classes) plans.of_class[c.number] = make_plan(p, c);
   plans.by_class = true;
   return plans;
 }
