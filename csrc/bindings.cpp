@@ -6,9 +6,9 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <stdexcept>
-#include <tuple>
 
 #include "attention.h"
+#include "call.h"
 #include "law.h"
 
 #ifndef BLURRY_TORCH_VERSION
@@ -58,14 +58,12 @@ std::vector<int64_t> slot_openings(int64_t slots, int64_t window, int64_t phase)
   return tokens;
 }
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 // The operators, with the arguments of their schemas; a state is given whole.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> call_forward(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots, std::vector<int64_t> window,
-    std::vector<int64_t> phase, std::string kernel, double sharpness, double scale, const OptionalTensor& cu_seqlens,
-    const OptionalTensor& state_key, const OptionalTensor& state_value, const OptionalTensor& position,
-    bool return_state) {
+ForwardResult call_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
+                           std::vector<int64_t> window, std::vector<int64_t> phase, std::string kernel,
+                           double sharpness, double scale, const OptionalTensor& cu_seqlens,
+                           const OptionalTensor& state_key, const OptionalTensor& state_value,
+                           const OptionalTensor& position, bool return_state) {
   Options options{scale, cu_seqlens, {}, return_state};
   if (state_key) options.state = State{*state_key, state_value.value(), position.value()};
   const auto [out, lse, state] =

@@ -89,7 +89,7 @@ void launch_rows(const Problem& p, const RowTables& tables) {
 }
 
 // How time is cut. Where a walk only brings contents along, forward, it does a quarter of its work, backward half.
-// So long that 128 heads of all sequences, of 8192 tokens, fill a card of 132 multiprocessors once: three blocks on
+// Lengths are such that 128 heads, over all sequences, of 8192 tokens fill 132 multiprocessors once: three blocks on
 // each, or two where heads are wide.
 inline WalkPlan make_patch_plan(const Problem& p, bool backward) {
   WalkPlan plan;

@@ -19,8 +19,8 @@ constexpr size_t kMaxSharedBytes = 227 * 1024;
 constexpr uint32_t kSharedBase = 1024;  // the 32-bit address of shared_memory: zero is none
 
 extern unsigned char shared_memory[];  // of the block that runs
-extern int64_t
-    stretch;  // takes the place of the lengths in window.cuh and dirichlet.cuh: small problems then have several
+// Takes the place of the lengths in window.cuh and dirichlet.cuh: small problems then have several stretches.
+extern int64_t stretch;
 
 // Bound to a source line by the macros in cuda_runtime.h.
 struct Place {
