@@ -78,6 +78,40 @@ def test_half_precision(kernel, shape, dtype, device):
             assert error <= (1e-4 if kernel == "dirichlet" else 1e-5), f"{name}: {error:.2e}"
 
 
+@pytest.mark.parametrize("resolutions", [(8,), (1, 8)], ids=str)
+@pytest.mark.parametrize("change", ["values fall", "values rise", "gradients fall", "gradients rise"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_sizes_that_change_a_thousandfold(resolutions, change, dtype, device):
+    """At a token, another one for each sequence, so that it may lie anywhere beside a place where kernels cut time."""
+    sequences, tokens, heads = 9, 1300, len(resolutions)
+    window = BlurryWindow.pyramid(16, resolutions)
+    changed = torch.arange(tokens) < 128 * torch.arange(1, sequences + 1).unsqueeze(1)
+    if change.endswith("rise"):
+        changed = ~changed
+    factor = torch.where(changed, 1024.0, 1.0).view(sequences, 1, tokens, 1)  # a power of two rounds nothing
+    query, key, value = (x.to(dtype) for x in make_inputs(sequences, heads, None, tokens, 16))
+    if change.startswith("values"):
+        value, factor = value * factor.to(dtype), torch.ones(1, 1, 1, 1)
+
+    def with_factor(attend):
+        def call(query, *inputs, **options):
+            out, lse, end = attend(query, *inputs, **options)
+            return out * factor.to(query), lse, end
+
+        return call
+
+    inputs = query, key, value
+    exact = run(with_factor(blurry_window_attention), *(x.double() for x in inputs), window)
+    plain = run(with_factor(oracle), *inputs, window)
+    actual = run(with_factor(blurry_window_attention), *(x.to(device) for x in inputs), window)
+    for name in exact.keys() - {"position"}:
+        error, allowed = (relative_error(x[name], exact[name]) for x in (actual, plain))
+        factor_allowed = 3 if name.startswith("grad_") else 2
+        assert error <= factor_allowed * allowed, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
+        if name in ("end_key", "end_value"):
+            assert error <= 1e-5, f"{name}: {error:.2e}"
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dims", [(1, 1), (60, 60), (100, 37), (3, 130), (256, 256), (512, 512)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 63, 65])

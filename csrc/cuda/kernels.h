@@ -87,6 +87,7 @@ void window_forward(const Problem& problem, const Outputs& outputs, void* worksp
 int64_t window_contents(const Problem& problem);
 const char* window_backward_refusal(const Problem& problem, const Gradients& gradients);
 int64_t window_backward_workspace(const Problem& problem);
+int64_t window_kept_workspace(const Problem& problem);  // the same where contents are given
 void window_backward(const Problem& problem, const Gradients& gradients, void* workspace);
 
 // "dirichlet" in chunks (dirichlet_forward.cu), for bfloat16 and float16, in the same way.

@@ -171,8 +171,9 @@ struct Path {
   void (*forward)(const cuda::Problem&, const cuda::Outputs&, void*);
   int64_t (*backward_workspace)(const cuda::Problem&);
   void (*backward)(const cuda::Problem&, const cuda::Gradients&, void*);
-  int64_t (*contents)(const cuda::Problem&) = nullptr;  // bytes that the forward can leave for the backward
-  const char* refusal = nullptr;                        // why it is none but the scan
+  int64_t (*contents)(const cuda::Problem&) = nullptr;        // bytes that the forward can leave for the backward
+  int64_t (*kept_workspace)(const cuda::Problem&) = nullptr;  // of a backward that is given them
+  const char* refusal = nullptr;                              // why it is none but the scan
 
   int64_t contents_of(const cuda::Problem& problem) const { return contents ? contents(problem) : 0; }
 };
@@ -184,7 +185,8 @@ constexpr Path kWindow{"window",
                        cuda::window_forward,
                        cuda::window_backward_workspace,
                        cuda::window_backward,
-                       cuda::window_contents};
+                       cuda::window_contents,
+                       cuda::window_kept_workspace};
 constexpr Path kPatches{"patches",
                         cuda::dirichlet_backward_refusal,
                         cuda::dirichlet_forward_workspace,
@@ -271,7 +273,8 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
                       "contents must be what forward_with_contents returned for the same arguments");
     gradients.contents = contents->const_data_ptr();
   }
-  const at::Tensor memory = workspace(call, gradients.contents ? 0 : path.backward_workspace(problem));
+  const auto bytes = gradients.contents ? path.kept_workspace : path.backward_workspace;
+  const at::Tensor memory = workspace(call, bytes(problem));
   path.backward(problem, gradients, memory.mutable_data_ptr());
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
 }

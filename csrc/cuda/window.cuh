@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "mma.cuh"
@@ -63,6 +64,7 @@ struct WalkPlan {
   int64_t halved;  // a sequence of so many tokens is cut in two, though it is not longer than `length`; above: none is
   int64_t warm_up;
   int64_t extra;
+  int64_t patches;  // stretches begin at multiples of so many
   bool backward;
   bool packed;
   int64_t count;  // of stretches, those included that hold no token
@@ -88,6 +90,21 @@ struct WalkPlan {
   }
   __device__ int64_t number_of(const Problem& problem, int64_t sequence, int64_t x) const {
     return packed ? x - index(problem, sequence, 0) : x / problem.sequences;
+  }
+  // Number, in a launch, of the seam where a sequence's i-th stretch begins, i > 0; and how many numbers there are.
+  __device__ int64_t seam(const Problem& problem, int64_t sequence, int64_t i) const {
+    if (!packed) return (i - 1) * problem.sequences + sequence;
+    return Sequence::boundary(problem, sequence) / unit() + i - 1;
+  }
+  int64_t seams(const Problem& problem) const {
+    return packed ? problem.tokens / unit() : (stretches(problem.tokens) - 1) * problem.sequences;
+  }
+  // The same walk with one stretch for each sequence.
+  WalkPlan whole(const Problem& problem) const {
+    WalkPlan plan = *this;
+    plan.length = plan.halved = INT64_MAX;
+    plan.count_stretches(problem);
+    return plan;
   }
   void count_stretches(const Problem& problem) {
     packed = problem.cu_seqlens;
@@ -118,8 +135,8 @@ struct Stretch {
     const int64_t count = plan.stretches(sequence.length), extra = plan.extra < sequence.length ? plan.extra : 0;
     const auto begin_of = [&](int64_t i) {
       const int64_t even = (plan.backward ? 0 : extra) + i * (sequence.length - extra) / count;
-      const int64_t patches = (sequence.position - grid + even) / kPatch;
-      return grid + (patches > i ? patches : i) * kPatch;
+      const int64_t unit = plan.patches * kPatch, units = (sequence.position - grid + even) / unit;
+      return grid + (units > i ? units : i) * unit;
     };
     last = number + 1 >= count;
     begin = number == 0 ? sequence.position : begin_of(number);
@@ -127,6 +144,31 @@ struct Stretch {
     exists = number < count && begin < end;
   }
 };
+
+// What the two walks that meet at a seam, one from either side, hold there. One of them began with nothing at its
+// warm-up, and lacks an echo of what came before it. That is less than a rounding, unless sizes change much along the
+// sequence: then the two differ, and the sequence is walked once more, whole.
+struct Seams {
+  void* rows = nullptr;   // [seam][head][exact, warmed up][side][row][element]; null: no echo is left after a warm-up
+  WalkPlan plan;          // that cut time
+  bool is_again = false;  // whether sequences are walked for the second time, those that differ at a seam
+
+  // Bytes for the heads of one class, `row_count` rows of both sides at a seam.
+  static int64_t bytes(const Problem& p, const WalkPlan& plan, const HeadList& heads, double echo, int64_t row_count,
+                       int64_t element_size) {
+    if (echo == 0) return 0;
+    return plan.seams(p) * heads.count * 2 * 2 * row_count * (is_wide(p) ? 128 : 64) * element_size;
+  }
+  // The first of a side's rows.
+  __device__ __forceinline__ static int64_t row(int64_t seam, int heads, int head_index, bool warmed_up, int side,
+                                                int64_t row_count) {
+    return (((seam * heads + head_index) * 2 + warmed_up) * 2 + side) * row_count;
+  }
+};
+
+// By how much, as a part of their size, what two walks hold may differ: roundings of both add up.
+template <typename storage>
+constexpr float kSeamTolerance = std::is_same<storage, __half>::value ? 0x1p-10f : 0x1p-7f;
 
 // One block's walk: a stretch of one sequence and head. Tokens ("times") are counted from the first tile's first, cells
 // from the one that trails there, both as plain ints.
@@ -144,6 +186,7 @@ struct Walk {
   int offset, resolution;     // of time 0 from the first cell's centre
   int first;                  // the first cell of all, or a bound below it
   int given;                  // the trailing cell when the contents that the walk begins with were left, in ring rows
+  int64_t seam_before, seam_after;  // where another walk knows what this one warms up for, and the reverse; -1: none
   bool from_begin;
 
   Walk() = default;
@@ -168,6 +211,8 @@ struct Walk {
     end = since(s.end());
     own_begin = since(own.begin);
     own_end = own.exists ? since(own.end) : own_begin;
+    seam_before = from_begin ? -1 : plan.seam(p, s.index, own.number);
+    seam_after = own.last ? -1 : plan.seam(p, s.index, own.number + 1);
     first_patch = (first_time - own.grid) / kPatch;
     trailing_at_begin = cells.trailing(s.position) - cell;
     offset = static_cast<int>(first_time - cells.centre(cell));
@@ -331,6 +376,7 @@ constexpr int64_t kSharedBlocks = 4 * kMultiprocessors;
 constexpr int64_t kHalves[2][kFluxClasses] = {{2, 2, 2, 1, 2}, {1, 2, 2, 2, 1}};
 
 constexpr int64_t kLeastStretch = 128;  // tokens; at least a patch
+constexpr int64_t kSeamPatches = 4;     // walks back meet where tiles of both begin
 
 // After how many laps less is left of what a slot held than a rounding of what it holds; an echo is under a half.
 inline int laps_until(double rounding, double echo) {
@@ -344,6 +390,7 @@ inline bool is_alone(const Problem& problem, const FluxClass& c) { return c.head
 // What plans begin with.
 inline WalkPlan plan_of(const Problem& problem, const FluxClass& c) {
   WalkPlan plan{};
+  plan.patches = 1;
   // Walks begin with empty slots so much before the tokens they own.
   const int laps = laps_until(problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14, c.echo);
   plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
@@ -366,6 +413,7 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c) {
 inline WalkPlan make_back_plan(const Problem& problem, const FluxClass& c, Task task, int64_t at_once) {
   WalkPlan plan = plan_of(problem, c);
   plan.backward = task == Task::backward;
+  plan.patches = kSeamPatches;
   plan.extra = plan.backward ? plan.warm_up - plan.warm_up / 8 : plan.warm_up;  // back without gradients of queries
   int64_t tokens = 0, count = 1;
   if (problem.sequences > 0) {

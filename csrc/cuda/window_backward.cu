@@ -140,6 +140,8 @@ struct WalkBack {
   int given_last;                    // the last token of its lobe
   int first;                         // the first cell of all
   int ended;                         // the first cell that does not end in this call
+  int64_t seam_before, seam_after;   // numbers of the seams that the stretch begins and ends at; -1: none
+  int seam_tile;                     // the one that begins at seam_after
   bool from_begin, to_end;           // of the sequence
 
   WalkBack() = default;
@@ -160,15 +162,17 @@ struct WalkBack {
     position = s.position;
     length = static_cast<int>(s.length);
     from_begin = own.number == 0;
-    const int64_t later = own.end + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
-    to_end = own.last || later >= s.end();
-    const int64_t to = to_end ? s.end() : later;
+    to_end = begins_at_end(own, plan);
+    const int64_t to = to_end ? s.end() : begin_of(own, plan);
     const int64_t first_patch = (own.begin - own.grid) / kPatch, token = own.grid + first_patch * kPatch;
     lead = static_cast<int>(token - position);
     last_tile = own.exists ? static_cast<int>((to - 1 - token) / tile) : -1;
     own_begin = static_cast<int>(own.begin - position);
     own_end = static_cast<int>(own.end - position);
     walk_end = static_cast<int>(to - position);
+    seam_before = from_begin ? -1 : plan.seam(p, sequence, own.number);
+    seam_after = to_end ? -1 : plan.seam(p, sequence, own.number + 1);
+    seam_tile = (own_end - lead) / tile;
     base = cells.trailing(token) - slots;
     first_offset = static_cast<int>(token - cells.centre(base + slots));
     const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
@@ -180,6 +184,13 @@ struct WalkBack {
                (cells.trailing(position) - base);
     started_row = contents.started_row(p, s.index, batch, row, first_patch, head);
   }
+  // Where the walk of a stretch begins: at the sequence's end, or so much later than the stretch's.
+  __device__ static int64_t begin_of(const Stretch& own, const WalkPlan& plan) {
+    return own.end + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
+  }
+  __device__ static bool begins_at_end(const Stretch& own, const WalkPlan& plan) {
+    return own.last || begin_of(own, plan) >= own.sequence.end();
+  }
   __device__ int64_t end() const { return position + length; }
   __device__ int tile_token(int i) const { return lead + i * tile; }
   // The cell that trails where a patch begins, and how far from its centre.
@@ -190,15 +201,75 @@ struct WalkBack {
   }
 };
 
+// Of gradients at a seam: of the cells in the slots, and of two that may go on there.
+inline int64_t grad_seam_rows(const Problem& p) { return p.slots + 2; }
+inline int64_t grad_seam_bytes(const Problem& p, const WalkPlan& plan, const FluxClass& c) {
+  return Seams::bytes(p, plan, c.heads, c.echo, grad_seam_rows(p), sizeof(float));
+}
+
+// Whether, at one of a sequence's seams, gradients of cells differ by more than a rounding of the gradients of tokens
+// before it that they are handed on to, 64 tokens at a time.
+template <typename config>
+__device__ bool gradients_differ(const Problem& p, const Gradients& gradients, const Seams& seams,
+                                 const HeadList& heads) {
+  using storage = typename config::storage;
+  constexpr int kChunks = config::kDim / 8, kRowsAtOnce = kWarp / kChunks, kBlock = 64;
+  const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const Cells cells = p.laws[head].cells;
+  const Sequence s(p, blockIdx.x / heads.count);
+  const int64_t row_count = p.slots + 2, reach = cells.window() + 2 * cells.resolution;
+  bool differ = false;
+  for (int64_t i = 1; i < seams.plan.stretches(s.length); ++i) {
+    const Stretch before(p, seams.plan, cells, seams.plan.index(p, s.index, i - 1));
+    const int64_t end = before.end, seam = seams.plan.seam(p, s.index, i), first_cell = cells.trailing(end) - p.slots;
+    if (WalkBack::begins_at_end(before, seams.plan)) continue;
+    for (int64_t n = warp; n < 2 * ((reach + kBlock - 1) / kBlock); n += config::kThreads / kWarp) {
+      const int side = n % 2;
+      const int64_t until = end - n / 2 * kBlock, from = until - kBlock > s.position ? until - kBlock : s.position;
+      if (from >= until) break;
+      const auto row_at = [&](int64_t cell, bool exact) {
+        return static_cast<const float*>(seams.rows) +
+               (Seams::row(seam, heads.count, head_index, !exact, side, row_count) + cell - first_cell) * config::kDim;
+      };
+      float difference = 0.f, size = 0.f;
+      const int64_t oldest = cells.trailing(from), newest = cells.trailing(until - 1) + 1;
+      for (int64_t cell = oldest > first_cell ? oldest : first_cell; cell <= newest; ++cell) {
+        for (int d = lane; d < config::kDim; d += kWarp) {
+          const float apart = row_at(cell, true)[d] - row_at(cell, false)[d];
+          difference += apart * apart;
+        }
+      }
+      const View& view = side ? gradients.value : gradients.key;
+      const int chunk = lane % kChunks;
+      if (chunk * 8 < (side ? p.value_dim : p.key_dim)) {
+#pragma unroll 4
+        for (int64_t t = from + lane / kChunks; t < until; t += kRowsAtOnce) {
+          const storage* const at = row_of<const storage>(view, s.batch, head, s.row + t - s.position) + chunk * 8;
+          const uint4 words = load_global(at);
+          for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
+            const float2 pair = unpack<storage>(word);
+            size += pair.x * pair.x + pair.y * pair.y;
+          }
+        }
+      }
+      constexpr float kMost = kSeamTolerance<storage> * kSeamTolerance<storage>;
+      differ = differ || !(warp_sum(difference) <= kMost * warp_sum(size));
+    }
+  }
+  return __syncthreads_or(differ);
+}
+
 // Some warps attend, one per patch of a tile, or two that divide its columns, and leave weights: of what the slots held
 // when the patch began, and of its tokens. The others sum them up, a slice of elements of key or value each, one tile
 // behind. A block has one stretch of one sequence and kv head; it begins plan.warm_up tokens later, for what cells of
 // the stretch give to later tokens.
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
-    window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads) {
+    window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads, Seams seams) {
   wait_for_grid_before();
   if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
+  if (!config::kSelecting && seams.is_again && !gradients_differ<config>(p, gradients, seams, heads)) return;
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   using Weights = PatchWeights<storage, config::kFlux>;
@@ -647,6 +718,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
   __syncwarp();
 
+  // Leaves the gradients of what slots held where a tile begins, at a seam.
+  const auto note_gradients = [&](int64_t seam, bool warmed_up, int tile) {
+    if (kSelecting || seam < 0) return;
+    const int64_t row_count = p.slots + 2;
+    const int64_t row = Seams::row(seam, heads.count, blockIdx.x % heads.count, warmed_up, side, row_count);
+    float* const to = static_cast<float*>(seams.rows) + row * config::kDim + first_element + lane;
+    for (int n = 0; n < row_count; ++n) to[n * config::kDim] = all_grads[at_lane((oldest(tile) + n) % grad_rows)];
+  };
   const View& rows_view = side ? gradients.grad_out : p.query;
   const View& to_view = side ? gradients.value : gradients.key;
   const storage* const first_row =
@@ -830,7 +909,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       if (!is_end) barrier_arrive(all_read);
     }
+    if (seams.rows && tile == walk.seam_tile) note_gradients(walk.seam_after, true, tile);
   }
+  if (seams.rows) note_gradients(walk.seam_before, false, 0);
 
   if (!walk.from_begin || !grad_given || !has_element) return;
   if constexpr (!kSelecting) {
@@ -879,6 +960,18 @@ void with_back_config(const Problem& p, int flux, const body_type& body) {
   for_half(p.dtype, [&](auto storage) { with_back_flux<decltype(storage)>(p, flux, body); });
 }
 
+// Calls body(config{}, forward, back) with the plans of a class: of the walk for contents and of the walk back.
+template <typename config>
+using ContentsConfig = Config<typename config::storage, config::kDim, config::kFlux, 32, false, true>;
+template <typename body_type>
+void with_walks(const Problem& p, const FluxClass& c, const body_type& body) {
+  with_back_config(p, flux_of_class(c.number), [&](auto config_tag) {
+    using config = decltype(config_tag);
+    body(config_tag, make_back_plan(p, c, Task::contents, ContentsConfig<config>::kBlocks),
+         make_back_plan(p, c, Task::backward, config::kBlocks));
+  });
+}
+
 template <typename config>
 uint32_t back_bytes(const Problem& p, int resolution) {
   const int group = static_cast<int>(p.query_heads / p.kv_heads);
@@ -888,6 +981,7 @@ uint32_t back_bytes(const Problem& p, int resolution) {
 // Of a problem that window_refusal() takes.
 const char* refusal_of_slots(const Problem& p) {
   if (p.slots > 64) return "backward: there are more than 64 slots";
+  if (p.dtype == DType::float16 && p.state_key) return "backward: a given state may hold more than float16 can";
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     const int resolution = static_cast<int>(p.host_laws[h].cells.resolution);
     bool fits = true;
@@ -907,30 +1001,51 @@ const char* window_backward_refusal(const Problem& p, const Gradients& gradients
 }
 
 int64_t window_contents(const Problem& p) { return refusal_of_slots(p) ? 0 : Contents::bytes(p); }
-int64_t window_backward_workspace(const Problem& p) { return Contents::bytes(p); }
+int64_t window_kept_workspace(const Problem& p) {
+  int64_t bytes = 0;
+  for (const FluxClass& c : flux_classes(p, Contents(), Task::backward)) {
+    with_walks(p, c, [&](auto, const WalkPlan&, const WalkPlan& back) { bytes += grad_seam_bytes(p, back, c); });
+  }
+  return bytes;
+}
+int64_t window_backward_workspace(const Problem& p) {
+  int64_t bytes = Contents::bytes(p);
+  for (const FluxClass& c : flux_classes(p, Contents(), Task::backward)) {
+    with_walks(p, c, [&](auto, const WalkPlan& forward, const WalkPlan& back) {
+      bytes += cell_seam_bytes(p, forward, c) + grad_seam_bytes(p, back, c);
+    });
+  }
+  return bytes;
+}
 
 void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
-  const Contents contents(p, gradients.contents ? const_cast<void*>(gradients.contents) : workspace);
+  const bool kept = gradients.contents;
+  const Contents contents(p, kept ? const_cast<void*>(gradients.contents) : workspace);
+  uint8_t* seam_rows = static_cast<uint8_t*>(workspace) + (kept ? 0 : Contents::bytes(p));
   two_at_once(p, flux_classes(p, contents, Task::backward), [&](const FluxClass& c, const Problem& problem) {
     const HeadList& heads = c.heads;
-    with_back_config(p, flux_of_class(c.number), [&](auto config_tag) {
+    with_walks(p, c, [&](auto config_tag, const WalkPlan& forward, const WalkPlan& back) {
       using config = decltype(config_tag);
-      using storage = typename config::storage;
-      if (!gradients.contents) {
+      if (!kept) {
         if (p.state_key) launch_given<config>(problem, contents, heads);
         if constexpr (!config::kSelecting) {
-          using walk = Config<storage, config::kDim, config::kFlux, 32, false, true>;
           if (p.tokens > 0) {
-            launch_walk<walk>("window_walk of contents", problem, Outputs{}, contents,
-                              make_back_plan(p, c, Task::contents, walk::kBlocks), heads, nullptr);
+            launch_walk<ContentsConfig<config>>("window_walk of contents", problem, Outputs{}, contents, forward, c,
+                                                seam_rows, nullptr);
           }
         }
+        seam_rows += cell_seam_bytes(p, forward, c);
       }
       const uint32_t bytes = shared_memory_of<window_back<config>>(
           p, heads, [&](int resolution) { return back_bytes<config>(p, resolution); });
-      const WalkPlan back = make_back_plan(p, c, Task::backward, config::kBlocks);
-      launch_early<kPair>("window_back", window_back<config>, back.count * heads.count, config::kThreads, bytes,
-                          problem.stream, problem, gradients, contents, back, heads);
+      const auto walk = [&](const WalkPlan& plan, const Seams& seams) {
+        launch_early<kPair>("window_back", window_back<config>, plan.count * heads.count, config::kThreads, bytes,
+                            problem.stream, problem, gradients, contents, plan, heads, seams);
+      };
+      const int64_t seam_bytes = grad_seam_bytes(p, back, c);
+      walk(back, {seam_bytes > 0 ? seam_rows : nullptr, back});
+      if (seam_bytes > 0) walk(back.whole(p), {seam_rows, back, /*is_again=*/true});
+      seam_rows += seam_bytes;
     });
   });
 }

@@ -8,21 +8,23 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// The state after the last token, in float32: of what slots held so many laps ago float32 shows nothing.
+// The state after the last token, in float32.
 template <typename storage>
 __global__ void __launch_bounds__(256)
-    window_state(Problem p, View tokens, int dim, int laps, const float* state, int tiles, float* end) {
+    window_state(Problem p, View tokens, int dim, const float* state, int tiles, float* end) {
   const int64_t element = blockIdx.x % tiles * 256 + threadIdx.x, head = blockIdx.x / tiles % p.kv_heads;
   const Sequence sequence(p, blockIdx.x / tiles / p.kv_heads);
   if (element >= p.slots * dim) return;
   const int slot = static_cast<int>(element / dim), d = static_cast<int>(element % dim);
   const Law<float> law(p, head);
   const int64_t at = ((sequence.index * p.kv_heads + head) * p.slots + slot) * dim + d;
-  const int64_t from = sequence.end() - laps * law.cells.window() - 2 * law.cells.resolution;
+  // Where no echo is left, a slot holds nothing from before its last whole lobe.
+  const int64_t lap = sequence.end() - law.cells.window() - 2 * law.cells.resolution;
+  const int64_t from = p.laws[head].echo == 0 && lap > sequence.position ? lap : sequence.position;
   float content = 0.f;
-  if (from <= sequence.position && state && law.is_open(slot, sequence.position - 1)) content = state[at];
+  if (state && law.is_open(slot, sequence.position - 1)) content = state[at];
   const storage* rows = row_of<const storage>(tokens, sequence.batch, head, sequence.row) + d * tokens.element;
-  walk_slot(law, slot, from > sequence.position ? from : sequence.position, sequence.end(), [&](int64_t t, float gate) {
+  walk_slot(law, slot, from, sequence.end(), [&](int64_t t, float gate) {
     content = written(content, to_compute<float>(rows[(t - sequence.position) * tokens.token]), gate);
   });
   end[at] = content;
@@ -85,7 +87,11 @@ const char* window_refusal(const Problem& p) {
 }
 
 int64_t window_forward_workspace(const Problem& p) {
-  return repair_workspace(p, make_plans(p, flux_classes(p, Contents(), Task::forward)));
+  const std::vector<FluxClass> classes = flux_classes(p, Contents(), Task::forward);
+  const Plans plans = make_plans(p, classes);
+  int64_t bytes = repair_workspace(p, plans);
+  for (const FluxClass& c : classes) bytes += cell_seam_bytes(p, plans.of_class[c.number], c);
+  return bytes;
 }
 
 void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
@@ -93,25 +99,24 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   const std::vector<FluxClass> classes = flux_classes(p, contents, Task::forward);
   const Plans plans = make_plans(p, classes);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
+  uint8_t* seam_rows = unsound + repair_workspace(p, plans);
   if (p.tokens > 0) {
     two_at_once(p, classes, [&](const FluxClass& c, const Problem& problem) {
+      const WalkPlan& plan = plans.of_class[c.number];
       with_config(p, flux_of_class(c.number), [&](auto config) {
         if (outputs.contents && p.state_key) launch_given<decltype(config)>(problem, contents, c.heads);
-        launch_walk<decltype(config)>("window_walk", problem, outputs, contents, plans.of_class[c.number], c.heads,
-                                      unsound);
+        launch_walk<decltype(config)>("window_walk", problem, outputs, contents, plan, c, seam_rows, unsound);
       });
+      seam_rows += cell_seam_bytes(p, plan, c);
     });
   }
   for_half(p.dtype, [&](auto storage_tag) {
     using storage = decltype(storage_tag);
     if (outputs.state_key) {
-      double most_echo = 0;
-      for (int64_t h = 0; h < p.kv_heads; ++h) most_echo = std::max(most_echo, p.host_laws[h].echo);
-      const int laps = laps_until(0x1p-28, most_echo);
       const auto state = [&](const View& tokens, int64_t dim, const void* given, void* end) {
         const int tiles = static_cast<int>((p.slots * dim + 255) / 256);
         launch("window_state", window_state<storage>, p.sequences * p.kv_heads * tiles, 256, 0, p.stream, p, tokens,
-               static_cast<int>(dim), laps, static_cast<const float*>(given), tiles, static_cast<float*>(end));
+               static_cast<int>(dim), static_cast<const float*>(given), tiles, static_cast<float*>(end));
       };
       state(p.key, p.key_dim, p.state_key, outputs.state_key);
       state(p.value, p.value_dim, p.state_value, outputs.state_value);

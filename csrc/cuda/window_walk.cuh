@@ -86,11 +86,43 @@ __device__ __forceinline__ void prepare(const Problem& p, int head) {
   }
 }
 
+// Whether the two walks at one of a sequence's seams found the cells unlike that ended in the lap before it.
+template <typename config>
+__device__ bool cells_differ(const Problem& p, const Seams& seams, const HeadList& heads) {
+  using storage = typename config::storage;
+  const int head_index = blockIdx.x % heads.count, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int slots = static_cast<int>(p.slots);
+  const Sequence s(p, blockIdx.x / heads.count);
+  bool differ = false;
+  for (int64_t i = 1; i < seams.plan.stretches(s.length); ++i) {
+    const Stretch own(p, seams.plan, p.laws[heads.head[head_index]].cells, seams.plan.index(p, s.index, i));
+    if (!own.exists || own.begin - s.position <= seams.plan.warm_up) continue;
+    const int64_t seam = seams.plan.seam(p, s.index, i);
+    for (int n = warp; n < 2 * slots; n += config::kWarps) {  // rows of both sides
+      const auto row_at = [&](bool warmed_up) {
+        return static_cast<const storage*>(seams.rows) +
+               (Seams::row(seam, heads.count, head_index, warmed_up, 0, slots) + n) * config::kDim;
+      };
+      float difference = 0.f, size = 0.f;
+      for (int d = lane; d < config::kDim; d += kWarp) {
+        const float exact = to_compute<float>(row_at(false)[d]), apart = to_compute<float>(row_at(true)[d]) - exact;
+        difference += apart * apart;
+        size += exact * exact;
+      }
+      constexpr float kMost = kSeamTolerance<storage> * kSeamTolerance<storage>;
+      differ = differ || !(warp_sum(difference) <= kMost * warp_sum(size));
+    }
+  }
+  return __syncthreads_or(differ);
+}
+
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
-    window_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, uint8_t* unsound) {
+    window_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, Seams seams,
+                uint8_t* unsound) {
   wait_for_grid_before();
   if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
+  if (!config::kSelecting && seams.is_again && !cells_differ<config>(p, seams, heads)) return;
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   constexpr int kDim = config::kDim, kFlux = config::kFlux, kWarps = config::kWarps, kTile = config::kTile;
@@ -105,7 +137,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const bool keeps = config::kContents || (!config::kMore && contents.cells);
   if (threadIdx.x == 0) {
     walk = Walk(p, plan, blockIdx.x / heads.count, head);
-    if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 0;
+    if (unsound) unsound[walk.stretch * p.kv_heads + head] = 0;
     if (keeps) {
       cell_row = heads.cell_rows[head_index] - walk.trailing_at_begin +
                  contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, p.laws[head]);
@@ -133,7 +165,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   int* const patch_cells = reinterpret_cast<int*>(shared_memory + layout.cells);
 
   const auto report = [&] {  // something is not finite
-    if (!config::kContents) unsound[walk.stretch * p.kv_heads + head] = 1;
+    if (unsound) unsound[walk.stretch * p.kv_heads + head] = 1;
   };
 
   // Contents before the walk, where they are given. Cell number c lies in row c mod ring_rows.
@@ -197,6 +229,16 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const auto owns = [&](int time) { return time >= walk.own_begin && time < walk.own_end; };
   const auto store_row = [](void* rows, int64_t row, int chunk, const uint4& words) {
     store_global(static_cast<uint4*>(rows) + row * Row::kChunks + chunk, words);
+  };
+  // Leaves a cell that ended at `ended` where it lies in the lap before a seam.
+  const auto note_cell = [&](int ended, int side, int chunk, const uint4& words) {
+    const auto note_at = [&](int64_t seam, bool warmed_up, int back) {
+      if (seam < 0 || back < 0 || back >= slots * resolution) return;
+      const int64_t row = Seams::row(seam, heads.count, head_index, warmed_up, side, slots) + back / resolution;
+      store_row(seams.rows, row, chunk, words);
+    };
+    note_at(walk.seam_after, false, walk.own_end - 1 - ended);
+    note_at(walk.seam_before, true, walk.own_begin - 1 - ended);
   };
   for (int side = 0; side < 2; ++side) fetch(warp * kPatch, 0, side);
   __syncthreads();  // the ring and the table are there
@@ -357,6 +399,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             if (keeps && last < kTile && owns(time + last)) {
               store_row(contents.cells, 2 * (cell_row + c) + side, chunk, words);
             }
+            if (seams.rows && last < kTile) note_cell(time + last, side, chunk, words);
           }
         }
       }
@@ -506,19 +549,30 @@ __global__ void __launch_bounds__(256) window_given(Problem p, Contents contents
   }
 }
 
+inline int64_t cell_seam_bytes(const Problem& p, const WalkPlan& plan, const FluxClass& c) {
+  return Seams::bytes(p, plan, c.heads, c.echo, p.slots, 2);
+}
+
 template <typename config>
 void launch_given(const Problem& p, const Contents& contents, const HeadList& heads) {
   launch("window_given", window_given<typename config::storage, config::kDim>, p.sequences * heads.count, 256, 0,
          p.stream, p, contents, heads);
 }
 
+// `seam_rows`: cell_seam_bytes() of memory.
 template <typename config>
 void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Contents& contents,
-                 const WalkPlan& plan, const HeadList& heads, uint8_t* unsound) {
+                 const WalkPlan& plan, const FluxClass& c, void* seam_rows, uint8_t* unsound) {
+  const HeadList& heads = c.heads;
   const uint32_t bytes = shared_memory_of<window_walk<config>>(
       p, heads, [&](int resolution) { return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes; });
-  launch_early<kPair>(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
-                      outputs, contents, plan, heads, unsound);
+  const auto walk = [&](const WalkPlan& plan, const Seams& seams, uint8_t* unsound) {
+    launch_early<kPair>(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
+                        outputs, contents, plan, heads, seams, unsound);
+  };
+  if (cell_seam_bytes(p, plan, c) == 0) return walk(plan, {nullptr, plan}, unsound);
+  walk(plan, {seam_rows, plan}, unsound);
+  walk(plan.whole(p), {seam_rows, plan, /*is_again=*/true}, nullptr);  // what is not finite was seen before
 }
 
 }  // namespace

@@ -608,7 +608,7 @@ void run_attention(Case& c, Checks& checks) {
                         : chunks         ? cuda::dirichlet_backward
                                          : cuda::window_backward;
   if (backward_window && contents.size() > 0) gradients.contents = contents.data();
-  Buffer memory(gradients.contents ? 0 : backward_bytes(problem));
+  Buffer memory((gradients.contents ? cuda::window_kept_workspace : backward_bytes)(problem));
   backward(problem, gradients, memory.data());
   if (!memory.guarded()) checks.fail("backward: the workspace was written out of bounds");
   // Gradients of query and key are differences, which say nothing where they are much smaller than their parts.
