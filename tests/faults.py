@@ -456,6 +456,7 @@ CUDA_PACKED = ("tests/test_cuda.py::test_packed_over_many_stretches", STATES[1])
 WALK = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and fresh and not wide")
 WALK_STATES = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and state and not wide")
 WALK_ECHO = ("tests/test_cuda.py::test_window_kernels_with_an_echo", "-k", "bfloat16 and fresh")
+SIZES = ("tests/test_accuracy.py::test_sizes_that_change_a_thousandfold", "-k", "bfloat16 and cuda")
 WALK_NAN = ("tests/test_cuda.py::test_window_kernels_contain_what_is_not_finite",)
 QUERY_NAN = ("tests/test_nan.py::test_nan_in_a_query_leaves_shut_slots_without_gradient", "-k", "bfloat16")
 PATCHES = ("tests/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and fresh and not wide")
@@ -593,7 +594,7 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/window_forward.cu",
-        ("CUDA window: state of too few laps", "sequence.end() - laps * law", "sequence.end() - 1 * law", WALK),
+        ("CUDA window: state without an echo", "p.laws[head].echo == 0 && lap", "lap", WALK),
         ("CUDA window: given state not kept", "if (outputs.contents && p.state_key)",
          "if (outputs.contents && !p.state_key)", WALK_STATES),
     ),
@@ -602,6 +603,7 @@ CUDA = [
         ("CUDA window: > for >= where a cell goes on", "config::kSelecting ? 0 : offset >= 2 ? 2 : 1;",
          "config::kSelecting ? 0 : offset > 2 ? 2 : 1;", WALK),
         ("CUDA window: missing mask", "attend.masked = irregular ?", "attend.masked = false ?", WALK),
+        ("CUDA window: walks that differ at a seam kept", "differ = differ ||", "differ = differ &&", SIZES),
     ),
     *faults(
         "csrc/cuda/window_attend.cuh",
@@ -627,6 +629,7 @@ CUDA = [
          "at_begin[j] + grads_started[at_lane(2 * w + j)];", "at_begin[j];", WALK),
         ("CUDA window: gradient of the state ignored", "if (walk.to_end && grad_state && has_element) {",
          "if (walk.to_end && grad_state && !has_element) {", WALK),
+        ("CUDA window: gradients that differ at a seam kept", "differ = differ ||", "differ = differ &&", SIZES),
         ("CUDA window: shut slots get a gradient", "open ? all_grads[at_lane(cell % grad_rows)] : 0.f;",
          "all_grads[at_lane(cell % grad_rows)] + !open;", WALK_STATES),
     ),
