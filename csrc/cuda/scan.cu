@@ -6,6 +6,7 @@
 // Each keeps its share of the slots in registers. Logits and weights live for as many stretches at once as a bounded
 // workspace holds. A stretch's rows are its (token, query head of the group) pairs; the heads of a group share the
 // slots.
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -296,11 +297,13 @@ int power_of_two(int64_t at_least) {
   return n;
 }
 int between(int low, int x, int high) { return x < low ? low : x > high ? high : x; }
+// Rows in shared memory are whole quads in both dimensions, and a block whole warps.
 Shape make_shape(int64_t summed, int per_thread_summed, int64_t other, int per_thread_other) {
   Shape shape;
   shape.across = between(4, power_of_two((summed + per_thread_summed - 1) / per_thread_summed), kWarp);
-  shape.along = between(kWarp / shape.across, power_of_two((other + per_thread_other - 1) / per_thread_other),
-                        kMaxThreads / shape.across);
+  const int least = std::max(kWarp / shape.across, 4 / per_thread_other);
+  shape.along =
+      between(least, power_of_two((other + per_thread_other - 1) / per_thread_other), kMaxThreads / shape.across);
   shape.tiles = static_cast<int>((other + shape.along * per_thread_other - 1) / (shape.along * per_thread_other));
   return shape;
 }
