@@ -127,7 +127,6 @@ struct PatchWalk {
       : cells(p.laws[head].cells), stretch(x), head(head) {
     const Stretch own(p, plan, cells, x);
     const Sequence& s = own.sequence;
-    const bool exists = own.exists && own.number >= 0;  // below zero only where cu_seqlens is wrong
     const int64_t period = cells.window();
     sequence = s.index;
     batch = s.batch;
@@ -142,8 +141,8 @@ struct PatchWalk {
     begin = since(s.position);
     end = since(s.end());
     own_begin = since(own.begin);
-    own_end = exists ? since(own.end) : own_begin;
-    walk_end = exists ? since(to_end ? s.end() : own.end + period) : own_begin;
+    own_end = own.exists ? since(own.end) : own_begin;
+    walk_end = own.exists ? since(to_end ? s.end() : own.end + period) : own_begin;
     settled = since(cells.opening(cells.slots - 1));
     window = static_cast<int>(period);
     resolution = static_cast<int>(cells.resolution);

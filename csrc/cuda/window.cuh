@@ -141,7 +141,7 @@ struct Stretch {
     last = number + 1 >= count;
     begin = number == 0 ? sequence.position : begin_of(number);
     end = last ? sequence.end() : begin_of(number + 1);
-    exists = number < count && begin < end;
+    exists = number >= 0 && number < count && begin < end;  // below zero only where cu_seqlens is wrong
   }
 };
 
