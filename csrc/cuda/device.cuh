@@ -245,6 +245,11 @@ __device__ __forceinline__ compute written(compute content, compute token, compu
   return gate == compute(1) ? token : gate == compute(0) ? content : content + gate * (token - content);
 }
 
+// A given position, brought into range: of a captured call nobody can check it.
+__device__ __forceinline__ int64_t bounded_position(int64_t position) {
+  return position < 0 ? 0 : position < kMaxPosition ? position : kMaxPosition;
+}
+
 // One sequence: its batch entry, its first row and its rows there, and its tokens before them.
 struct Sequence {
   int64_t index, batch, row, length, position;
@@ -254,8 +259,7 @@ struct Sequence {
     row = problem.cu_seqlens ? boundary(problem, i) : 0;
     const int64_t end = problem.cu_seqlens ? boundary(problem, i + 1) : problem.tokens;
     length = end > row ? end - row : 0;
-    position = problem.position ? problem.position[i] : 0;
-    position = position > 0 ? position : 0;
+    position = problem.position ? bounded_position(problem.position[i]) : 0;
   }
   // cu_seqlens[i], brought into range.
   __device__ static int64_t boundary(const Problem& problem, int64_t i) {

@@ -66,7 +66,7 @@ struct Stretch {
   __device__ Stretch(const Problem& problem, const Plan& plan, int64_t x) : sequence(problem, find(problem, plan, x)) {
     number = x - first(problem, plan, sequence.index);
     const int64_t begin = number * plan.length, left = sequence.length - begin;
-    exists = number == 0 || left > 0;
+    exists = number == 0 || (number > 0 && left > 0);  // below zero only where cu_seqlens is wrong
     last = left <= plan.length;
     length = exists ? static_cast<int>(last ? left : plan.length) : 0;
     time = sequence.position + begin;

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kResident<whole, Shape> / Sha
   start_next_grid();
   const unsigned kv_heads = static_cast<unsigned>(p.kv_heads);
   const int64_t sequence = blockIdx.x / kv_heads, head = blockIdx.x % kv_heads;
-  const auto when = [&] { return position[sequence] > 0 ? position[sequence] : 0; };
+  const auto when = [&] { return bounded_position(position[sequence]); };
   step_token<storage, whole>(p, shape, when, sequence, head, 0, state_key + blockIdx.x * p.slots * p.key_dim,
                              state_value + blockIdx.x * p.slots * p.value_dim, out, static_cast<compute*>(nullptr),
                              shared_memory);
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kResident<whole, Shape> / Sha
 // After every block of step_slots has read the positions. None of them writes these: they are read ahead.
 __global__ void __launch_bounds__(kStepThreads) step_positions(int64_t sequences, int64_t* position) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
-  const int64_t before = i < sequences ? position[i] : 0;
+  const int64_t before = i < sequences ? bounded_position(position[i]) : 0;
   wait_for_grid_before();
   if (i < sequences) position[i] = before + 1;
 }
