@@ -10,8 +10,10 @@
 #include <atomic>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "architectures.h"
 #include "kernels.h"
@@ -283,35 +285,6 @@ __device__ __forceinline__ void wait_for_grid_before() {
 #endif
 }
 
-// What `ask` says (0 or more) of the current device: asked once per device and place of the call.
-template <typename ask_type>
-int once_per_device(const ask_type& ask) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // the answer + 1
-  int device = 0;
-  cudaGetDevice(&device);
-  if (device >= kDevices) return ask();
-  if (known[device] == 0) known[device] = ask() + 1;
-  return known[device] - 1;
-}
-
-// What a block can ask for at its launch; its own variables, 1 KB at most, come on top.
-inline int64_t shared_memory_limit() {
-  return once_per_device([] {
-    int device = 0, bytes = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return bytes - 1024;
-  });
-}
-template <auto kernel>
-void allow_shared_memory() {
-  once_per_device([] {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_memory_limit()));
-    return 0;
-  });
-}
-
 inline std::string describe(cudaError_t error) {
   const std::string text = cudaGetErrorString(error);
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) return text;
@@ -322,23 +295,56 @@ inline std::string describe(cudaError_t error) {
   return text + ": " + no_code_for(100 * major + 10 * minor, {__CUDA_ARCH_LIST__});
 }
 
+// What a call of CUDA's runtime reports, thrown; it shall not surface again elsewhere.
+inline void check(cudaError_t error, const char* what, const char* name = "") {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("blurry_attn: CUDA ") + what + name + ": " + describe(error));
+}
+
+// What `ask` says (0 or more) of the current device: asked once per device and place of the call.
+template <typename ask_type>
+int once_per_device(const ask_type& ask) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // the answer + 1
+  int device = 0;
+  check(cudaGetDevice(&device), "devices");
+  if (device >= kDevices) return ask();
+  if (known[device] == 0) known[device] = ask() + 1;
+  return known[device] - 1;
+}
+
+// What a block can ask for at its launch; its own variables, 1 KB at most, come on top.
+inline int64_t shared_memory_limit() {
+  return once_per_device([] {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "devices");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "devices");
+    return bytes - 1024;
+  });
+}
+template <auto kernel>
+void allow_shared_memory() {
+  once_per_device([] {
+    const int bytes = static_cast<int>(shared_memory_limit());
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+    return 0;
+  });
+}
+
 template <typename... parameters, typename... arguments>
 void launch_with(cudaLaunchConfig_t config, const char* name, void (*kernel)(parameters...), int64_t blocks,
                  int threads, int64_t shared_bytes, cudaStream_t stream, const arguments&... args) {
   if (blocks == 0) return;
-  const auto fail = [name](const std::string& why) {
-    throw std::runtime_error("blurry_attn: CUDA kernel " + std::string(name) + ": " + why);
-  };
-  if (blocks > INT32_MAX) fail("the problem needs " + std::to_string(blocks) + " blocks, more than a grid holds");
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error(std::string("blurry_attn: CUDA kernel ") + name + ": the problem needs " +
+                             std::to_string(blocks) + " blocks, more than a grid holds");
+  }
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters(args)...);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // what is reported here shall not surface again elsewhere
-    fail(describe(error));
-  }
+  check(cudaLaunchKernelEx(&config, kernel, parameters(args)...), "kernel ", name);
 }
 
 // Launches and names what cannot be launched. All blocks lie in grid.x, which holds 2^31 - 1.
@@ -365,7 +371,8 @@ void launch_early(const char* name, void (*kernel)(parameters...), int64_t block
   // Code made for an earlier card does not wait, on whatever card it runs.
   config.numAttrs = once_per_device([&] {
     cudaFuncAttributes made{};
-    return cudaFuncGetAttributes(&made, kernel) == cudaSuccess && made.ptxVersion >= 90 ? 1 + (cluster > 1) : 0;
+    check(cudaFuncGetAttributes(&made, kernel), "kernel ", name);
+    return made.ptxVersion >= 90 ? 1 + (cluster > 1) : 0;
   });
   launch_with(config, name, kernel, (blocks + cluster - 1) / cluster * cluster, threads, shared_bytes, stream, args...);
 }
@@ -378,43 +385,48 @@ class TwoStreams {
   TwoStreams(cudaStream_t main, bool needed) : main_(main) {
     if (!needed) return;
     side_ = &of_device();
-    check(cudaEventRecord(side_->begin, main_));
-    check(cudaStreamWaitEvent(side_->stream, side_->begin, 0));
+    check(cudaEventRecord(side_->begin.get(), main_), "streams");
+    check(cudaStreamWaitEvent(side_->stream.get(), side_->begin.get(), 0), "streams");
   }
-  cudaStream_t of(size_t number) const { return side_ && number % 2 == 0 ? side_->stream : main_; }
+  cudaStream_t of(size_t number) const { return side_ && number % 2 == 0 ? side_->stream.get() : main_; }
   ~TwoStreams() {
     if (!side_) return;
-    cudaEventRecord(side_->end, side_->stream);
-    cudaStreamWaitEvent(main_, side_->end, 0);
+    cudaEventRecord(side_->end.get(), side_->stream.get());
+    cudaStreamWaitEvent(main_, side_->end.get(), 0);
   }
   TwoStreams(const TwoStreams&) = delete;
   TwoStreams& operator=(const TwoStreams&) = delete;
 
  private:
+  struct Destroy {
+    void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
+    void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+  };
+  using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, Destroy>;
+  using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, Destroy>;
+  // All of it or, where a part cannot be made, none.
   struct Side {
-    cudaStream_t stream;
-    cudaEvent_t begin, end;
+    Stream stream = make_stream();
+    Event begin = make_event(), end = make_event();
   };
 
-  static void check(cudaError_t error) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();
-    throw std::runtime_error("blurry_attn: CUDA streams: " + std::string(cudaGetErrorString(error)));
+  static Stream make_stream() {
+    int least = 0, greatest = 0;
+    check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "streams");
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest), "streams");
+    return Stream(stream);
+  }
+  static Event make_event() {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "streams");
+    return Event(event);
   }
   static const Side& of_device() {
-    static thread_local std::map<int, Side> known;  // they live as long as the process
+    static thread_local auto& known = *new std::map<int, Side>;  // they live as long as the process
     int device = 0;
-    check(cudaGetDevice(&device));
-    const auto [found, is_new] = known.try_emplace(device);
-    if (is_new) {
-      Side& side = found->second;
-      int least = 0, greatest = 0;
-      check(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-      check(cudaStreamCreateWithPriority(&side.stream, cudaStreamNonBlocking, greatest));
-      check(cudaEventCreateWithFlags(&side.begin, cudaEventDisableTiming));
-      check(cudaEventCreateWithFlags(&side.end, cudaEventDisableTiming));
-    }
-    return found->second;
+    check(cudaGetDevice(&device), "devices");
+    return known.try_emplace(device).first->second;
   }
 
   cudaStream_t main_;

@@ -1,14 +1,16 @@
 // The CUDA implementation's callers: from tensors to raw pointers, strides and the current stream.
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
-#include <forward_list>
+#include <list>
 #include <map>
+#include <memory>
 #include <mutex>
 
 #include "call.h"
@@ -22,7 +24,7 @@ bool capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c
 
 // The laws of a call's heads on its device.
 struct Tables {
-  at::Device device;
+  c10::cuda::CUDAStream stream;  // where their memory was taken
   at::ScalarType type;
   Kernel kernel;
   double sharpness;
@@ -31,12 +33,22 @@ struct Tables {
   at::Tensor laws, gates;
 
   bool serve(const Call& call) const {
-    return device == call.query.device() && type == call.compute_type() && kernel == call.kernel &&
+    return laws.device() == call.query.device() && type == call.compute_type() && kernel == call.kernel &&
            sharpness == call.sharpness && cells == call.cells;
   }
+  int64_t bytes() const { return static_cast<int64_t>(laws.nbytes() + gates.nbytes()); }
+  // Their memory outlives what the current stream has been given so far.
+  void outlive_stream() const {
+    const c10::cuda::CUDAStream current = c10::cuda::getCurrentCUDAStream();
+    if (current == stream) return;
+    for (const at::Tensor& table : {laws, gates}) {
+      c10::cuda::CUDACachingAllocator::recordStream(table.storage().data_ptr(), current);
+    }
+  }
 };
+using SharedTables = std::shared_ptr<const Tables>;
 
-Tables make_tables(const Call& call) {
+SharedTables make_tables(const Call& call) {
   std::vector<cuda::HeadLaw> laws;
   std::vector<double> gates;
   std::map<int64_t, int64_t> offsets;  // heads of one resolution share a table
@@ -54,28 +66,69 @@ Tables make_tables(const Call& call) {
   const at::Tensor gate_numbers = at::empty({static_cast<int64_t>(gates.size())}, at::kDouble);
   std::copy(gates.begin(), gates.end(), gate_numbers.mutable_data_ptr<double>());
   const at::Device device = call.query.device();
-  return {device,
-          call.compute_type(),
-          call.kernel,
-          call.sharpness,
-          call.cells,
-          laws,
-          law_bytes.to(device),
-          gate_numbers.to(call.compute_type()).to(device)};
+  return std::make_shared<const Tables>(Tables{c10::cuda::getCurrentCUDAStream(), call.compute_type(), call.kernel,
+                                               call.sharpness, call.cells, laws, law_bytes.to(device),
+                                               gate_numbers.to(call.compute_type()).to(device)});
 }
 
-// Tables are made once and kept for good, since a captured graph may hold their addresses.
-const Tables& tables_of(const Call& call) {
-  static std::mutex mutex;
-  static auto& cache = *new std::forward_list<Tables>;  // outlives the CUDA context: never freed
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const Tables& tables : cache) {
-    if (tables.serve(call)) return tables;
+// Tables that calls have in common. Those of the latest calls are kept, so many and so many bytes; and for good those
+// that a capture has met, since its graph holds their addresses.
+constexpr int64_t kKeptTables = 256, kKeptBytes = int64_t(64) << 20;
+
+class TableCache {
+ public:
+  // Null where none serve the call.
+  SharedTables find(const Call& call, bool captured) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return find_locked(call, captured);
   }
-  TORCH_CHECK(!capturing(),
+  // What serves the call from here on: `made`, or what another thread has put here meanwhile.
+  SharedTables put(const Call& call, const SharedTables& made) {
+    std::list<Entry> dropped;  // freed after the lock is given back
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (const SharedTables found = find_locked(call, /*captured=*/false)) return found;
+    entries_.push_front({made});
+    int64_t count = 0, bytes = 0;
+    for (auto entry = entries_.begin(); entry != entries_.end();) {
+      const auto here = entry++;
+      if (here->captured) continue;
+      count += 1;
+      bytes += here->tables->bytes();
+      if (count > 1 && (count > kKeptTables || bytes > kKeptBytes)) dropped.splice(dropped.begin(), entries_, here);
+    }
+    return made;
+  }
+
+ private:
+  struct Entry {
+    SharedTables tables;
+    bool captured = false;
+  };
+
+  SharedTables find_locked(const Call& call, bool captured) {
+    const auto found =
+        std::find_if(entries_.begin(), entries_.end(), [&](const Entry& entry) { return entry.tables->serve(call); });
+    if (found == entries_.end()) return nullptr;
+    found->captured |= captured;
+    entries_.splice(entries_.begin(), entries_, found);
+    return found->tables;
+  }
+
+  std::mutex mutex_;
+  std::list<Entry> entries_;  // the latest use first
+};
+
+// The call's tables, to be held until its kernels have been launched.
+SharedTables tables_of(const Call& call) {
+  static TableCache& cache = *new TableCache;  // outlives the CUDA context: never freed
+  const bool captured = capturing();
+  SharedTables tables = cache.find(call, captured);
+  TORCH_CHECK(tables || !captured,
               "blurry_attn: the first call with this window on this device copies its tables there, "
               "which a CUDA graph cannot capture; make one call before the capture");
-  return cache.emplace_front(make_tables(call));
+  if (!tables) tables = cache.put(call, make_tables(call));
+  if (!captured) tables->outlive_stream();
+  return tables;
 }
 
 cuda::View view(const at::Tensor& tensor) {
@@ -131,8 +184,7 @@ Call with_rows(Call call) {
 }
 
 // `cu_seqlens` contiguous.
-cuda::Problem make_problem(const Call& call) {
-  const Tables& tables = tables_of(call);
+cuda::Problem make_problem(const Call& call, const Tables& tables) {
   cuda::Problem problem{};
   problem.dtype = dtype_of(call.query.scalar_type());
   problem.kernel = call.kernel;
@@ -216,7 +268,8 @@ KeptResult run_forward(const at::Tensor& query, const at::Tensor& key, const at:
   const at::Tensor out = empty_beside(query, value.size(3)), lse = call.empty_lse();
   const at::Tensor end_key = return_state ? call.empty_state_key() : call.none(call.compute_type());
   const at::Tensor end_value = return_state ? call.empty_state_value() : call.none(call.compute_type());
-  const cuda::Problem problem = make_problem(call);
+  const SharedTables tables = tables_of(call);
+  const cuda::Problem problem = make_problem(call, *tables);
   cuda::Outputs outputs{view(out), lse.mutable_data_ptr()};
   if (return_state) {
     outputs.state_key = end_key.mutable_data_ptr();
@@ -251,7 +304,8 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
   const at::Tensor dense_lse = lse.contiguous();
   const OptionalTensor dense_grad_lse = dense(grad_lse);
   const OptionalTensor grad_key_end = dense(grad_state_key), grad_value_end = dense(grad_state_value);
-  const cuda::Problem problem = make_problem(call);
+  const SharedTables tables = tables_of(call);
+  const cuda::Problem problem = make_problem(call, *tables);
   cuda::Gradients gradients{};
   const at::Tensor grad_out_rows = in_rows(grad_out, wants_rows(call));
   gradients.grad_out = view(grad_out_rows);
@@ -304,7 +358,8 @@ std::string backend_cuda(const at::Tensor& query, const at::Tensor& key, const a
       with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, 1, {}, {}, {}, {}));
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
-  const Path path = path_of(make_problem(call));
+  const SharedTables tables = tables_of(call);
+  const Path path = path_of(make_problem(call, *tables));
   return path.refusal ? std::string("scan: ") + path.refusal : path.name;
 }
 
@@ -321,7 +376,8 @@ at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::T
   void *const state_key_data = call.state_key->mutable_data_ptr(), *const state_value_data =
                                                                        call.state_value->mutable_data_ptr();
   int64_t* const position_data = call.position->mutable_data_ptr<int64_t>();
-  cuda::step(make_problem(call), view(out), state_key_data, state_value_data, position_data);
+  const SharedTables tables = tables_of(call);
+  cuda::step(make_problem(call, *tables), view(out), state_key_data, state_value_data, position_data);
   write_back(call, state_key, state_value);
   if (!call.position->is_same(position)) position.copy_(*call.position);
   return out;
