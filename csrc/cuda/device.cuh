@@ -272,6 +272,13 @@ struct Sequence {
   __device__ int64_t end() const { return position + length; }
 };
 
+// Why a problem's backward is not for kernels that take what slots hold, and their gradients, in its dtype; or null. Of
+// a forward, what is not finite is done again.
+inline const char* range_refusal(const Problem& problem, const Gradients& gradients) {
+  const bool given = problem.state_key || gradients.grad_state_key || gradients.grad_state_value;
+  return problem.dtype == DType::float16 && given ? "backward: a state may hold more than float16 does" : nullptr;
+}
+
 // Lets the next grid of the stream start while this one runs, if launch_early() launched it.
 __device__ __forceinline__ void start_next_grid() {
 #if __CUDA_ARCH__ >= 900

@@ -520,6 +520,7 @@ void with_config(const Problem& p, const body_type& body) {
 
 const char* dirichlet_backward_refusal(const Problem& p, const Gradients& gradients) {
   if (const char* const refusal = dirichlet_refusal(p)) return refusal;
+  if (const char* const refusal = range_refusal(p, gradients)) return refusal;
   if (!aligned(gradients.grad_out)) return "backward: rows are not aligned to 16 bytes";
   bool fits = true;
   with_config(p, [&](auto config) { fits = Layout::make<decltype(config)>().bytes <= shared_memory_limit(); });

@@ -321,12 +321,11 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
     gradients.state_value = grad_value_in.mutable_data_ptr();
   }
   Path path = path_of(problem);
+  const int64_t kept = contents ? contents->numel() : 0;
+  TORCH_CHECK_VALUE(kept == 0 || kept == path.contents_of(problem),
+                    "contents must be what forward_with_contents returned for the same arguments");
   if (!path.refusal && path.backward_refusal(problem, gradients)) path = kScan;
-  if (contents && contents->numel() > 0) {
-    TORCH_CHECK_VALUE(contents->numel() == path.contents_of(problem),
-                      "contents must be what forward_with_contents returned for the same arguments");
-    gradients.contents = contents->const_data_ptr();
-  }
+  if (kept > 0 && path.contents) gradients.contents = contents->const_data_ptr();
   const auto bytes = gradients.contents ? path.kept_workspace : path.backward_workspace;
   const at::Tensor memory = workspace(call, bytes(problem));
   path.backward(problem, gradients, memory.mutable_data_ptr());

@@ -981,7 +981,6 @@ uint32_t back_bytes(const Problem& p, int resolution) {
 // Of a problem that window_refusal() takes.
 const char* refusal_of_slots(const Problem& p) {
   if (p.slots > 64) return "backward: there are more than 64 slots";
-  if (p.dtype == DType::float16 && p.state_key) return "backward: a given state may hold more than float16 can";
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     const int resolution = static_cast<int>(p.host_laws[h].cells.resolution);
     bool fits = true;
@@ -997,10 +996,13 @@ const char* refusal_of_slots(const Problem& p) {
 const char* window_backward_refusal(const Problem& p, const Gradients& gradients) {
   if (const char* const refusal = window_refusal(p)) return refusal;
   if (const char* const refusal = refusal_of_slots(p)) return refusal;
+  if (const char* const refusal = range_refusal(p, gradients)) return refusal;
   return aligned(gradients.grad_out) ? nullptr : "backward: rows are not aligned to 16 bytes";
 }
 
-int64_t window_contents(const Problem& p) { return refusal_of_slots(p) ? 0 : Contents::bytes(p); }
+int64_t window_contents(const Problem& p) {
+  return refusal_of_slots(p) || range_refusal(p, Gradients()) ? 0 : Contents::bytes(p);
+}
 int64_t window_kept_workspace(const Problem& p) {
   int64_t bytes = 0;
   for (const FluxClass& c : flux_classes(p, Contents(), Task::backward)) {
