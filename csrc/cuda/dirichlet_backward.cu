@@ -72,8 +72,8 @@ struct Layout {
     at += count * kPatch * (config::kDim + 8) * 4;
     l.shares = at;  // of tokens' weights: [warp][side][tile of 8 tokens][lane]
     at += count * 2 * 2 * kWarp * 16;
-    l.sums = at;  // of probability * gradient: [warp][token]
-    at += count * kPatch * 4;
+    l.sums = at;  // of probabilities, and of probability * gradient: [warp][token]
+    at += count * kPatch * 8;
     l.bytes = at;
     return l;
   }
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const uint32_t* const rows = all_rows + stage * kStageWords + warp * kWarpSlots * PatchRow::kWords;
       float* const parts = reinterpret_cast<float*>(shared_memory + layout.parts);
       float4* const share_parts = reinterpret_cast<float4*>(shared_memory + layout.shares) + lane;
-      float* const sums = reinterpret_cast<float*>(shared_memory + layout.sums);
+      float2* const sums = reinterpret_cast<float2*>(shared_memory + layout.sums);
       float* const scores = reinterpret_cast<float*>(shared_memory + layout.scores) + warp * 2 * kScoreFloats;
       const int64_t query_head = walk.first_head + i;
       const float* const lses = reinterpret_cast<const float*>(shared_memory + layout.lses) + query_stage * 2 * kPatch;
@@ -210,29 +210,41 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       for (int half = 0; half < 2; ++half) {
         const int token = time + g + 8 * half;
         const float lse = lses[g + 8 * half] * 1.44269504f;
-        float sum = 0.f;
+        float total = 0.f, sum = 0.f;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           float& x = z[0][c / 2][2 * half + c % 2];
           const bool open = token >= openings[warp * kWarpSlots + c / 2 * 8 + 2 * q + c % 2] && walk.owns(token);
           x = open ? exp2_fast(x * walk.factor - lse) : 0.f;
+          total += x;
           sum += x * z[1][c / 2][2 * half + c % 2];
         }
+        total += __shfl_xor_sync(kAllLanes, total, 1);
+        total += __shfl_xor_sync(kAllLanes, total, 2);
         sum += __shfl_xor_sync(kAllLanes, sum, 1);
         sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        if (q == 0) sums[warp * kPatch + g + 8 * half] = sum;
+        if (q == 0) sums[warp * kPatch + g + 8 * half] = make_float2(total, sum);
       }
       __syncthreads();  // all warps' sums are there
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float delta = 0.f;
-        if (gradients.grad_lse && walk.owns(time + g + 8 * half)) delta = -lses[kPatch + g + 8 * half];
+        // Brought to a sum of one, whatever lse was rounded by: else what cancels would leave a rest.
+        float total = 0.f, delta = 0.f;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) delta += sums[w * kPatch + g + 8 * half];
+        for (int w = 0; w < kWarps; ++w) {
+          const float2 sum = sums[w * kPatch + g + 8 * half];
+          total += sum.x;
+          delta += sum.y;
+        }
+        const bool owned = walk.owns(time + g + 8 * half);
+        const float inverse = owned ? 1.f / total : 0.f;
+        delta *= inverse;
+        if (gradients.grad_lse && owned) delta -= lses[kPatch + g + 8 * half];
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           float& probability = z[0][c / 2][2 * half + c % 2];
           float& grad = z[1][c / 2][2 * half + c % 2];
+          if (probability != 0.f) probability *= inverse;  // not of shut slots, whatever the query is
           const float grad_logit = walk.scale * probability * (grad - delta);
           grad = probability;
           probability = grad_logit;

@@ -600,7 +600,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   });
 }
 
-// Logits to probabilities and grad_out . values to scale times the gradients of the logits, in place.
+// Logits to probabilities and grad_out . values to scale times the gradients of the logits, in place. The lse may be
+// that of other kernels, with their rounding: probabilities are brought to a sum of one.
 template <typename compute, int per_lane>
 __global__ void __launch_bounds__(kMaxThreads)
     softmax_rows_backward(Problem p, Plan plan, int tiles, int64_t first_stretch, compute scale, const compute* lse,
@@ -608,15 +609,21 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int slots = static_cast<int>(p.slots);
   for_rows(p, plan, first_stretch, tiles, [&](int64_t row, int64_t offset) {
     const compute shut = -static_cast<compute>(INFINITY), row_lse = lse[row];
-    compute z[per_lane], dz[per_lane], sum = 0;
+    compute z[per_lane], dz[per_lane], total = 0, sum = 0;
     unsigned open = 0;  // a bit per slot
     load_row(z, logits + offset, slots, shut);
     load_row(dz, grads + offset, slots, compute(0));
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
       open |= z[k] != shut ? 1u << k : 0u;
-      z[k] = z[k] != shut ? exp(z[k] - row_lse) : compute(0);
-      if (open >> k & 1) sum += z[k] * dz[k];
+      total += z[k] = z[k] != shut ? exp(z[k] - row_lse) : compute(0);
+    }
+    total = warp_sum(total);
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) {
+      if (!(open >> k & 1)) continue;
+      z[k] /= total;
+      sum += z[k] * dz[k];
     }
     const compute delta = warp_sum(sum) - (grad_lse ? grad_lse[row] : compute(0));
 #pragma unroll
