@@ -461,6 +461,10 @@ WALK_NAN = ("tests/test_cuda.py::test_window_kernels_contain_what_is_not_finite"
 QUERY_NAN = ("tests/test_nan.py::test_nan_in_a_query_leaves_shut_slots_without_gradient", "-k", "bfloat16")
 PATCHES = ("tests/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and fresh and not wide")
 PATCHES_STATES = ("tests/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and state and not wide")
+CUDA_POSITIONS = ("tests/test_cuda.py::test_graph_with_positions_out_of_range",)
+CUDA_NARROW = ("tests/test_cuda.py::test_largest_sizes",)
+CUDA_RANGE = ("tests/test_gradients.py::test_state_beyond_float16",)
+CUDA_SHARP = ("tests/test_cuda.py::test_sharp_softmax_of_few_slots",)
 
 CUDA = [
     *faults(
@@ -470,8 +474,11 @@ CUDA = [
         ("CUDA: last token of a lobe skipped", "end = cells.flux_end(cell) + 1;", "end = cells.flux_end(cell);",
          VALUES),
         ("CUDA: gate of one does not replace", "return gate == compute(1) ? token : gate", "return gate", NAN),
-        ("CUDA: given position ignored", "position = problem.position ? problem.position[i] : 0;", "position = 0;",
-         VALUES),
+        ("CUDA: given position ignored", "position = problem.position ? bounded_position(problem.position[i]) : 0;",
+         "position = 0;", VALUES),
+        ("CUDA: negative positions taken", "return position < 0 ? 0 : position", "return position", CUDA_POSITIONS),
+        ("CUDA: backward in float16 takes any state", "problem.dtype == DType::float16 && given ?", "false ?",
+         CUDA_RANGE),
     ),
     *faults(
         "csrc/cuda/step.cu",
@@ -507,6 +514,10 @@ CUDA = [
          "next = carry;", CUDA_LONG),
         ("CUDA scan: > for >= at the opening", "*to = token >= opening ?", "*to = token > opening ?",
          VALUES),
+        ("CUDA scan: rows of narrow heads not staged", "std::max(kWarp / shape.across, 4 / per_thread_other)",
+         "kWarp / shape.across", CUDA_NARROW),
+        ("CUDA scan: probabilities by another's lse", "      z[k] /= total;\n      sum", "      sum",
+         CUDA_SHARP),
         ("CUDA scan: delta without lse", "warp_sum(sum) - (grad_lse ? grad_lse[row] : compute(0));", "warp_sum(sum);",
          VALUES),
         ("CUDA scan: delta omitted", "z[k] * (dz[k] - delta) :", "z[k] * dz[k] :", VALUES),
@@ -664,7 +675,9 @@ CUDA = [
     ),
     *faults(
         "csrc/cuda/dirichlet_backward.cu",
-        ("CUDA patches: delta without lse", "delta = -lses[kPatch + g + 8 * half];", "delta = 0.f;", PATCHES),
+        ("CUDA patches: delta without lse", "&& owned) delta -= lses[kPatch + g + 8 * half];", "&& owned) delta += 0;",
+         PATCHES),
+        ("CUDA patches: probabilities by lse alone", "if (probability != 0.f) probability *= inverse;", "", CUDA_SHARP),
         ("CUDA patches: scale dropped in backward", "walk.scale * probability * (grad - delta)",
          "probability * (grad - delta)", PATCHES),
         ("CUDA patches: stale gradient of slots", "grads[n][j / 2][2 + j % 2] *= decay;", "", PATCHES),

@@ -15,6 +15,7 @@ from helpers import (
     make_inputs,
     make_state,
     oracle,
+    randn,
     relative_error,
     run,
 )
@@ -252,12 +253,14 @@ def test_packed_over_many_stretches(kernel, dtype, device):
             assert torch.equal(packed[name][s : s + 1], alone[name]), (name, s)
 
 
+@pytest.mark.parametrize("slots, dim, value_dim", [(1024, 512, 300), (1024, 1, 2), (513, 2, 1)])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_largest_sizes(kernel, dtype, device):
-    window = BlurryWindow(1024, 2048, kernel)
-    inputs = make_inputs(2, 2, 1, 40, 512, 300, torch.float32)
-    inputs, state = [x.to(dtype) for x in inputs], make_state(window, [5, 5000], 1, 512, 300, dtype)
+def test_largest_sizes(kernel, dtype, slots, dim, value_dim, device):
+    """Also with the least sizes of a head."""
+    window = BlurryWindow(slots, 2 * slots, kernel)
+    inputs = make_inputs(2, 2, 1, 40, dim, value_dim, torch.float32)
+    inputs, state = [x.to(dtype) for x in inputs], make_state(window, [5, 5000], 1, dim, value_dim, dtype)
     exact = run(oracle, *(x.double() for x in inputs), window, state=state.to(dtype=torch.float64))
     found = run(blurry_window_attention, *(x.to(device) for x in inputs), window, state=state.to(device))
     assert_accurate(found, exact, dtype, window)
@@ -369,28 +372,123 @@ def test_graph_with_an_unseen_window_is_refused(device):
         blurry_window_step(*token, state)
 
 
+def captured(call):
+    """A graph of a call, and what its replays write."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_graph_with_cu_seqlens_out_of_range(kernel, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_graph_with_cu_seqlens_out_of_range(kernel, dtype, device):
     """A captured call cannot look at values; nothing is read or written out of bounds, and no harm stays."""
-    window, inputs, _ = setup(kernel, torch.float32, device, 1300, 1)
+    window, inputs, _ = setup(kernel, dtype, device, 1300, 1)
     valid = torch.tensor([0, 100, 1000, 1300], device=device)
     cu_seqlens = valid.clone()
+    leaves = [x.requires_grad_() for x in inputs]
 
     def call():
-        return blurry_window_attention(*inputs, window, enable_gqa=True, cu_seqlens=cu_seqlens, return_state=True)
+        out, state = blurry_window_attention(*leaves, window, enable_gqa=True, cu_seqlens=cu_seqlens, return_state=True)
+        results = [out, state.key, state.value]
+        grads = torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
+        return [x.detach() for x in (*results, *grads)]
 
-    with torch.no_grad():
-        expected, expected_state = call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out, state = call()
-    for bad in ([5, 10**12, -7, 2000], [1300, 0, 1300, 0], [-(2**62), 2**62, -(2**62), 2**62]):
+    expected = call()
+    graph, found = captured(call)
+    most = 2**63 - 1
+    for bad in ([5, 10**12, -7, 2000], [1300, 0, 1300, 0], [-most, most, -most, most], [900, 1000, 1300, 1300]):
         cu_seqlens.copy_(torch.tensor(bad))
         graph.replay()
         torch.cuda.synchronize()
     cu_seqlens.copy_(valid)
     graph.replay()
-    assert torch.equal(out, expected) and torch.equal(state.key, expected_state.key)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_graph_with_positions_out_of_range(kernel, dtype, device):
+    """They count as the nearest in range, 0 or 2^62, which takes no longer."""
+    window, inputs, state = setup(kernel, dtype, device, 300)
+    leaves = [x.requires_grad_() for x in (*inputs, state.key, state.value)]
+    position = state.position
+
+    def call():
+        before = BlurryState(*leaves[3:], position, window)
+        out, end = blurry_window_attention(*leaves[:3], window, enable_gqa=True, state=before, return_state=True)
+        results = [out, end.key, end.value]
+        grads = torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
+        after = BlurryState(*(x.detach().clone() for x in leaves[3:]), position.clone(), window)
+        out = blurry_window_step(*(x[:, :, :1].detach() for x in inputs), after, enable_gqa=True)
+        return [x.detach() for x in (*results, *grads, out, after.key, after.value, after.position)]
+
+    graph, found = captured(call)
+    last = 2**62
+    for bad in ([-1, last + 1], [-(2**63), 2**63 - 1], [2**63 - 1 - 300, 2**63 - 150], [last - 1, last]):
+        bad = torch.tensor(bad, device=device)
+        position.copy_(bad)
+        graph.replay()
+        torch.cuda.synchronize()
+        position.copy_(bad.clamp(0, last))
+        for i, (x, y) in enumerate(zip([x.clone() for x in found], call(), strict=True)):
+            assert torch.equal(x, y), (bad, i)
+
+
+def test_tables_are_kept_within_bounds(device):
+    """Of windows without end some tables are kept, and those that a graph holds."""
+    inputs = make_inputs(1, 1, 1, 40, 8, dtype=torch.float32, device=device)
+
+    def call(i, stream=None):
+        with torch.no_grad(), torch.cuda.stream(stream):
+            return blurry_window_attention(*inputs, BlurryWindow(4, 400, sharpness=1 + i / 64))
+
+    expected = call(0), call(1)
+    graph, found = captured(lambda: call(0))
+    for i in range(2, 400):
+        call(i)
+    held, side = torch.cuda.memory_allocated(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(1_000_000_000)
+    late = call(399, side)  # the tables are dropped and their memory is used before this call begins
+    for i in range(400, 1000):
+        call(i)
+    assert torch.cuda.memory_allocated() - held <= 1 << 16
+    graph.replay()
+    assert torch.equal(found, expected[0]) and torch.equal(call(1), expected[1])
+    torch.cuda.synchronize()
+    assert torch.equal(late, call(399))
+
+
+@pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sharp_softmax_of_few_slots(kernel, dtype, stated, device):
+    """Gradients that cancel to nearly nothing: at most three times plain PyTorch's error, for every sequence."""
+    window, batch = BlurryWindow(16, 208, kernel, phase=0), 30
+    inputs = make_inputs(batch, 1, None, 3, 32, dtype=dtype)
+    given = make_state(window, [2] * batch, 1, 32, dtype=dtype) if stated else None
+
+    def gradients(attend, device, dtype):
+        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+        state = given and given.to(device, compute_dtype(dtype))
+        out, *_ = attend(*leaves, window, state=state, scale=3.0, return_lse=True, return_state=True)
+        grads = torch.autograd.grad(out, leaves, randn(*out.shape, dtype=torch.float64, seed=7).to(out))
+        return [x.cpu().double() for x in grads]
+
+    exact = gradients(oracle, CPU, torch.float64)
+    results = zip(gradients(blurry_window_attention, device, dtype), gradients(oracle, CPU, dtype), exact, strict=True)
+    for name, (found, plain, expected) in zip(("query", "key", "value"), results, strict=True):
+        error, allowed = ((x - expected).square().mean((1, 2, 3)).sqrt() for x in (found, plain))
+        assert (error <= 3 * allowed.clamp_min(torch.finfo(dtype).eps / 100)).all(), (name, error.max(), allowed.max())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

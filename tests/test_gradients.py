@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import KERNELS, WINDOWS, assert_accurate, make_inputs, make_state, randn, run, shut_slots
+from helpers import KERNELS, WINDOWS, assert_accurate, make_inputs, make_state, randn, relative_error, run, shut_slots
 from torch.autograd import gradcheck
 
 from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, reference
@@ -103,6 +103,32 @@ def test_shut_slots_are_not_read_and_have_gradient_zero(kernel, device):
         getattr(state, name)[shut] = torch.nan
     actual = run(blurry_window_attention, *inputs, window, state=state)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("beyond", ["key", "value", "grad_key", "grad_value"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_state_beyond_float16(kernel, beyond, device):
+    """A state in float32, given or the gradient of a returned one, may hold more than float16 inputs do."""
+    window = BlurryWindow(16, (16, 128), kernel)
+    inputs = make_inputs(2, 2, None, 40, 64, dtype=torch.float16)
+    inputs[0][..., 7] *= 1e-5  # a key of 1e5 is then one among others
+    state = make_state(window, [300, 10**6], 2, 64, dtype=torch.float16)
+    end_grads = {name: torch.randn_like(state.key) for name in ("grad_key", "grad_value")}
+    large = end_grads[beyond] if beyond in end_grads else getattr(state, beyond)
+    large[:, :, 3, 7] = 1e5
+
+    def gradients(device, dtype, state_dtype):
+        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+        given = [x.to(device, state_dtype).requires_grad_() for x in (state.key, state.value)]
+        before = BlurryState(*given, state.position.to(device), window)
+        out, end = blurry_window_attention(*leaves, window, state=before, return_state=True)
+        cotangents = [x.to(device, state_dtype) for x in end_grads.values()]
+        return torch.autograd.grad([out, end.key, end.value], leaves + given, [torch.ones_like(out), *cotangents])
+
+    exact = gradients(torch.device("cpu"), torch.float64, torch.float64)
+    for found, expected in zip(gradients(device, torch.float16, torch.float32), exact, strict=True):
+        fits = expected.abs() < torch.finfo(found.dtype).max
+        assert relative_error(*(torch.where(fits, x.cpu(), 0) for x in (found, expected))) <= 1e-2
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -28,7 +28,7 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 struct Options {
   int64_t first = 0, last = 100;
-  std::string kind, dtype, kernel;
+  std::string kind, dtype, kernel, range;
   int64_t slots = 0, resolution = 0, dim = 0, tokens = 0, stretch = 0, stop = 0;
   double sharpness = 0;
   bool verbose = false;
@@ -176,13 +176,29 @@ const char* name_of(DType dtype) {
   }
 }
 
+// What is drawn out of the ordinary.
+enum class Range {
+  none,
+  sharp,      // large logits
+  few,        // few open slots
+  changes,    // numbers that grow or fall a thousandfold along a sequence
+  beyond,     // a given state beyond what float16 holds
+  positions,  // given positions out of range
+  ends,       // cu_seqlens out of range, or not in order
+  narrow,     // heads of a few elements with many slots
+  cut,        // heads of different windows, cut in time
+};
+constexpr const char* kRanges[] = {"none", "sharp", "few", "changes", "beyond", "positions", "ends", "narrow", "cut"};
+
 struct Case {
   std::string kind;
+  Range range;
   DType dtype;
   reference::Problem p;
   bool packed, wide_ends, wants_state, with_grad_lse, with_grad_state, backward, bad_token, keeps;
-  Order order[4];  // query, key, value, grad_out
-  std::vector<int64_t> ends;
+  Order order[4];                        // query, key, value, grad_out
+  std::vector<int64_t> ends, positions;  // as they are given
+  bool in_order;                         // no sequence begins before another one ends
 
   DType compute() const { return dtype == DType::float64 ? DType::float64 : DType::float32; }
   std::string text() const {
@@ -198,7 +214,8 @@ struct Case {
     s += " sharpness=" + std::to_string(p.sharpness).substr(0, 3) +
          " phase=" + list(p.cells, [](const Cells& c) { return c.phase; });
     if (packed) s += " ends=" + list(ends, [](int64_t x) { return x; });
-    if (p.given) s += " position=" + list(p.sequences, [](const reference::Sequence& q) { return q.position; });
+    if (p.given) s += " position=" + list(positions, [](int64_t x) { return x; });
+    if (range != Range::none) s += std::string(" range=") + kRanges[static_cast<int>(range)];
     if (wants_state) s += " state";
     if (with_grad_lse) s += " grad_lse";
     if (with_grad_state) s += " grad_state";
@@ -209,12 +226,45 @@ struct Case {
   }
 };
 
+Range draw_range(const Options& o, const std::string& kind, Random& random) {
+  Range range = random.one_of({Range::sharp, Range::few, Range::changes, Range::beyond, Range::positions, Range::ends,
+                               Range::narrow, Range::cut});
+  if (random.chance(50) || kind == "rotary") range = Range::none;
+  for (int i = 0; i < static_cast<int>(std::size(kRanges)); ++i) {
+    if (o.range == kRanges[i]) range = static_cast<Range>(i);
+  }
+  if (kind == "step" && (range == Range::ends || range == Range::cut)) return Range::few;
+  if (kind != "window" && range == Range::cut) return Range::narrow;
+  if (kind == "window" && range == Range::narrow) return Range::cut;
+  return range;
+}
+
+// Numbers of a sequence that were drawn alike, as large as the range wants them: a thousandth part from some token on,
+// or up to it, at once or over a while.
+void change(const reference::Problem& p, Numbers& numbers, int64_t heads, int64_t longest_window, Random& random) {
+  const int64_t dim = static_cast<int64_t>(numbers.size()) / std::max<int64_t>(p.batch * heads * p.tokens, 1);
+  for (const reference::Sequence& s : p.sequences) {
+    const bool falls = random.chance(50);
+    const int64_t from = random.between(0, s.length), over = random.chance(50) ? 1 : random.between(1, longest_window);
+    for (int64_t t = 0; t < s.length; ++t) {
+      const double part = std::clamp(static_cast<double>(t - from) / static_cast<double>(over), 0., 1.);
+      for (int64_t h = 0; h < heads; ++h) {
+        double* const row = &numbers[p.token_at(heads, s.batch, h, s.row + t) * dim];
+        for (int64_t d = 0; d < dim; ++d) row[d] *= std::pow(1000, falls ? 1 - part : part);
+      }
+    }
+  }
+}
+
 Case draw(const Options& o, uint64_t seed) {
   Random random(seed);
+  Random ranges(~seed);
   Case c{};
   reference::Problem& p = c.p;
   c.kind =
       !o.kind.empty() ? o.kind : random.one_of<const char*>({"window", "window", "window", "scan", "step", "rotary"});
+  c.range = draw_range(o, c.kind, ranges);
+  const bool long_walk = c.range == Range::cut || (c.range == Range::changes && c.kind == "window");
   const bool window = c.kind == "window", step = c.kind == "step", rotary = c.kind == "rotary";
   c.dtype = random.one_of({DType::bfloat16, DType::float16});
   if (!window) c.dtype = random.one_of({DType::bfloat16, DType::float16, DType::float32, DType::float64});
@@ -232,12 +282,19 @@ Case draw(const Options& o, uint64_t seed) {
     p.slots = random.one_of<int64_t>({2, 7, 16, 16, 17, 32, 33, 48, 64, 64, random.between(2, 65)});
   }
   if (step && random.chance(50)) p.slots = random.one_of<int64_t>({32, 64, 64, 128, random.between(41, 300)});
+  if (c.range == Range::narrow) p.slots = ranges.one_of<int64_t>({512, 513, 1024, ranges.between(257, 1024)});
+  if (long_walk) {
+    p.slots = ranges.between(16, 24);
+    p.kv_heads = ranges.between(c.range == Range::cut ? 2 : 1, 3);
+    p.query_heads = p.kv_heads;
+  }
   if (o.slots) p.slots = o.slots;
   const bool mixed = random.chance(60);
   const bool staggered = random.chance(50);
   int64_t resolution = 0;
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     if (h == 0 || mixed) resolution = random.one_of<int64_t>({1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 24, 32, 40});
+    if (long_walk) resolution = ranges.one_of<int64_t>({1, 2, 3, 4, 6, 8, 9});
     if (o.resolution) resolution = o.resolution;
     if (p.kernel == Kernel::dirichlet && resolution > blurry_attn::kMaxDirichletResolution) resolution = 32;
     p.cells.push_back(
@@ -247,6 +304,8 @@ Case draw(const Options& o, uint64_t seed) {
   if (o.sharpness > 0) p.sharpness = o.sharpness;
   const auto dim = [&] {
     if (o.dim) return o.dim;
+    if (c.range == Range::narrow) return ranges.between(1, 4);
+    if (long_walk) return int64_t(8);
     if (window) return random.one_of<int64_t>({8, 16, 64, 64, 72, 128, 8 * random.between(1, 16)});
     if (step && random.chance(50)) return random.one_of<int64_t>({64, 64, 128, 4 * random.between(1, 128), 511, 512});
     return random.one_of<int64_t>({1, 8, 16, 20, 33, 64, random.between(1, 100)});
@@ -265,11 +324,18 @@ Case draw(const Options& o, uint64_t seed) {
     p.value_dim = std::min<int64_t>(p.value_dim, 12);
   }
   if (step) p.tokens = random.between(1, 6);
+  if (c.range == Range::few) p.tokens = ranges.between(1, step ? 6 : 20);
+  if (c.range == Range::narrow) p.tokens = ranges.between(1, step ? 3 : 40);
+  if (c.range == Range::positions && step) p.tokens = 1;
+  if (long_walk) p.tokens = ranges.between(500, 1100);
+  if (c.range == Range::sharp || c.range == Range::few) {
+    p.scale = ranges.one_of({1., 4., 12.}) / std::sqrt(p.key_dim) * (c.range == Range::sharp ? 2 : 1);
+  }
   if (o.tokens) p.tokens = o.tokens;
-  c.packed = !step && random.chance(30);
+  c.packed = !step && (random.chance(30) || c.range == Range::ends);
   c.wide_ends = random.chance(50);
   p.batch = c.packed || p.tokens > 256 ? 1 : random.between(1, 2);
-  p.given = step || random.chance(40);
+  p.given = step || random.chance(40) || c.range == Range::positions || c.range == Range::beyond;
   int64_t longest_window = 0;
   for (const Cells& cells : p.cells) longest_window = std::max(longest_window, cells.window());
   const auto add = [&](int64_t batch, int64_t row, int64_t length) {
@@ -277,7 +343,22 @@ Case draw(const Options& o, uint64_t seed) {
         {0, 1, random.between(0, 40), random.between(0, longest_window), random.between(0, 3 * longest_window),
          1000000 + random.between(0, 99), (int64_t(1) << 40) + random.between(0, 99)});
     p.sequences.push_back({batch, row, length, p.given ? position : 0});
+    c.positions.push_back(p.sequences.back().position);
+    const auto given = [&](int64_t x) {
+      c.positions.back() = x;
+      p.sequences.back().position = std::clamp<int64_t>(x, 0, blurry_attn::kMaxPosition);
+    };
+    if (c.range == Range::positions) {
+      given(ranges.one_of<int64_t>({-1, -ranges.between(1, 1000), INT64_MIN, INT64_MIN + ranges.between(0, 99),
+                                    blurry_attn::kMaxPosition - ranges.between(0, 99), blurry_attn::kMaxPosition,
+                                    blurry_attn::kMaxPosition + ranges.between(1, 99), INT64_MAX,
+                                    INT64_MAX - ranges.between(0, 2 * p.tokens)}));
+    }
+    if (!p.given) return;
+    if (c.range == Range::few) given(ranges.between(0, 2 * p.cells[0].resolution));
+    if (c.range == Range::beyond) given(longest_window + ranges.between(0, 1000));
   };
+  c.in_order = true;
   if (c.packed) {
     c.ends.assign(random.between(1, 5), 0);
     for (int64_t& end : c.ends) end = random.between(0, p.tokens);
@@ -285,7 +366,22 @@ Case draw(const Options& o, uint64_t seed) {
     c.ends.push_back(p.tokens);
     c.ends.push_back(0);
     std::sort(c.ends.begin(), c.ends.end());
-    for (size_t i = 0; i + 1 < c.ends.size(); ++i) add(0, c.ends[i], c.ends[i + 1] - c.ends[i]);
+    if (c.range == Range::ends) {
+      const int64_t least = c.wide_ends ? INT64_MIN : INT32_MIN, most = c.wide_ends ? INT64_MAX : INT32_MAX;
+      for (int64_t& end : c.ends) {
+        if (ranges.chance(50)) continue;
+        end = ranges.one_of<int64_t>({-1, least, p.tokens + 1, 2 * p.tokens, most, ranges.between(0, p.tokens)});
+      }
+      if (ranges.chance(50)) std::sort(c.ends.begin(), c.ends.end());
+    }
+    int64_t last = 0;
+    for (size_t i = 0; i + 1 < c.ends.size(); ++i) {
+      const int64_t begin = std::clamp<int64_t>(c.ends[i], 0, p.tokens);
+      const int64_t end = std::clamp<int64_t>(c.ends[i + 1], begin, p.tokens);
+      c.in_order = c.in_order && begin >= last;
+      last = end;
+      add(0, begin, end - begin);
+    }
   } else {
     for (int64_t b = 0; b < p.batch; ++b) add(b, 0, p.tokens);
   }
@@ -294,12 +390,14 @@ Case draw(const Options& o, uint64_t seed) {
   c.with_grad_state = random.chance(50);
   c.bad_token = !step && p.tokens > 0 && (window || p.kernel == Kernel::fejer) &&
                 random.chance(p.cells[0].resolution == 1 ? 30 : 8);
+  c.bad_token = c.bad_token && c.range == Range::none;
   c.backward = !step && !c.bad_token;
   for (Order& order : c.order) {
     order = random.one_of({Order::dense, Order::dense, Order::tokens_first, Order::gaps});
     if (!window && random.chance(20)) order = Order::spread;
   }
   emulator::stretch = random.one_of({128, 256, 1024, 4096});
+  if (long_walk) emulator::stretch = 128;
   if (o.stretch) emulator::stretch = o.stretch;
 
   const int64_t queries = p.batch * p.query_heads * p.tokens, tokens = p.batch * p.kv_heads * p.tokens;
@@ -311,6 +409,11 @@ Case draw(const Options& o, uint64_t seed) {
   if (p.given) {
     p.state_key = random.normals(p.states() * p.key_dim);
     p.state_value = random.normals(p.states() * p.value_dim);
+    if (c.range == Range::beyond) {
+      const bool of_keys = ranges.chance(50);
+      for (double& x : of_keys ? p.state_key : p.state_value) x *= 2e5;
+      if (of_keys) p.scale *= 1e-5;
+    }
     for (size_t i = 0; i < p.sequences.size(); ++i) {
       for (int64_t h = 0; h < p.kv_heads; ++h) {
         for (int64_t m = 0; m < p.slots; ++m) {
@@ -332,6 +435,15 @@ Case draw(const Options& o, uint64_t seed) {
         random.one_of({kNaN, std::numeric_limits<double>::infinity()});
   }
   c.keeps = random.chance(50);
+  if (c.range == Range::changes) {
+    const int which = static_cast<int>(ranges.between(1, 7));
+    if (which & 1) change(p, p.value, p.kv_heads, longest_window, ranges);
+    if (which & 2) change(p, p.grad_out, p.query_heads, longest_window, ranges);
+    if (which & 4 && size_of(c.dtype) == 2) {
+      change(p, p.key, p.kv_heads, longest_window, ranges);
+      p.scale *= .1;
+    }
+  }
   return c;
 }
 
@@ -343,16 +455,20 @@ struct Checks {
   std::vector<std::string> failures;
 
   void fail(const std::string& text) { failures.push_back(text); }
+  // Whether the dtype holds x; what it does not may be anything.
+  bool fits(double x) const { return c.dtype != DType::float16 || std::fabs(x) < 65504; }
 
   // `count` rows from `first` on: one error for all, and a looser limit for each alone.
   void rows(const std::string& name, const Numbers& got, const Numbers& want, int64_t dim, int64_t first, int64_t count,
             double limit, double floor, const std::string& where) {
-    limit *= 1 + 2 / std::sqrt(static_cast<double>(count));  // few rows vary more
+    limit *= 1 + 2 / std::sqrt(static_cast<double>(count));                   // few rows vary more
+    if (c.dtype == DType::float16) floor = std::max(floor, 0x1p-24 / limit);  // its numbers next to zero
     double all_difference = 0, all_size = 0;
     std::vector<std::pair<double, double>> by_row;
     for (int64_t row = first; row < first + count; ++row) {
       double difference = 0, size = 0;
       for (int64_t i = row * dim; i < (row + 1) * dim; ++i) {
+        if (std::isfinite(want[i]) && !fits(want[i])) continue;
         if (!std::isfinite(got[i]) || !std::isfinite(want[i])) {
           if (std::isfinite(got[i]) == std::isfinite(want[i])) continue;
           return fail(name + " is " + std::to_string(got[i]) + " for " + std::to_string(want[i]) + " at " + where +
@@ -392,22 +508,67 @@ struct Checks {
     }
     return count ? std::sqrt(sum / static_cast<double>(count)) : 0;
   }
-  void tokens(const std::string& name, const Numbers& got, const Numbers& want, int64_t heads, double limit,
-              double floor) {
+  // Calls body(dim, first row, rows, what they are) for every 64 tokens of a sequence and head.
+  template <typename body_type>
+  void each_block(const Numbers& numbers, int64_t heads, const body_type& body) {
     const reference::Problem& p = c.p;
     if (p.tokens == 0) return;
-    const int64_t dim = static_cast<int64_t>(want.size()) / (p.batch * heads * p.tokens);
+    const int64_t dim = static_cast<int64_t>(numbers.size()) / (p.batch * heads * p.tokens);
     for (size_t i = 0; i < p.sequences.size(); ++i) {
       const reference::Sequence& s = p.sequences[i];
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t t = 0; t < s.length; t += 64) {
-          rows(name, got, want, dim, p.token_at(heads, s.batch, h, s.row + t), std::min<int64_t>(64, s.length - t),
-               limit, floor,
+          body(dim, p.token_at(heads, s.batch, h, s.row + t), std::min<int64_t>(64, s.length - t),
                "sequence " + std::to_string(i) + " head " + std::to_string(h) + " token " + std::to_string(t));
           if (failures.size() > 4) return;
         }
       }
     }
+  }
+  // Half precision: an error is at most `times` that of plain PyTorch in the dtype, of the same tokens or as a part of
+  // all, or what is nothing beside numbers of size 1.
+  void against_plain(const std::string& name, const Numbers& got, const Numbers& want, const Numbers& plain,
+                     int64_t heads, double times) {
+    const double nothing = (c.dtype == DType::bfloat16 ? 0x1p-7 : 0x1p-10) / 100;
+    const Numbers zeros(want.size());
+    const auto distance = [&](const Numbers& x, const Numbers& y, int64_t from, int64_t to) {
+      double sum = 0;
+      for (int64_t i = from; i < to; ++i) {
+        if (std::isfinite(plain[i]) && fits(want[i])) sum += (x[i] - y[i]) * (x[i] - y[i]);
+      }
+      return std::sqrt(sum);
+    };
+    const int64_t size = static_cast<int64_t>(want.size());
+    const double all = distance(want, zeros, 0, size), part = all > 0 ? distance(plain, want, 0, size) / all : 0;
+    each_block(want, heads, [&](int64_t dim, int64_t first, int64_t count, const std::string& where) {
+      const int64_t from = first * dim, to = from + count * dim;
+      const double error = distance(got, want, from, to), own = distance(plain, want, from, to);
+      const double norm = distance(want, zeros, from, to), least = nothing * std::sqrt(static_cast<double>(to - from));
+      const double allowed = times * std::max({own, part * norm, least});
+      double& most = worst[std::string(name_of(c.dtype)) + " " + name + " against plain"];
+      if (std::isfinite(error)) most = std::max(most, error / allowed);
+      if (error <= allowed) return;
+      char text[200];
+      std::snprintf(text, sizeof text, ": error %.3g of %.3g, plain PyTorch's %.3g, allowed %.3g", error, norm, own,
+                    allowed);
+      fail(name + " at " + where + text);
+    });
+  }
+  // What belongs to no sequence is not written.
+  void untouched(const std::string& name, const Numbers& got, int64_t heads) {
+    std::vector<bool> known(got.size());
+    each_block(got, heads, [&](int64_t dim, int64_t first, int64_t count, const std::string&) {
+      std::fill_n(known.begin() + first * dim, count * dim, true);
+    });
+    for (size_t i = 0; i < got.size(); ++i) {
+      if (!known[i] && !std::isnan(got[i])) return fail(name + " of a token of no sequence was written");
+    }
+  }
+  void tokens(const std::string& name, const Numbers& got, const Numbers& want, int64_t heads, double limit,
+              double floor) {
+    each_block(want, heads, [&](int64_t dim, int64_t first, int64_t count, const std::string& where) {
+      rows(name, got, want, dim, first, count, limit, floor, where);
+    });
   }
   // `open`(sequence, head, slot): others must be exactly zero, or need not be anything.
   template <typename open_type>
@@ -432,6 +593,9 @@ struct Checks {
     }
   }
 };
+
+double to_bfloat16(double x) { return static_cast<float>(__nv_bfloat16(static_cast<float>(x))); }
+double to_float16(double x) { return static_cast<float>(__half(static_cast<float>(x))); }
 
 // What a relative error may be: forward, gradients.
 std::pair<double, double> limits(const Case& c) {
@@ -488,8 +652,7 @@ void run_attention(Case& c, Checks& checks) {
   }
   Tensor gate_table(compute, 1, 1, 1, static_cast<int64_t>(gates.size()));
   gate_table.set(gates);
-  std::vector<int64_t> positions;
-  for (const reference::Sequence& s : p.sequences) positions.push_back(s.position);
+  std::vector<int64_t> positions = c.positions;
   const std::vector<int32_t> narrow_ends(c.ends.begin(), c.ends.end());
 
   const Known known[] = {Known(laws), Known(positions), Known(c.ends), Known(narrow_ends)};
@@ -521,7 +684,18 @@ void run_attention(Case& c, Checks& checks) {
     problem.position = positions.data();
   }
 
-  const reference::Results want = reference::run(p, c.backward);
+  const reference::Results want = c.in_order ? reference::run(p, c.backward) : reference::Results();
+  // Plain PyTorch in half precision, but where what it holds becomes infinite.
+  const bool half = size_of(c.dtype) == 2, with_plain = half && c.in_order && !c.bad_token && c.range != Range::beyond;
+  // Of numbers that differ much in size, an error says something beside plain PyTorch's alone.
+  const bool plain_alone =
+      with_plain && (c.range == Range::sharp || c.range == Range::few || c.range == Range::changes);
+  reference::Results plain;
+  if (with_plain) {
+    reference::Problem rounded = p;
+    rounded.rounding = c.dtype == DType::bfloat16 ? to_bfloat16 : to_float16;
+    plain = reference::run(rounded, c.backward);
+  }
   const auto [limit, grad_limit] = limits(c);
   const double state_limit = c.dtype == DType::float64 ? limit : limits(c).first < 1e-4 ? limit : 1e-5;
   const auto open_after = [&](const reference::Sequence& s, int64_t h, int64_t m) {
@@ -551,12 +725,15 @@ void run_attention(Case& c, Checks& checks) {
         std::copy_n(row_out.begin() + bh * p.value_dim, p.value_dim, outs.begin() + (bh * p.tokens + t) * p.value_dim);
       }
     }
-    checks.tokens("out", outs, want.out, p.query_heads, limit, 0);
+    if (with_plain) checks.against_plain("out", outs, want.out, plain.out, p.query_heads, 2);
+    if (!plain_alone) checks.tokens("out", outs, want.out, p.query_heads, limit, 0);
     checks.states("state key", state_key.numbers(), want.state_key, p.key_dim, state_limit, .1, false, open_after);
     checks.states("state value", state_value.numbers(), want.state_value, p.value_dim, state_limit, .1, false,
                   open_after);
     for (int64_t i = 0; i < sequences; ++i) {
-      if (positions[i] != p.sequences[i].position + p.tokens) checks.fail("position");
+      int64_t expected = p.sequences[i].position;
+      for (int64_t t = 0; t < p.tokens; ++t) expected = std::min(expected, blurry_attn::kMaxPosition) + 1;
+      if (positions[i] != expected) checks.fail("position");
     }
     for (Tensor* tensor : {&state_key, &state_value, &one}) {
       if (!tensor->buffer.guarded()) checks.fail("written out of bounds");
@@ -577,10 +754,15 @@ void run_attention(Case& c, Checks& checks) {
   Buffer workspace(forward_bytes(problem));
   forward(problem, outputs, workspace.data());
   if (!workspace.guarded() || !contents.guarded()) checks.fail("forward: the workspace was written out of bounds");
-  const Numbers got_lse = lse.numbers();
-  checks.tokens("out", out.numbers(), want.out, p.query_heads, limit, .3 * Checks::rms(want.out));
-  checks.tokens("lse", got_lse, want.lse, p.query_heads, limit, 1);
-  if (c.wants_state) {
+  if (c.in_order) {
+    const Numbers got_out = out.numbers(), got_lse = lse.numbers();
+    if (with_plain) checks.against_plain("out", got_out, want.out, plain.out, p.query_heads, 2);
+    if (!plain_alone) checks.tokens("out", got_out, want.out, p.query_heads, limit, .3 * Checks::rms(want.out));
+    checks.tokens("lse", got_lse, want.lse, p.query_heads, limit, 1);
+    checks.untouched("out", got_out, p.query_heads);
+    checks.untouched("lse", got_lse, p.query_heads);
+  }
+  if (c.wants_state && c.in_order) {
     checks.states("state key", end_key.numbers(), want.state_key, p.key_dim, state_limit, .1, true, open_after);
     checks.states("state value", end_value.numbers(), want.state_value, p.value_dim, state_limit, .1, true, open_after);
   }
@@ -615,21 +797,28 @@ void run_attention(Case& c, Checks& checks) {
   const double parts = .1 * std::fabs(p.scale) * std::sqrt(static_cast<double>(p.value_dim));
   // The scan's probabilities sum to one with its own lse only.
   const double backward_limit = (forward_window == backward_window ? 1 : 2) * grad_limit;
-  const auto compare = [&](const char* name, Tensor& got, const Numbers& numbers, int64_t heads) {
-    checks.tokens(name, got.numbers(), numbers, heads, backward_limit, std::max(.3 * Checks::rms(numbers), parts));
+  const auto compare = [&](const char* name, Tensor& got, const Numbers& numbers, const Numbers& rounded,
+                           int64_t heads) {
     if (!got.buffer.guarded()) checks.fail(std::string(name) + " was written out of bounds");
+    if (!c.in_order) return;
+    const Numbers found = got.numbers();
+    checks.untouched(name, found, heads);
+    if (with_plain) checks.against_plain(name, found, numbers, rounded, heads, 3);
+    if (plain_alone) return;
+    checks.tokens(name, found, numbers, heads, backward_limit, std::max(.3 * Checks::rms(numbers), parts));
   };
-  compare("grad_query", grad_query, want.grad_query, p.query_heads);
-  compare("grad_key", grad_key, want.grad_key, p.kv_heads);
-  compare("grad_value", grad_value, want.grad_value, p.kv_heads);
+  compare("grad_query", grad_query, want.grad_query, plain.grad_query, p.query_heads);
+  compare("grad_key", grad_key, want.grad_key, plain.grad_key, p.kv_heads);
+  compare("grad_value", grad_value, want.grad_value, plain.grad_value, p.kv_heads);
   if (!p.given) return;
   // Of the gradient of the state at the end walks leave out what the echo makes less than a rounding.
   const double left_out = c.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14;
   const auto compare_state = [&](const char* name, Tensor& got, const Numbers& numbers, const Numbers& end,
                                  int64_t dim) {
     const double floor = backward_window && c.with_grad_state ? left_out * Checks::rms(end) : 0;
-    checks.states(name, got.numbers(), numbers, dim, backward_limit,
-                  std::max({.3 * Checks::rms(numbers), parts, floor}), true, open_before);
+    if (c.in_order)
+      checks.states(name, got.numbers(), numbers, dim, backward_limit,
+                    std::max({.3 * Checks::rms(numbers), parts, floor}), true, open_before);
     if (!got.buffer.guarded()) checks.fail(std::string(name) + " was written out of bounds");
   };
   compare_state("grad_state_key", grad_given_key, want.grad_given_key, p.grad_state_key, p.key_dim);
@@ -669,9 +858,26 @@ void run_rotary(Case& c, Checks& checks) {
   if (!out.buffer.guarded()) checks.fail("rotary: written out of bounds");
 }
 
-std::string running;  // for a crash
-void crashed(int) {
-  running = "FAIL " + running + ": the program crashed\n";
+// Streams that cannot be made leave nothing behind, and are made the next time.
+bool streams_are_sound() {
+  for (int calls = 0; calls <= 3; ++calls) {
+    emulator::until_failure = calls;
+    bool failed = false;
+    try {
+      cuda::TwoStreams streams(nullptr, true);
+    } catch (const std::runtime_error&) {
+      failed = true;
+    }
+    if (failed != (calls < 3) || emulator::objects != (failed ? 0 : 3)) return false;
+  }
+  emulator::until_failure = -1;
+  return true;
+}
+
+constexpr unsigned kSeconds = 200;  // that a case may take
+std::string running;                // for a crash
+void crashed(int signal) {
+  running = "FAIL " + running + (signal == SIGALRM ? ": it does not end\n" : ": the program crashed\n");
   if (write(1, running.data(), running.size()) < 0) _exit(3);
   _exit(2);
 }
@@ -680,6 +886,7 @@ constexpr char kUsage[] =
     "emulate [--seeds FIRST:END] [--kind window|scan|step|rotary] [--dtype bfloat16|float16|float32|float64]\n"
     "        [--kernel fejer|dirichlet] [--slots N] [--resolution R] [--dim D] [--tokens T]\n"
     "        [--sharpness S] [--stretch TOKENS] [--stop FAILURES] [--verbose]\n"
+    "        [--range none|sharp|few|changes|beyond|positions|ends|narrow|cut]\n"
     "Runs the problems of seeds FIRST .. END - 1; what an option sets is not drawn.\n";
 
 Options parse(int count, char** words) {
@@ -694,7 +901,8 @@ Options parse(int count, char** words) {
     std::map<std::string, int64_t*> numbers{{"--slots", &o.slots},     {"--resolution", &o.resolution},
                                             {"--dim", &o.dim},         {"--tokens", &o.tokens},
                                             {"--stretch", &o.stretch}, {"--stop", &o.stop}};
-    std::map<std::string, std::string*> texts{{"--kind", &o.kind}, {"--dtype", &o.dtype}, {"--kernel", &o.kernel}};
+    std::map<std::string, std::string*> texts{
+        {"--kind", &o.kind}, {"--dtype", &o.dtype}, {"--kernel", &o.kernel}, {"--range", &o.range}};
     if (numbers.count(word) && !text.empty()) {
       *numbers[word] = std::stoll(text);
     } else if (texts.count(word) && !text.empty()) {
@@ -725,8 +933,12 @@ int main(int count, char** words) {
   struct sigaction action{};
   action.sa_handler = crashed;
   action.sa_flags = SA_ONSTACK;
-  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigaction(signal, &action, nullptr);
+  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGALRM}) sigaction(signal, &action, nullptr);
   int64_t failed = 0;
+  if (!streams_are_sound()) {
+    std::printf("FAIL streams: what cannot be made leaves something behind\n");
+    ++failed;
+  }
   for (int64_t seed = options.first; seed < options.last; ++seed) {
     running = "seed " + std::to_string(seed);
     Case c = draw(options, static_cast<uint64_t>(seed));
@@ -734,6 +946,7 @@ int main(int count, char** words) {
     running = "seed " + std::to_string(seed) + ": " + c.text();
     if (options.verbose) std::printf("%s\n", running.c_str());
     Checks checks{c, {}};
+    alarm(kSeconds);
     try {
       c.kind == "rotary" ? run_rotary(c, checks) : run_attention(c, checks);
     } catch (const std::runtime_error& error) {

@@ -39,6 +39,7 @@ namespace emulator {
 constexpr size_t kGuard = 4096;  // bytes after a block's shared memory that must stay as they are
 alignas(1024) unsigned char shared_memory[kMaxSharedBytes + kGuard];
 int64_t stretch = 4096;
+int objects = 0, until_failure = -1;
 
 namespace {
 

@@ -30,7 +30,8 @@ struct Problem {
   bool float32_gates = false;  // rounded: one next to 1 is then 1, and a NaN does not outlive it
   Numbers query, key, value, state_key, state_value;
   Numbers grad_out, grad_lse, grad_state_key, grad_state_value;
-  Numbers out;  // rounded, as a backward reads it; empty: as it is
+  Numbers out;                           // rounded, as a backward reads it; empty: as it is
+  double (*rounding)(double) = nullptr;  // of every result, as plain PyTorch does it in a narrow dtype; null: none
 
   int64_t group() const { return query_heads / kv_heads; }
   int64_t token_at(int64_t heads, int64_t batch, int64_t head, int64_t row) const {
@@ -59,8 +60,10 @@ class Lane {
     for (int64_t m = 0; m < p.slots && p.given; ++m) {
       if (!was_open(m)) continue;
       const int64_t at = p.slot_at(index, head, m);
-      for (int64_t d = 0; d < p.key_dim; ++d) keys[m * p.key_dim + d] = p.state_key[at * p.key_dim + d];
-      for (int64_t d = 0; d < p.value_dim; ++d) values[m * p.value_dim + d] = p.state_value[at * p.value_dim + d];
+      for (int64_t d = 0; d < p.key_dim; ++d) keys[m * p.key_dim + d] = rounded(p.state_key[at * p.key_dim + d]);
+      for (int64_t d = 0; d < p.value_dim; ++d) {
+        values[m * p.value_dim + d] = rounded(p.state_value[at * p.value_dim + d]);
+      }
     }
   }
 
@@ -81,7 +84,7 @@ class Lane {
           for (int64_t m = 0; m < p.slots; ++m) {
             if (is_open(i, m)) sum += weights[m] * values[m * p.value_dim + d];
           }
-          r.out[at * p.value_dim + d] = sum;
+          r.out[at * p.value_dim + d] = rounded(sum);
         }
       }
     }
@@ -121,18 +124,22 @@ class Lane {
           if (!is_open(i, m)) continue;
           for (int64_t d = 0; d < p.value_dim; ++d) {
             grad[m] += grad_out[d] * values[m * p.value_dim + d];
-            grad_values[m * p.value_dim + d] += weights[m] * grad_out[d];
+            add(grad_values[m * p.value_dim + d], weights[m] * grad_out[d]);
           }
+          grad[m] = rounded(grad[m]);
           if (p.out.empty()) delta += weights[m] * grad[m];
         }
         for (int64_t d = 0; d < p.value_dim && !p.out.empty(); ++d) delta += grad_out[d] * p.out[at * p.value_dim + d];
         for (int64_t m = 0; m < p.slots; ++m) {
           if (!is_open(i, m)) continue;
-          const double grad_logit = p.scale * weights[m] * (grad[m] - delta);
+          const double grad_logit = rounded(p.scale * rounded(weights[m] * (grad[m] - delta)));
           for (int64_t d = 0; d < p.key_dim; ++d) {
             r.grad_query[at * p.key_dim + d] += grad_logit * keys[m * p.key_dim + d];
-            grad_keys[m * p.key_dim + d] += grad_logit * query[d];
+            add(grad_keys[m * p.key_dim + d], grad_logit * query[d]);
           }
+        }
+        for (int64_t d = 0; d < p.key_dim; ++d) {
+          r.grad_query[at * p.key_dim + d] = rounded(r.grad_query[at * p.key_dim + d]);
         }
       }
       for (int64_t m = p.slots - 1; m >= 0; --m) {
@@ -153,6 +160,8 @@ class Lane {
   }
 
  private:
+  double rounded(double x) const { return p.rounding ? p.rounding(x) : x; }
+  void add(double& to, double x) const { to = rounded(to + rounded(x)); }
   bool was_open(int64_t m) const { return s.position > cells.slot_opening(m); }
   bool is_open(int64_t i, int64_t m) const { return !std::isnan(gates[i * p.slots + m]); }
   int64_t query_at(int64_t i, int64_t j) const {
@@ -165,7 +174,7 @@ class Lane {
       double& content = contents[m * dim + d];
       const double token = tokens[key_at(i) * dim + d];
       before.push_back(content);
-      content = gate == 1 ? token : content + gate * (token - content);
+      content = gate == 1 ? token : rounded(content + rounded(rounded(gate) * rounded(token - content)));
     }
   }
   void take_back(int64_t m, double gate, Numbers& contents, Numbers& grads, Numbers& grad_tokens, int64_t dim,
@@ -173,8 +182,10 @@ class Lane {
     for (int64_t d = dim - 1; d >= 0; --d) {
       contents[m * dim + d] = before.back();
       before.pop_back();
-      grad_tokens[key_at(i) * dim + d] += gate * grads[m * dim + d];
-      grads[m * dim + d] *= 1 - gate;
+      double& grad = grads[m * dim + d];
+      const double share = rounded(rounded(gate) * grad);
+      add(grad_tokens[key_at(i) * dim + d], share);
+      grad = gate == 1 ? 0 : rounded(grad - share);
     }
   }
   // Sets `weights` of the open slots, and lse.
@@ -184,13 +195,13 @@ class Lane {
     for (int64_t m = 0; m < p.slots; ++m) {
       if (!is_open(i, m)) continue;
       for (int64_t d = 0; d < p.key_dim; ++d) weights[m] += p.query[at * p.key_dim + d] * keys[m * p.key_dim + d];
-      weights[m] *= p.scale;
+      weights[m] = rounded(p.scale * rounded(weights[m]));
       top = std::fmax(top, weights[m]);
     }
     for (int64_t m = 0; m < p.slots; ++m) {
       if (is_open(i, m)) total += weights[m] = std::exp(weights[m] - top);
     }
-    for (double& weight : weights) weight /= total;
+    for (double& weight : weights) weight = rounded(weight / total);
     lse = top + std::log(total);
   }
 

@@ -205,14 +205,29 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 // Streams run one after another.
-using cudaEvent_t = void*;
+using cudaEvent_t = struct CUevent_st*;
 constexpr unsigned cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1;
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, unsigned) { return cudaSuccess; }
+template <typename handle>
+cudaError_t emulator_make(handle* made) {
+  if (emulator::until_failure-- == 0) return cudaErrorInvalidValue;
+  ++emulator::objects;
+  *made = reinterpret_cast<handle>(new char);
+  return cudaSuccess;
+}
+template <typename handle>
+cudaError_t emulator_destroy(handle made) {
+  --emulator::objects;
+  delete reinterpret_cast<char*>(made);
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return emulator_make(event); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return emulator_destroy(event); }
 inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   *least = *greatest = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t*, unsigned, int) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return emulator_make(stream); }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return emulator_destroy(stream); }
 inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
