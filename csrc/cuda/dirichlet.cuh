@@ -92,7 +92,8 @@ void launch_rows(const Problem& p, const RowTables& tables) {
 // Lengths are such that 128 heads, over all sequences, of 8192 tokens fill 132 multiprocessors once: three blocks on
 // each, or two where heads are wide.
 inline WalkPlan make_patch_plan(const Problem& p, bool backward) {
-  WalkPlan plan;
+  WalkPlan plan{};
+  plan.patches = 1;
   const int64_t least = 2 * p.longest_window;
   plan.length = std::max<int64_t>(least, is_wide(p) ? 4096 : 2816);
   plan.halved = std::max<int64_t>(least, 2048);
