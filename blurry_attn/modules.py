@@ -262,8 +262,9 @@ class BlurrySelfAttention(nn.Module):
         if torch.compiler.is_compiling() or self._surely_merges(query):
             return self._merge(blurry_window_step(query, key, value, state, enable_gqa=True))
         before = state.clone()
+        out = blurry_window_step(query, key, value, state, enable_gqa=True)  # of itself, as a whole or not at all
         try:
-            return self._merge(blurry_window_step(query, key, value, state, enable_gqa=True))
+            return self._merge(out)
         except BaseException:
             for held, was in zip(pytree.tree_leaves(state), pytree.tree_leaves(before), strict=True):
                 held.copy_(was)

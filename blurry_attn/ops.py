@@ -51,6 +51,13 @@ def _check_place(name: str, tensor: Tensor, query: Tensor) -> None:
         raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
 
 
+def _check_places(query: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    """For the fake kernels: one tensor on meta among others leads there, where nothing else looks at devices."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_place(name, tensor, query)
+
+
 def _check_state(state: BlurryState, window: BlurryWindow, query: Tensor) -> None:
     if not isinstance(state, BlurryState):
         raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
@@ -220,7 +227,8 @@ def blurry_window_step(
         query: (B, Hq, 1, Dk); dtypes as for :func:`blurry_window_attention`.
         key: (B, Hkv, 1, Dk).
         value: (B, Hkv, 1, Dv).
-        state: of B sequences, each at its own position; nothing of it is touched if an argument is refused.
+        state: of B sequences, each at its own position, in memory that no other argument shares; nothing of it is
+            touched if an argument is refused.
         scale: of the logits; 1 / sqrt(Dk) when None.
         enable_gqa: allow Hq > Hkv.
 
@@ -242,7 +250,7 @@ def blurry_window_step(
     slots, position = state._contents(), state.position
     if state.flux is not None:
         if not torch.compiler.is_compiling():
-            state._check_writable()
+            state._check_writable(query=query, key=key, value=value)
         position = position.clone()
     step = _operator("step", query, key, value, *slots, position)
     out: Tensor = step(
@@ -279,6 +287,8 @@ def _empty_beside(x: Tensor, dim: int) -> Tensor:
 
 @torch.library.register_fake("blurry_attn::rotary")
 def _rotary_shape(x: Tensor, positions: Tensor, base: float, back: bool = False) -> Tensor:
+    if positions.device != x.device:
+        raise ValueError(f"positions must be on x's device {x.device}, got {positions.device}")
     return _empty_beside(x, x.shape[3])
 
 
@@ -311,6 +321,8 @@ def _forward_shapes(
     position: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, ...]:
+    state = {"state.key": state_key, "state.value": state_value, "state.position": position}
+    _check_places(query, {"key": key, "value": value, "cu_seqlens": cu_seqlens, **state})
     out = _empty_beside(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=_state_dtype(query))
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -344,6 +356,10 @@ def _backward_shapes(
     position: Tensor | None,
     contents: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    given = {"grad_out": grad_out, "grad_lse": grad_lse, "key": key, "value": value, "out": out, "lse": lse}
+    given |= {"grad_state_key": grad_state_key, "grad_state_value": grad_state_value, "cu_seqlens": cu_seqlens}
+    given |= {"state.key": state_key, "state.value": state_value, "state.position": position, "contents": contents}
+    _check_places(query, given)
     gradients = tuple(_empty_beside(tensor, tensor.shape[3]) for tensor in (query, key, value))
     if state_key is None:
         none = query.new_empty(0, dtype=_state_dtype(query))
@@ -366,4 +382,6 @@ def _step_shapes(
     sharpness: float,
     scale: float,
 ) -> Tensor:
+    state = {"state.key": state_key, "state.value": state_value, "state.position": position}
+    _check_places(query, {"key": key, "value": value, **state})
     return _empty_beside(query, value.shape[3])

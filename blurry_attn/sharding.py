@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
@@ -96,6 +97,8 @@ def step(
         in_placements=(division.query, division.kv, division.kv, *division.of_state),
         redistribute_inputs=True,
     )(query, key, value, state)
+    # What was written are the parts; a backward may have saved the whole.
+    torch.autograd.graph.increment_version((state.key, state.value, state.position))
     return out
 
 

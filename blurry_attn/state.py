@@ -134,33 +134,28 @@ class BlurryState:
         """Key and value slots as they are; those of bfloat16 in float32, with the ones in flux in their place."""
         if self.flux is None:
             return self.key, self.value
+        self.__post_init__()  # an attribute may have been set since
         rows = _rows_in_flux(self.window, self.kv_heads, self.position)
         key, value = self.key.float(), self.value.float()
         key[rows], value[rows] = self.flux.split((key.shape[3], value.shape[3]), -1)
         return key, value
 
     def _write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
-        """What a step has made of :meth:`_contents`, into a state of bfloat16."""
-        rows = _rows_in_flux(self.window, self.kv_heads, self.position)
-        for held, new in ((self.key, key), (self.value, value)):
-            held[rows] = new[rows].to(held.dtype)
-        self.position.copy_(position)
-        cast(Tensor, self.flux).copy_(_flux(self.window, key, value, position))
+        """What a step has made of :meth:`_contents`, into a state of bfloat16: all of it at once, or nothing."""
+        held = [self.key, self.value, self.position, cast(Tensor, self.flux)]
+        torch._foreach_copy_(held, [key, value, position, _flux(self.window, key, value, position)])
 
-    def _check_writable(self) -> None:
+    def _check_writable(self, **read: Tensor) -> None:
         """What the operator checks of the tensors that it updates, for those of a state of bfloat16.
 
         Raises:
-            ValueError: an expanded tensor; key and value that share memory.
+            ValueError: a tensor whose elements share memory with each other, with another of the state, or with one of
+                ``read``; an inference tensor outside inference mode.
         """
-        for name in (*_CHILDREN, "flux"):
-            if torch._debug_has_internal_overlap(getattr(self, name)) == 1:
-                raise ValueError(
-                    f"state.{name} must have memory for every element to be updated in place, got an expanded tensor; "
-                    "clone() it"
-                )
-        if self.key.numel() and self.value.numel() and self.key.data_ptr() == self.value.data_ptr():
-            raise ValueError("state.value must not share memory with state.key to be updated in place")
+        from . import _C
+
+        written = [(f"state.{name}", getattr(self, name)) for name in (*_CHILDREN, "flux")]
+        _C.check_is_writable(written, list(read.items()))
 
     @classmethod
     def empty(

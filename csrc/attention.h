@@ -54,7 +54,8 @@ BLURRY_API Attention forward(const at::Tensor& query, const at::Tensor& key, con
                              const Window& window, const Options& options = {});
 
 // One token per sequence, (sequences, heads, 1, head_dim) and alike; updates `state` in place and returns
-// (sequences, heads, 1, value_dim). Not differentiable.
+// (sequences, heads, 1, value_dim). Not differentiable; the tensors' version counters advance. The state's memory is
+// shared by no other argument; inference tensors are updated inside c10::InferenceMode alone.
 BLURRY_API at::Tensor step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                            const Window& window, State& state, std::optional<double> scale = std::nullopt);
 

@@ -160,6 +160,8 @@ BackwardResult backward_autograd(const at::Tensor& grad_out, const OptionalTenso
       is_recorded(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, state_key, state_value);
   TORCH_CHECK_NOT_IMPLEMENTED(!wanted,
                               "blurry_attn: double backward is not implemented; call backward without create_graph");
+  refuse_forward_mode(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse, state_key,
+                      state_value);
   at::AutoDispatchBelowADInplaceOrView guard;
   return backward_operator().call(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse,
                                   slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key, state_value,
@@ -170,6 +172,7 @@ KeptResult keeping_autograd(const at::Tensor& query, const at::Tensor& key, cons
                             at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
                             double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
                             const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
+  refuse_forward_mode(query, key, value, state_key, state_value);
   TORCH_CHECK_NOT_IMPLEMENTED(!is_recorded(query, key, value, state_key, state_value),
                               "blurry_attn: forward_with_contents has no gradient; forward has");
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -184,9 +187,23 @@ at::Tensor step_autograd(const at::Tensor& query, const at::Tensor& key, const a
   TORCH_CHECK_NOT_IMPLEMENTED(!is_recorded(query, key, value, state_key, state_value),
                               "blurry_attn: a step updates its state in place and has no gradient; call it under "
                               "torch.no_grad(), or use blurry_window_attention with state and return_state");
-  at::AutoDispatchBelowADInplaceOrView guard;
+  at::AutoDispatchBelowAutograd guard;
   return step_operator().call(query, key, value, state_key, state_value, position, slots, window, phase, kernel,
                               sharpness, scale);
+}
+
+// Tells autograd of the write: a backward that saved a tensor of the state finds that it is no longer as it was.
+at::Tensor step_in_place(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
+                         at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
+                         at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
+  at::Tensor out;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    out = step_operator().call(query, key, value, state_key, state_value, position, slots, window, phase, kernel,
+                               sharpness, scale);
+  }
+  for (const at::Tensor& written : {state_key, state_value, position}) written.unsafeGetTensorImpl()->bump_version();
+  return out;
 }
 
 // Linear in x; its adjoint turns back, and is differentiable, too.
@@ -253,6 +270,7 @@ TORCH_LIBRARY_IMPL(blurry_attn, Autograd, m) {
   m.impl("step", step_autograd);
   m.impl("rotary", rotary_autograd);
 }
+TORCH_LIBRARY_IMPL(blurry_attn, ADInplaceOrView, m) { m.impl("step", step_in_place); }
 TORCH_LIBRARY_IMPL(blurry_attn, AutocastCPU, m) {
   m.impl("forward", forward_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
   m.impl("step", step_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);

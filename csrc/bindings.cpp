@@ -79,6 +79,16 @@ at::Tensor call_step(const at::Tensor& query, const at::Tensor& key, const at::T
               scale);
 }
 
+using Arguments = std::vector<std::pair<std::string, at::Tensor>>;
+void call_check_is_writable(const Arguments& written, const Arguments& read) {
+  const auto view = [](const Arguments& arguments) {
+    std::vector<Argument> views;
+    for (const auto& [name, tensor] : arguments) views.push_back({name, tensor});
+    return views;
+  };
+  check_is_writable(view(written), view(read));
+}
+
 py::dict build_info() {
   py::dict info;
   info["torch"] = BLURRY_TORCH_VERSION;
@@ -94,6 +104,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward", torch::wrap_pybind_function_no_gil(&blurry_attn::call_forward), "torch.ops.blurry_attn.forward.");
   m.def("step", torch::wrap_pybind_function_no_gil(&blurry_attn::call_step), "torch.ops.blurry_attn.step.");
   m.def("rotary", torch::wrap_pybind_function_no_gil(&blurry_attn::rotary), "torch.ops.blurry_attn.rotary.");
+  m.def("check_is_writable", torch::wrap_pybind_function_no_gil(&blurry_attn::call_check_is_writable),
+        py::arg("written"), py::arg("read"),
+        "What a step checks before it writes: names and tensors of what it writes and of what it reads.");
   m.def("gates", &blurry_attn::gate_table, py::arg("kernel"), py::arg("slots"), py::arg("window"), py::arg("phase"),
         py::arg("sharpness"), py::arg("start"), py::arg("length"),
         "The law as a float64 table (length, slots): the share of token start + i that each slot takes, openings\n"

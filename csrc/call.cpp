@@ -2,15 +2,23 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
-#include <ATen/MemoryOverlap.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/COW.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <list>
+#include <mutex>
+
+#include "overlap.h"
 
 namespace blurry_attn {
 
 namespace {
+
+constexpr double kLog2E = 1.4426950408889634;  // kernels take powers of two
 
 c10::DispatchKeySet keys_of(const at::Tensor& beside, at::ScalarType type) {
   return c10::DispatchKeySet(c10::computeDispatchKey(type, at::kStrided, beside.device()));
@@ -52,19 +60,96 @@ void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef sha
                     tensor.device());
 }
 
+// Where a tensor lies in memory.
+struct Place {
+  Footprint footprint;
+  const void* copied_on_write;  // its storage, if a write moves that elsewhere
+};
+
+// Nothing of a tensor that has no memory.
+std::optional<Place> place_of(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kTraced({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  if (tensor.key_set().has_any(kTraced) || tensor.is_meta() || !tensor.has_storage() || tensor.numel() == 0)
+    return std::nullopt;
+  const int64_t size = static_cast<int64_t>(tensor.element_size());
+  Place place{{reinterpret_cast<intptr_t>(tensor.const_data_ptr()), size, {}}, nullptr};
+  auto& dimensions = place.footprint.dimensions;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) dimensions.push_back({tensor.stride(d) * size, tensor.size(d) - 1});
+  }
+  std::sort(dimensions.begin(), dimensions.end(), [](const auto& a, const auto& b) { return a.stride > b.stride; });
+  const c10::StorageImpl* const storage = tensor.storage().unsafeGetStorageImpl();
+  if (c10::impl::cow::is_cow_data_ptr(storage->data_ptr())) place.copied_on_write = storage;
+  return place;
+}
+
+bool share_memory(const std::optional<Place>& a, const std::optional<Place>& b) {
+  return a && b && a->copied_on_write == b->copied_on_write && overlap(a->footprint, b->footprint);
+}
+
+constexpr size_t kMostTables = 128, kMostTableBytes = size_t(32) << 20;  // that are kept, of a type
+
+// The table of a law, made anew where none is kept. A lock that is taken counts as none: no call waits for another, and
+// a process forked while it was held does not wait for good.
+template <typename compute>
+Gates<compute> gates_of(Kernel kernel, const Cells& cells, double sharpness) {
+  struct Entry {
+    Kernel kernel;
+    int64_t slots, resolution;
+    double sharpness;
+    Gates<compute> table;
+  };
+  static std::mutex mutex;
+  static auto& kept = *new std::list<Entry>;  // the last used first; never freed, since threads may outlive main()
+  static size_t bytes = 0;
+  if (kernel != Kernel::fejer) sharpness = 1;
+  const auto find = [&]() -> Gates<compute> {
+    const auto entry = std::find_if(kept.begin(), kept.end(), [&](const Entry& e) {
+      return e.kernel == kernel && e.slots == cells.slots && e.resolution == cells.resolution &&
+             e.sharpness == sharpness;
+    });
+    if (entry == kept.end()) return nullptr;
+    kept.splice(kept.begin(), kept, entry);
+    return entry->table;
+  };
+  {
+    const std::unique_lock lock(mutex, std::try_to_lock);
+    if (lock) {
+      if (Gates<compute> table = find()) return table;
+    }
+  }
+  const std::vector<double> gates =
+      kernel == Kernel::fejer ? flux_gates(cells, sharpness) : period_gates(kernel, cells, sharpness);
+  std::list<Entry> fresh, dropped;
+  fresh.push_back({kernel, cells.slots, cells.resolution, sharpness,
+                   std::make_shared<const std::vector<compute>>(gates.begin(), gates.end())});
+  const Gates<compute> table = fresh.front().table;
+  const auto bytes_of = [](const Entry& entry) { return entry.table->size() * sizeof(compute); };
+  if (bytes_of(fresh.front()) > kMostTableBytes) return table;
+  const std::unique_lock lock(mutex, std::try_to_lock);
+  if (!lock || find()) return table;
+  bytes += bytes_of(fresh.front());
+  kept.splice(kept.begin(), fresh);
+  while (kept.size() > kMostTables || bytes > kMostTableBytes) {
+    bytes -= bytes_of(kept.back());
+    dropped.splice(dropped.begin(), kept, std::prev(kept.end()));
+  }
+  return table;
+}
+
 }  // namespace
 
-std::vector<std::vector<double>> Call::gates() const {
-  std::vector<std::vector<double>> tables;
+template <typename compute>
+std::vector<Gates<compute>> Call::gates() const {
+  std::vector<Gates<compute>> tables;
   for (const Cells& head : cells) {
-    if (!tables.empty() && head.resolution == (&head)[-1].resolution) {
-      tables.push_back(tables.back());
-    } else {
-      tables.push_back(kernel == Kernel::fejer ? flux_gates(head, sharpness) : period_gates(kernel, head, sharpness));
-    }
+    const bool is_as_before = !tables.empty() && head.resolution == (&head)[-1].resolution;
+    tables.push_back(is_as_before ? tables.back() : gates_of<compute>(kernel, head, sharpness));
   }
   return tables;
 }
+template std::vector<Gates<float>> Call::gates() const;
+template std::vector<Gates<double>> Call::gates() const;
 
 at::Tensor Call::empty(at::IntArrayRef sizes, at::ScalarType type) const {
   return at::Tensor(at::detail::empty_generic(sizes, c10::GetAllocator(query.device().type()), keys_of(query, type),
@@ -123,8 +208,10 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
   TORCH_CHECK_VALUE(!fejer || (std::isfinite(sharpness) && sharpness >= 1),
                     "sharpness must be finite and at least 1, got ", sharpness);
   TORCH_CHECK_VALUE(std::isfinite(scale), "scale must be finite, got ", scale);
-  TORCH_CHECK_VALUE(query.scalar_type() == at::kDouble || std::abs(scale) <= std::numeric_limits<float>::max(),
-                    "scale must be finite in float32, got ", scale);
+  const bool is_double = query.scalar_type() == at::kDouble;
+  const double largest = is_double ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  TORCH_CHECK_VALUE(std::abs(scale) <= largest / kLog2E, "scale must be finite in ", is_double ? "float64" : "float32",
+                    " when multiplied by log2(e), got ", scale);
   TORCH_CHECK_VALUE(static_cast<int64_t>(window.size()) == heads, "window must have one entry per kv head (", heads,
                     "), got ", window.size());
   TORCH_CHECK_VALUE(static_cast<int64_t>(phase.size()) == heads, "phase must have one entry per kv head (", heads,
@@ -207,17 +294,27 @@ void check_step(const Call& call) {
   TORCH_CHECK_VALUE(call.tokens() == 1, "query must have one token in a step, got ", call.tokens());
 }
 
-void check_is_writable(const at::Tensor& state_key, const at::Tensor& state_value, const at::Tensor& position) {
-  const auto check = [](const at::Tensor& tensor, const char* name) {
-    TORCH_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, name,
-                      " must have memory for every element to be updated in place, got an expanded tensor; clone() it");
-  };
-  check(state_key, "state.key");
-  check(state_value, "state.value");
-  check(position, "state.position");
-  const at::MemOverlapStatus shared = at::get_overlap_status(state_key, state_value);
-  TORCH_CHECK_VALUE(shared != at::MemOverlapStatus::Full && shared != at::MemOverlapStatus::Partial,
-                    "state.value must not share memory with state.key to be updated in place");
+void check_is_writable(c10::ArrayRef<Argument> written, c10::ArrayRef<Argument> read) {
+  c10::SmallVector<std::optional<Place>, 4> places;
+  for (const Argument& argument : written) {
+    TORCH_CHECK_VALUE(!argument.tensor.is_inference() || c10::InferenceMode::is_enabled(), argument.name,
+                      " must be no inference tensor to be updated in place outside torch.inference_mode(); clone() it");
+    const std::optional<Place>& place = places.emplace_back(place_of(argument.tensor));
+    TORCH_CHECK_VALUE(!place || !overlaps_itself(place->footprint), argument.name,
+                      " must have memory for every element to be updated in place, got a tensor whose elements share "
+                      "it; clone() it");
+    for (size_t i = 0; i + 1 < places.size(); ++i) {
+      TORCH_CHECK_VALUE(!share_memory(places[i], place), argument.name, " must not share memory with ", written[i].name,
+                        " to be updated in place; clone() it");
+    }
+  }
+  for (const Argument& argument : read) {
+    const std::optional<Place> place = place_of(argument.tensor);
+    for (size_t i = 0; i < places.size(); ++i) {
+      TORCH_CHECK_VALUE(!share_memory(places[i], place), argument.name, " must not share memory with ", written[i].name,
+                        ", which is updated in place; clone() it");
+    }
+  }
 }
 
 void write_back(const Call& call, at::Tensor& state_key, at::Tensor& state_value) {

@@ -3,8 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -21,6 +23,10 @@ using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor
 // A new (batch, heads, tokens, dim) tensor beside x, of x's kind: where x is (batch, tokens, heads, dim) in memory, so
 // is it, and else in the order of its shape. On the current device.
 at::Tensor empty_beside(const at::Tensor& x, int64_t dim);
+
+// A table of gates as the kernels read it: flux_gates for "fejer", period_gates for the others.
+template <typename compute>
+using Gates = std::shared_ptr<const std::vector<compute>>;
 
 struct Call {
   at::Tensor query, key, value;
@@ -40,8 +46,9 @@ struct Call {
   int64_t sequences() const { return cu_seqlens ? cu_seqlens->size(0) - 1 : batch(); }
   // float64 for float64 inputs, float32 for all others: of the state, lse and all sums.
   at::ScalarType compute_type() const { return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-  // Gate tables per kv head: flux_gates for "fejer", period_gates for the others.
-  std::vector<std::vector<double>> gates() const;
+  // Per kv head, in float or double; kept, within bounds, for other calls of the same law.
+  template <typename compute>
+  std::vector<Gates<compute>> gates() const;
 
   // As at::empty() where query is, on the current device: the way through the dispatcher takes longer than the rest.
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const;
@@ -67,8 +74,14 @@ void check_gradients(const Call& call, const at::Tensor& grad_out, const Optiona
 void check_rotary(const at::Tensor& x, const at::Tensor& position, double base);
 // Of a step: one token.
 void check_step(const Call& call);
-// Of a step: a state whose every number has a place of its own, so that it can be written.
-void check_is_writable(const at::Tensor& state_key, const at::Tensor& state_value, const at::Tensor& position);
+// An argument and its name.
+struct Argument {
+  std::string_view name;
+  const at::Tensor& tensor;
+};
+// Of a step: every number of the tensors that it writes has a place of its own, which no tensor that it reads shares,
+// and autograd can see the write. Tensors without memory, as those of a trace, share none.
+void check_is_writable(c10::ArrayRef<Argument> written, c10::ArrayRef<Argument> read);
 // Of a step, after it: the call's state is the given one, or a contiguous copy that goes back into it.
 void write_back(const Call& call, at::Tensor& state_key, at::Tensor& state_value);
 

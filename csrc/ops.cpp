@@ -95,7 +95,7 @@ cpu::Problem<storage, compute> make_problem(const Call& call) {
     }
   }
   problem.cells = call.cells;
-  for (const std::vector<double>& table : call.gates()) problem.gates.emplace_back(table.begin(), table.end());
+  problem.gates = call.gates<compute>();
   problem.of_period = call.kernel != Kernel::fejer;
   problem.query_heads = call.query_heads();
   problem.tokens = call.tokens();
@@ -202,7 +202,6 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
     using compute = decltype(compute_tag);
     const auto problem = make_problem<storage, compute>(call);
     cpu::Gradients<storage, compute> gradients;
-    gradients.out = view<const storage>(out);
     gradients.grad_out = view<const storage>(grad_out);
     gradients.lse = data<compute>(lse_dense);
     if (grad_lse_dense) gradients.grad_lse = data<compute>(*grad_lse_dense);
@@ -236,7 +235,8 @@ at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Te
   const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, {}, state_key,
                                state_value, position);
   check_step(call);
-  check_is_writable(state_key, state_value, position);
+  check_is_writable({{"state.key", state_key}, {"state.value", state_value}, {"state.position", position}},
+                    {{"query", query}, {"key", key}, {"value", value}});
   const at::Tensor out = empty_beside(query, value.size(3));
   Scratch scratch{call, {}};
   for_type(query.scalar_type(), [&](auto storage_tag, auto compute_tag) {

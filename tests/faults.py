@@ -79,6 +79,8 @@ STATES = (
 NAN = ("tests/test_nan.py::test_nan_lives_exactly_as_long_as_the_law_says",)
 STEP = ("tests/test_step.py",)
 ERRORS = ("tests/test_errors.py",)
+SHARP = ("tests/test_accuracy.py::test_half_gradients_of_a_sharp_softmax",)
+THREADS = ("tests/test_concurrency.py",)
 LOGITS = ("tests/test_accuracy.py::test_large_logits",)
 WINDOWS = ("tests/test_window.py",)
 STATE = ("tests/test_state.py",)
@@ -137,8 +139,8 @@ CPU = [
         ("scan: shut slots seen", "if (scan.is_open(m, t)) weights[open++] =", "weights[open++] =", VALUES),
         ("scan: top missing in lse", "return top + std::log(total);", "return std::log(total);", VALUES),
         ("scan: softmax without its top", "largest(weights, open, weights[0]);", "0;", LOGITS),
-        ("scan: delta without lse", "if (gradients.grad_lse) delta -=", "if (false) delta -=", VALUES),
-        ("scan: delta omitted", "scan.slot_value(m), vw) - delta)", "scan.slot_value(m), vw))", VALUES),
+        ("scan: delta without lse", "gradients.grad_lse ? gradients.grad_lse[scan.scalar_at(head, t)] : compute(0)",
+         "compute(0)", VALUES),
         ("scan: scale dropped in backward", "scale_row(problem.scale, kw, grad_query.data());", "", VALUES),
         ("scan: stale carry in backward", "kept.data() + stretch * slots * (kw + vw)", "kept.data()", LONG),
         ("scan: last token skipped in backward", "int64_t t = end - 1; t >= begin;", "int64_t t = end - 2; t >= begin;",
@@ -170,7 +172,8 @@ CPU = [
          "if (t0 + i >= view.cells.flux_end(cell)) ++cell;", VALUES),
         ("window: cells that some rows see left out",
          "if (c < high[i]) add_scaled(w[c], standing + c * width, width, to);", "", VALUES),
-        ("window: delta without lse", "if (gradients.grad_lse) delta -=", "if (false) delta -=", VALUES),
+        ("window: delta without lse", "gradients.grad_lse ? gradients.grad_lse[at] : compute(0)", "compute(0)", VALUES),
+        ("window: weights of the backward do not sum to one", "p[c] *= inverse;", "p[c] *= 1;", SHARP),
         ("window: scale dropped in the flux", "seen ? dz[standing + which] * problem.scale : 0;",
          "seen ? dz[standing + which] : 0;", VALUES),
         ("window: carry of the adjoint a token short", "t = window.last_token(lane, cell + which); t >= stretch.end;",
@@ -188,6 +191,8 @@ CPU = [
     *faults(
         "csrc/cpu/vec.h",
         ("padding counted in a softmax", "for (int64_t j = n - i; j < lanes; ++j) tail[j] = 0;", "", VALUES),
+        ("delta omitted", "(gradients[i] - mean + grad_lse)", "(gradients[i] + grad_lse)", VALUES),
+        ("delta without what no vector holds", "mean += weights[i] * gradients[i];", "break;", VALUES),
         ("share of one does not replace", "if (share == 1) return copy_row(token, width, to);", "", NAN),
         ("stride of elements ignored", "static_cast<compute>(from[i * stride]) * factor;",
          "static_cast<compute>(from[i]) * factor;", LAYOUT),
@@ -209,7 +214,20 @@ CPU = [
         ("rotary: all sequences at the first one's positions", "b * problem.position_batch + t", "t", ROTARY),
     ),
     *faults(
+        "csrc/overlap.cpp",
+        ("overlap: first byte of an element alone", "apart + span_b + b.size - 1", "apart + span_b", REFUSALS),
+        ("overlap: strides of one length counted once", "both.back().most += next.most;", "", REFUSALS),
+        ("overlap: elements of one tensor compared in one sense", "2 * rest->most", "rest->most", REFUSALS),
+        ("overlap: at most one element of a dimension", "std::min(most, high / stride)",
+         "std::min(int64_t(1), high / stride)", REFUSALS),
+    ),
+    *faults(
         "csrc/autograd.cpp",
+        ("step: autograd does not see the write", "written.unsafeGetTensorImpl()->bump_version();", "(void)written;",
+         STEP),
+        ("backward: tangents dropped",
+         "  refuse_forward_mode(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse, "
+         "state_key,\n                      state_value);\n", "", ERRORS),
         ("rotary: gradient not turned back", '!context->saved_data["back"]', 'context->saved_data["back"]', ROTARY),
     ),
     *faults(
@@ -220,10 +238,18 @@ CPU = [
         ("falling cu_seqlens accepted", "ends[i] >= ends[i - 1],", "true,", ERRORS),
         ("cu_seqlens that end early accepted", "ends.back() == tokens,", "ends.back() <= tokens,", ERRORS),
         ("position beyond 2^62 accepted", "data[i] <= kMaxPosition,", "true,", REFUSALS),
-        ("scale beyond float32 accepted", "std::abs(scale) <= std::numeric_limits<float>::max(),", "true,", REFUSALS),
+        ("scale beyond float32 accepted", "std::abs(scale) <= largest / kLog2E,", "true,", REFUSALS),
+        ("scale beyond float32 in powers of two accepted", "largest / kLog2E,", "largest,", ERRORS),
+        ("gates: tables made anew", "if (Gates<compute> table = find()) return table;", "", STEP),
+        ("gates: a table of another sharpness", "             e.sharpness == sharpness;", "true;", THREADS),
+        ("gates: a table of another number of slots", "e.slots == cells.slots && ", "", THREADS),
         ("too many slots accepted", "slots <= kMaxSlots,", "true,", ERRORS),
-        ("step into an expanded state", "at::has_internal_overlap(tensor) != at::MemOverlap::Yes,", "true,", REFUSALS),
-        ("step into a state whose key is its value", "shared != at::MemOverlapStatus::Full &&", "", REFUSALS),
+        ("step into an expanded state", "!place || !overlaps_itself(place->footprint),", "true,", REFUSALS),
+        ("step into a state whose parts overlap", "i + 1 < places.size()", "i + 1 < size_t(0)", REFUSALS),
+        ("step of a query that its state overlaps", "i = 0; i < places.size()", "i = 0; i < size_t(0)", REFUSALS),
+        ("step into a lazy clone refused", "a->copied_on_write == b->copied_on_write && ", "", REFUSALS),
+        ("step into an inference tensor", "!argument.tensor.is_inference() || c10::InferenceMode::is_enabled(),",
+         "true,", STEP),
         ("negative position accepted", "data[i] >= 0,", "true,", ERRORS),
         ("step: values of a state that is not dense not written back",
          "if (!call.state_value->is_same(state_value)) state_value.copy_(*call.state_value);", "", STEP),
@@ -269,6 +295,8 @@ PYTHON = [
          ERRORS),
         ("ops: inputs on other devices taken", "if tensor.device != query.device:", "if False:", REFUSALS),
         ("ops: sparse inputs taken", "if tensor.layout != torch.strided:", "if False:", REFUSALS),
+        ("ops: a trace takes tensors of other devices", "            _check_place(name, tensor, query)\n\n\n",
+         "            pass\n\n\n", ERRORS),
         ("ops: lse and state exchanged", """    if return_lse:
         results.append(lse)
     if return_state:
@@ -318,13 +346,16 @@ PYTHON = [
          "self.position[: len(change(self.key))], self.window", DECODING),
         ("state: positions shared between dtypes", "copy=copy or key is not self.key", "copy=copy", STATE),
         ("state: slots in flux rounded", "key[rows], value[rows] = self.flux", "_ = self.flux", DECODING),
-        ("state: slots that come to rest not written", "held[rows] = new[rows].to(held.dtype)", "pass", DECODING),
+        ("state: slots that come to rest not written", "[key, value, position, _flux(",
+         "[self.key, self.value, position, _flux(", DECODING),
         ("state: slots in flux a cell early", "torch.stack((trailing, trailing + 1), -1)",
          "torch.stack((trailing - 1, trailing), -1)", DECODING),
         ("state: phases of the slots in flux ignored", "position.clamp(min=0).unsqueeze(1) - phase",
          "position.clamp(min=0).unsqueeze(1) - 0 * phase", DECODING),
-        ("state: expanded bfloat16 state written", "torch._debug_has_internal_overlap(getattr(self, name)) == 1",
-         "False", REFUSALS),
+        ("state: expanded bfloat16 state written", "_C.check_is_writable(written, list(read.items()))", "pass",
+         REFUSALS),
+        ("state: a bfloat16 state's attributes not looked at again", "self.__post_init__()  # an attribute",
+         "pass  # an attribute", ERRORS),
         ("state: unlike dtypes joined", "if state.key.dtype != states[0].key.dtype:", "if False:", REFUSALS),
         ("state: unlike windows joined", "if state.window != states[0].window:", "if False:", REFUSALS),
         ("state: sparse slots accepted", "if getattr(self, name).layout != torch.strided:", "if False:", STATE),
@@ -402,6 +433,7 @@ PYTHON = [
         ("sharding: a shared kv head's gradient not summed", "kv_grad=at(Partial()) if is_shared else by_head",
          "kv_grad=at(Replicate()) if is_shared else by_head", DTENSORS),
         ("sharding: heads cut along tokens accepted", "if TOKENS in dims:", "if False:", DTENSORS),
+        ("sharding: autograd does not see a step", "torch.autograd.graph.increment_version(", "tuple(", DTENSORS),
         ("sharding: uneven shards accepted", "if x.shape[dim] % parts[dim]:", "if False:", DTENSORS),
         ("sharding: state keeps the window of a part",
          "results = (*results[:-1], _with_window(results[-1], window))", "pass", DTENSORS),

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import HALVES, KERNELS, assert_accurate, make_inputs, make_state, oracle, relative_error, run, shut_slots
+from helpers import (
+    HALVES,
+    KERNELS,
+    assert_accurate,
+    make_inputs,
+    make_state,
+    oracle,
+    randn,
+    relative_error,
+    run,
+    shut_slots,
+)
 
-from blurry_attn import BlurryWindow, blurry_window_attention, reference
+from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, reference
 
 # (slots, tokens per slot of each of two heads, tokens, head_dim, value_dim)
 SHAPES = {
@@ -176,3 +187,61 @@ def test_scale_in_half_precision(kernel, scale, device):
     found = run(blurry_window_attention, *(x.to(device) for x in inputs), window, scale=scale)
     for name in exact.keys() - {"position"}:
         assert relative_error(found[name], exact[name]) <= 0.03, name
+
+
+def gradients_of_out(attend, inputs, state, grad, **options):
+    """Of query, key, value and the state's slots, as float64 on the CPU."""
+    leaves = [x.detach().requires_grad_() for x in (*inputs, state.key, state.value)]
+    out, *_ = attend(*leaves[:3], state.window, state=BlurryState(*leaves[3:], state.position, state.window),
+                     return_lse=True, return_state=True, **options)  # fmt: skip
+    return [x.double().cpu() for x in torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
+def test_half_gradients_of_a_sharp_softmax(kernel, dtype, tokens, scale, device):
+    """Few slots are open or one has almost all of the weight, so that gradients of the logits nearly cancel: of each of
+    many sequences at most three times the error of plain PyTorch, or 3e-5."""
+    window, batch, dim = BlurryWindow(6, 78, kernel, phase=0), 30, 32
+    inputs = make_inputs(batch, 1, None, tokens, dim, dtype=dtype, seed=1)
+    state = make_state(window, [2] * batch, 1, dim, dtype=torch.float32)
+    grad = randn(batch, 1, tokens, dim, dtype=dtype, seed=7)
+    state = BlurryState(state.key.to(dtype).float(), state.value.to(dtype).float(), state.position, window)
+    exact = gradients_of_out(oracle, [x.double() for x in inputs], state, grad.double(), scale=scale)
+    plain = gradients_of_out(oracle, inputs, state, grad, scale=scale)
+    ours = gradients_of_out(
+        blurry_window_attention, [x.to(device) for x in inputs], state.to(device), grad.to(device), scale=scale
+    )
+    for name, a, b, truth in zip(
+        ("query", "key", "value", "state.key", "state.value"), ours, plain, exact, strict=True
+    ):
+        error, allowed = ((x - truth).square().mean((1, 2, 3)).sqrt() for x in (a, b))
+        worst = (error / (3 * allowed).clamp_min(3e-5)).max().item()
+        assert worst <= 1, f"gradient of {name}: {worst:.1f} times the bound"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_half_gradients_of_slots_beyond_float16(kernel, side, device):
+    """Slots of float32 that float16 cannot hold, whose gradients it can."""
+    window, dim = BlurryWindow(6, 24, kernel), 8
+    query, key, value = make_inputs(2, 2, None, 5, dim, dtype=torch.float16)
+    state = make_state(window, [40, 7], 2, dim, dtype=torch.float32)
+    setattr(state, side, 1e6 * getattr(state, side))
+    inputs = (1e-6 * query.double()).half() if side == "key" else query, key, value
+    grad = (1e-5 * randn(2, 2, 5, dim)).half()
+    exact = gradients_of_out(oracle, [x.double() for x in inputs], state, grad.double())
+    ours = gradients_of_out(blurry_window_attention, [x.to(device) for x in inputs], state.to(device), grad.to(device))
+    for a, b in zip(ours, exact, strict=True):
+        assert (a - b).abs().max() <= 2e-3 * b.abs().max() + 2**-24
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_largest_scale(kernel, device):
+    window, (query, key, value) = BlurryWindow(4, 16, kernel), make_inputs(dtype=torch.float32)
+    inputs = 1e-37 * query, key, value
+    expected = oracle(*(x.double() for x in inputs), window, scale=2.35e38)[0]
+    found = blurry_window_attention(*(x.to(device) for x in inputs), window, scale=2.35e38)
+    assert relative_error(found, expected) <= 1e-5

@@ -9,7 +9,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from helpers import assert_same_bits, make_inputs, make_state, run
+from helpers import assert_same_bits, make_inputs, make_state, oracle, relative_error, run
 from torch.utils.data import DataLoader, Dataset
 
 from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
@@ -54,6 +54,30 @@ def test_threads_get_the_bits_of_one(work, device):
     for thread, results in enumerate(found):
         for result, index in zip(results, range(thread, count, THREADS), strict=True):
             assert_same_bits(result, expected[index])
+
+
+LAWS = [
+    BlurryWindow(slots, slots * resolution, kernel, sharpness)
+    for slots in (2, 3, 4, 5, 7)
+    for resolution in range(2, 12)
+    for kernel, sharpness in (("fejer", None), ("fejer", 7.5), ("dirichlet", None))
+]
+
+
+def test_threads_of_more_laws_than_are_kept_have_each_its_own(device):
+    """Tables of gates are kept between calls, of some laws: whichever those are, results are the law's."""
+    inputs = make_inputs(1, 1, tokens=25, dim=2)
+    expected = [oracle(*inputs, law)[0].to(device) for law in LAWS]
+    inputs = [x.to(device) for x in inputs]
+
+    def check(thread: int) -> None:
+        for index in torch.randperm(len(LAWS), generator=torch.Generator().manual_seed(thread)).tolist():
+            for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+                found = blurry_window_attention(*(x.to(dtype) for x in inputs), LAWS[index])
+                assert relative_error(found, expected[index]) <= bound
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(check, range(THREADS)))
 
 
 def test_backwards_of_one_graph_at_once(device):
@@ -161,6 +185,16 @@ def test_a_step_that_an_exception_ends_leaves_the_state(device):
             assert all(torch.equal(a, b) for a, b in zip(before, parts(state), strict=True))
         copy = state.clone()
         assert torch.equal(attention.step(x, state), attention.step(x, copy))
+
+
+def test_a_step_that_is_refused_is_told_by_its_own_error(device):
+    """Where a copy of the state is kept for what comes after it, too."""
+    attention = BlurrySelfAttention(16, 2, BlurryWindow(4, 16)).to(device)
+    attention.out_proj.register_forward_hook(lambda *arguments: None)
+    with torch.inference_mode():
+        state = BlurryState.empty(2, 2, 8, window=attention.window, device=device)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"state\.key must be no inference tensor"):
+        attention.step(torch.randn(2, 1, 16, device=device), state)
 
 
 def test_a_call_with_a_state_never_writes_it(device):

@@ -282,10 +282,12 @@ def test_ranks_that_share_a_kv_head_sum_its_gradient(kv_heads: int, world: World
 def stepped(placements: list[Placement], whole: tuple[Tensor, ...], state: BlurryState) -> tuple[Tensor, ...]:
     state = on_mesh(state.clone(), mesh(dist.get_world_size()), placements)  # memory that is sent is shared
     inputs = [placed(x, state.key.device_mesh, placements) for x in whole]
+    before = [x._version for x in (state.key, state.value, state.position)]
     steps = [
         blurry_window_step(*(x[:, :, t : t + 1] for x in inputs), state, enable_gqa=True).full_tensor()
         for t in range(whole[0].shape[2])
     ]
+    assert all(x._version > b for x, b in zip((state.key, state.value, state.position), before, strict=True))
     state = gathered(state)
     return torch.cat(steps, 2), state.key, state.value, state.position
 

@@ -7,7 +7,8 @@ import torch
 from helpers import make_inputs, make_state
 from torch.autograd import forward_ad
 
-from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step, reference
+from blurry_attn import _C, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step, reference
+from blurry_attn.ops import rotary
 
 WINDOW = BlurryWindow(4, 16)
 
@@ -155,7 +156,8 @@ OPERATOR = {"slots": 4, "window": [16, 16], "phase": [0, 2], "kernel": "fejer", 
         ({"slots": 1}, "slots must be at least 2, got 1"),
         ({"slots": 2**20 + 1, "window": [2**20 + 1] * 2}, "slots must be at most 1048576, got 1048577"),
         ({"window": [16, 2**22 + 4]}, r"window must be at most 1048576 \* slots, got 4194308"),
-        ({"scale": 1e39}, "scale must be finite in float32, got 1e"),
+        ({"scale": 1e39}, r"scale must be finite in float32 when multiplied by log2\(e\), got 1e"),
+        ({"scale": -2.4e38}, r"scale must be finite in float32 when multiplied by log2\(e\), got -2.4e"),
         ({"window": [16]}, r"window must have one entry per kv head \(2\), got 1"),
         ({"window": [16, 18]}, r"window must be a positive multiple of slots \(4\), got 18"),
         ({"window": [16, 0]}, "window must be a positive multiple of slots"),
@@ -232,12 +234,113 @@ def test_forward_mode_is_refused(call, which, device):
     assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, position), strict=True))
 
 
-@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "state.key", "state.value"])
-def test_double_backward_is_refused(which, device):
+RESULTS = ["out", "lse", "state.key", "state.value"]
+
+
+def result(which, position, *tensors):
+    given = BlurryState(*tensors[3:], position, WINDOW)
+    out, lse, end = blurry_window_attention(*tensors[:3], WINDOW, state=given, return_state=True, return_lse=True)
+    return [out, lse, end.key, end.value][which]
+
+
+@pytest.mark.parametrize("of", range(4), ids=RESULTS)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_forward_mode_over_reverse_is_refused(of, create_graph, device):
+    """A tangent that comes with the incoming gradient alone."""
     tensors, position = step_arguments(device)
-    tensors[which].requires_grad_()
+    found = result(of, position, *(x.requires_grad_() for x in tensors))
+    with forward_ad.dual_level():
+        head = forward_ad.make_dual(torch.ones_like(found), torch.ones_like(found))
+        with pytest.raises(NotImplementedError, match=r"forward-mode differentiation|double backward"):
+            torch.autograd.grad(found, tensors, head, create_graph=create_graph, allow_unused=True)
+
+
+@pytest.mark.parametrize("which", range(9), ids=["grad_out", "grad_lse", "grad_state_key", "grad_state_value", "query",
+                                                 "key", "value", "out", "lse"])  # fmt: skip
+def test_the_backward_operator_refuses_forward_mode(which, device):
+    tensors, position = step_arguments(device)
+    law = [*OPERATOR.values()]
+    results = torch.ops.blurry_attn.forward(*tensors[:3], *law, None, *tensors[3:], position, True)
+    given = [*results[:4], *tensors[:3], *results[:2]]
+    with forward_ad.dual_level():
+        given[which] = forward_ad.make_dual(given[which], torch.ones_like(given[which]))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation is not implemented"):
+            torch.ops.blurry_attn.backward(*given, *law, None, *tensors[3:], position)
+
+
+def test_rotary_refuses_forward_mode_over_reverse(device):
+    x = make_inputs(device=device)[0].requires_grad_()
+    turned = rotary(x, torch.arange(50, device=device), 9.0)
+    with forward_ad.dual_level():
+        head = forward_ad.make_dual(torch.ones_like(turned), torch.ones_like(turned))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation is not implemented"):
+            torch.autograd.grad(turned, x, head)
+
+
+@pytest.mark.parametrize("of", range(4), ids=RESULTS)
+@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "state.key", "state.value"])
+def test_double_backward_is_refused(which, of, device):
+    tensors, position = step_arguments(device)
+    found = result(of, position, *(x.requires_grad_(i == which) for i, x in enumerate(tensors)))
     with pytest.raises(NotImplementedError, match="double backward is not implemented"):
-        torch.autograd.grad(attend(position, *tensors).sum(), tensors[which], create_graph=True)
+        torch.autograd.grad(found.sum(), tensors[which], create_graph=True, allow_unused=True)
+
+
+def placed(operator, device):
+    """A function that calls an operator, the names of its tensors, and the tensors."""
+    tensors, position = step_arguments(device)
+    law, state = [*OPERATOR.values()], [*tensors[3:], position]
+    names = ["query", "key", "value", "state.key", "state.value", "state.position"]
+    if operator == "forward":
+        given = [*tensors[:3], *state, torch.tensor([0, 1], device=device)]
+        names.append("cu_seqlens")
+        call = lambda *x: torch.ops.blurry_attn.forward(*x[:3], *law, x[6], *x[3:6], True)  # noqa: E731
+        direct = lambda *x: _C.forward(*x[:3], *law, x[6], *x[3:6], True)  # noqa: E731
+    elif operator == "step":
+        given = [*tensors[:3], *state]
+        call = lambda *x: torch.ops.blurry_attn.step(*x, *law)  # noqa: E731
+        direct = lambda *x: _C.step(*x, *law)  # noqa: E731
+    elif operator == "backward":
+        results = torch.ops.blurry_attn.forward(*tensors[:3], *law, None, *state, True)
+        given = [*tensors[:3], *state, *results[:2], *results[:4]]
+        names += ["out", "lse", "grad_out", "grad_lse", "grad_state_key", "grad_state_value"]
+        call = direct = lambda *x: torch.ops.blurry_attn.backward(*x[8:], *x[:3], *x[6:8], *law, None, *x[3:6])
+    else:
+        names, given = ["x", "positions"], [tensors[0], position]
+        call = lambda *x: torch.ops.blurry_attn.rotary(*x, 9.0)  # noqa: E731
+        direct = lambda *x: rotary(*x, 9.0)  # noqa: E731
+    return (call, direct), names, given
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["torch.ops", "direct"])
+@pytest.mark.parametrize("operator", ["forward", "backward", "step", "rotary"])
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.inference_mode])
+def test_a_tensor_on_meta_among_others_is_named(grad, operator, way, device):
+    """One of all on meta, and all but one: never a result that nobody computed."""
+    calls, names, given = placed(operator, device)
+    for i, name in enumerate(names):
+        for is_other in (False, True):
+            tensors = [x.to("meta") if (i == j) != is_other else x.clone() for j, x in enumerate(given)]
+            # Held against the first, all others are elsewhere.
+            named = "|".join(names[1:]) if i == 0 or (is_other and i > 1) else name
+            with grad(), pytest.raises(ValueError, match=f"({named}) must be on (query|x)'s device"):
+                calls[way](*tensors)
+            for before, x in zip(given, tensors, strict=True):
+                assert x.is_meta or torch.equal(before, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["key", "value", "position", "flux"])
+def test_an_attribute_of_a_state_that_was_moved_is_named(name, dtype, device):
+    inputs = make_inputs(1, tokens=1, dtype=torch.float32, device=device)
+    state = make_state(WINDOW, [3], dtype=torch.float32, device=device).to(dtype)
+    if getattr(state, name) is None:
+        return
+    setattr(state, name, getattr(state, name).to("meta"))
+    for call in (lambda: blurry_window_step(*inputs, state),
+                 lambda: blurry_window_attention(*inputs, WINDOW, state=state)):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{name} must be on .*device"):
+            call()
 
 
 @pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "state.key", "state.value"])

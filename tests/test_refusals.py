@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from helpers import make_inputs, make_state
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from blurry_attn import (
+    _C,
     BlurrySelfAttention,
     BlurryState,
     BlurryWindow,
@@ -153,12 +156,135 @@ def test_a_step_refuses_a_state_that_cannot_be_written(name, dtype, device):
         assert torch.equal(state.state_dict()[part], held)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_refuses_a_state_whose_key_is_its_value(dtype, device):
-    state = make_state(WINDOW, [3], dtype=torch.float32, device=device).to(dtype)
-    state.value = state.key
-    with pytest.raises(ValueError, match=r"state\.value must not share memory with state.key"):
-        blurry_window_step(*make_inputs(1, tokens=1, dtype=torch.float32, device=device), state)
+PARTS = ("key", "value", "position", "flux")
+BOTH_KINDS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def refused_step(message: str, inputs: tuple, state: BlurryState) -> None:
+    before = state.clone()
+    with pytest.raises(ValueError, match=message):
+        blurry_window_step(*inputs, state)
+    for part, held in before.state_dict().items():
+        assert torch.equal(state.state_dict()[part], held)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["key", "value", "flux"])
+def test_a_step_refuses_slots_that_overlap(name, dim, dtype, device):
+    """Each begins an element after the one before, along any dimension: no stride of zero tells."""
+    state = make_state(WINDOW, [3, 40], dtype=torch.float32, device=device).to(dtype)
+    if getattr(state, name) is None:
+        return
+    strides = list(getattr(state, name).stride())
+    strides[dim] = 1 if dim < 3 else 2
+    strides[3] = 2 if dim == 3 and name == "key" else strides[3]
+    shape = getattr(state, name).shape
+    strides[(dim + 1) % 4] = 1
+    memory = torch.zeros(4096, dtype=getattr(state, name).dtype, device=device)
+    setattr(state, name, memory.as_strided(shape, strides))
+    token = make_inputs(tokens=1, dtype=torch.float32, device=device)
+    refused_step(rf"state\.{name} must have memory for every element", token, state)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(("name", "other"), [(a, b) for i, b in enumerate(PARTS) for a in PARTS[i + 1 :]])
+def test_a_step_refuses_a_state_whose_parts_overlap(name, other, dtype, device):
+    state = make_state(WINDOW, [3, 40], dtype=torch.float32, device=device).to(dtype)
+    part, whole = getattr(state, name), getattr(state, other)
+    if part is None:
+        return
+    # The one begins at the last element of the other.
+    first = (whole.numel() - 1) * whole.element_size() // part.element_size()
+    memory = torch.zeros(first + part.numel() + 1, dtype=part.dtype, device=device)
+    setattr(state, other, memory.view(torch.uint8)[: whole.nbytes].view(whole.dtype).view(whole.shape))
+    setattr(state, name, memory[first : first + part.numel()].view(part.shape))
+    state.position.zero_()
+    token = make_inputs(tokens=1, dtype=torch.float32, device=device)
+    refused_step(rf"state\.{name} must not share memory with state\.{other}", token, state)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("written", PARTS)
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+def test_a_step_refuses_what_overlaps_its_state(which, written, dtype, device):
+    state = make_state(WINDOW, [3, 40], dtype=torch.float32, device=device).to(dtype)
+    token = list(make_inputs(tokens=1, dtype=torch.float32, device=device))
+    part = getattr(state, written)
+    if part is None:
+        return
+    memory = torch.zeros(part.nbytes + token[which].nbytes, dtype=torch.uint8, device=device)
+    held, rest = memory[: part.nbytes].view(part.dtype).view(part.shape), memory[part.nbytes - 4 : -4]
+    setattr(state, written, held.copy_(part))
+    token[which] = rest.view(torch.float32).view(token[which].shape)
+    name = ("query", "key", "value")[which]
+    refused_step(rf"{name} must not share memory with state\.{written}, which is updated in place", token, state)
+
+
+PAGES = {  # key and value of 2 sequences, 2 heads, 4 slots and 8 elements, in one memory
+    "page by page": lambda page: page.view(2, 2, 2, 4, 8).unbind(1),
+    "head by head": lambda page: page.view(2, 2, 2, 4, 8).unbind(2),
+    "row by row": lambda page: page.view(2, 2, 4, 2, 8).unbind(3),
+    "element by element": lambda page: page.view(2, 2, 4, 8, 2).unbind(4),
+    "heads within slots": lambda page: [x.transpose(1, 2) for x in page.view(2, 4, 2, 2, 8).unbind(3)],
+    "one after the other": lambda page: page.view(2, 2, 2, 4, 8).unbind(0),
+    "with gaps": lambda page: page.as_strided((2, 2, 2, 4, 8), (131, 8, 65, 16, 1)).unbind(1),
+}
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("layout", PAGES)
+def test_a_step_takes_a_key_and_a_value_that_alternate(layout, dtype, device):
+    state = make_state(WINDOW, [3, 40], dtype=torch.float32, device=device).to(dtype)
+    apart, token = state.clone(), make_inputs(tokens=1, dtype=torch.float32, device=device)
+    key, value = PAGES[layout](torch.zeros(512, dtype=dtype, device=device)[:256])
+    state.key, state.value = key.copy_(state.key), value.copy_(state.value)
+    assert torch.equal(blurry_window_step(*token, state), blurry_window_step(*token, apart))
+    assert torch.equal(state.key, apart.key) and torch.equal(state.value, apart.value)
+
+
+def places(tensor: torch.Tensor) -> list[int]:
+    """The bytes of every element."""
+    grid = [torch.zeros((), dtype=torch.int64)]
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        grid = [x + i * stride for x in grid for i in range(size)]
+    first = tensor.data_ptr()
+    return [first + tensor.element_size() * int(x) + byte for x in grid for byte in range(tensor.element_size())]
+
+
+@st.composite
+def views(draw: st.DrawFn) -> torch.Tensor:
+    """Any strides over a small memory, which all views share."""
+    dtype = draw(one(torch.int8, torch.int16, torch.float32))
+    shape, room = draw(st.lists(one(0, 1, 2, 3, 5), min_size=0, max_size=4)), MEMORY.numel() // dtype.itemsize
+    strides = [draw(st.integers(0, 20)) for _ in shape]
+    end = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
+    return MEMORY.view(dtype).as_strided(shape, strides, draw(st.integers(0, min(60, room - 1 - end))))
+
+
+MEMORY = torch.zeros(1024, dtype=torch.int8)
+
+
+@settings(max_examples=500)
+@given(views(), views(), views())
+def test_any_overlap_is_found_and_no_other(first, second, read):
+    """Against every byte of every element, counted."""
+    bytes_of = [places(x) for x in (first, second, read)]
+    in_itself = any(len(set(x)) < len(x) for x in bytes_of[:2])
+    written = set(bytes_of[0]) | set(bytes_of[1])
+    shared = set(bytes_of[0]) & set(bytes_of[1]) or written & set(bytes_of[2])
+    with pytest.raises(ValueError, match="memory") if in_itself or shared else nullcontext():
+        _C.check_is_writable([("first", first), ("second", second)], [("read", read)])
+
+
+def test_what_has_no_memory_shares_none():
+    """Tensors of a trace and of no elements; a lazy clone is written elsewhere."""
+    x = torch.zeros(2, 3)
+    for other in (x.to("meta"), x[:0], torch._lazy_clone(x)):
+        _C.check_is_writable([("state.key", other)], [("query", other if other.is_meta else x)])
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        _C.check_is_writable([("state.key", fake), ("state.value", fake)], [("query", fake)])
 
 
 @settings(max_examples=300)

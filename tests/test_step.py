@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
-from helpers import HALVES, KERNELS, assert_accurate, make_inputs, make_state, relative_error, run
+from helpers import HALVES, KERNELS, assert_accurate, make_inputs, make_state, relative_error, run, shut_slots
 
-from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
+from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
 
+WINDOW = BlurryWindow(4, (12, 20), phase=(2, 0))
 PYRAMID = {kernel: BlurryWindow.pyramid(5, (1, 4, 9), kernel) for kernel in KERNELS}
 
 
@@ -179,3 +182,122 @@ def test_autocast(device):
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, blurry_window_step(*(x.bfloat16() for x in inputs), plain))
     assert torch.equal(state.key, plain.key) and state.position.tolist() == [10, 3]
+
+
+STATES = (torch.float64, torch.float32, torch.bfloat16)
+PARTS = ("key", "value", "position", "flux")
+
+
+def parts(state):
+    return {name: getattr(state, name) for name in PARTS if getattr(state, name) is not None}
+
+
+def of_function(inputs, state):
+    return blurry_window_step(*inputs, state)
+
+
+def of_operator(inputs, state):
+    window = state.window
+    law = (window.slots, list(window.windows(2)), list(window.phases(2)), window.kernel, window.gate_sharpness, 0.5)
+    return torch.ops.blurry_attn.step(*inputs, state.key, state.value, state.position, *law)
+
+
+def of_compiled_function(inputs, state):
+    return torch.compile(blurry_window_step, backend="aot_eager")(*inputs, state)
+
+
+def of_module(inputs, state):
+    attention = BlurrySelfAttention(16, 2, state.window).to(inputs[0])
+    return attention.step(inputs[0].transpose(1, 2).flatten(2), state)
+
+
+@pytest.mark.parametrize("dtype", STATES, ids=str)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("way", [of_function, of_operator, of_compiled_function, of_module])
+def test_autograd_sees_what_a_step_writes(way, mode, dtype, device):
+    """Version counters of the whole state advance, of nothing else, and of nothing where a step is refused."""
+    if way is of_operator and dtype == torch.bfloat16:
+        pytest.skip("the operator takes slots of float32 and float64")
+    inputs = make_inputs(tokens=1, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    state = make_state(WINDOW, [7, 50], dtype=inputs[0].dtype, device=device).to(dtype)
+    with mode():
+        for _ in range(2):
+            before = {name: x._version for name, x in parts(state).items()}
+            way(inputs, state)
+            assert all(x._version > before[name] for name, x in parts(state).items())
+    assert [x._version for x in inputs] == [0, 0, 0]
+    if way is of_compiled_function:  # it counts before it calls
+        return
+    before = {name: x._version for name, x in parts(state).items()}
+    with mode(), pytest.raises((TypeError, ValueError, RuntimeError)):
+        way([x[..., :3] for x in inputs], state)
+    assert {name: x._version for name, x in parts(state).items()} == before
+
+
+@pytest.mark.parametrize("dtype", STATES, ids=str)
+@pytest.mark.parametrize("name", ["key", "value", "flux", "attention"])
+def test_a_backward_whose_state_was_stepped_raises(name, dtype, device):
+    inputs = make_inputs(tokens=1, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    state = make_state(WINDOW, [7, 50], dtype=inputs[0].dtype, device=device).to(dtype)
+    if name == "attention":
+        inputs[0].requires_grad_()
+        loss = blurry_window_attention(*inputs, state.window, state=state).sum()
+        if dtype == torch.bfloat16:  # saved are its slots in float32
+            return
+    elif getattr(state, name) is None:
+        return
+    else:
+        x = torch.ones_like(getattr(state, name), requires_grad=True)
+        loss = (x * getattr(state, name)).sum()
+    with torch.no_grad():
+        blurry_window_step(*inputs, state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", STATES, ids=str)
+@pytest.mark.parametrize("name", [*PARTS, "all"])
+def test_inference_tensors_are_stepped_in_inference_mode_alone(name, dtype, device):
+    inputs = make_inputs(tokens=1, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    state = make_state(WINDOW, [7, 50], dtype=inputs[0].dtype, device=device).to(dtype)
+    expected, names = state.clone(), list(parts(state)) if name == "all" else [name]
+    if getattr(state, names[0]) is None:
+        return
+    out = blurry_window_step(*inputs, expected)
+    with torch.inference_mode():
+        for part in names:
+            setattr(state, part, getattr(state, part).clone())
+    before = state.clone()
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"state\.{names[0]} must be no inference tensor"):
+        blurry_window_step(*inputs, state)
+    assert all(torch.equal(x, getattr(before, part)) for part, x in parts(state).items())
+    with torch.inference_mode():
+        assert torch.equal(blurry_window_step(*inputs, state), out)
+    assert all(torch.equal(x, getattr(expected, part)) for part, x in parts(state).items())
+
+
+@pytest.mark.parametrize("dtype", STATES, ids=str)
+def test_a_step_leaves_shut_slots_zero(dtype, device):
+    window, positions = BlurryWindow(6, (24, 48)), [0, 1, 9, 25]
+    inputs = make_inputs(4, tokens=1, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    state = make_state(window, positions, dtype=inputs[0].dtype, device=device).to(dtype)
+    blurry_window_step(*inputs, state)
+    shut = shut_slots(window, state.position.tolist(), 2).to(device)
+    for slots in (state.key, state.value):
+        assert not slots[shut].any() and slots[~shut].all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tables_of_gates_are_kept(kernel):
+    """A step's time does not depend on how many gates its window has: made anew, 2^21 of them take far longer."""
+    inputs, best = [x.float() for x in make_inputs(1, 1, tokens=1)], []
+    for resolution in (1, 2**20 if kernel == "fejer" else 32):
+        slots = 4 if kernel == "fejer" else 2**15
+        state = BlurryState.empty(1, 1, 8, window=BlurryWindow(slots, slots * resolution, kernel))
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            blurry_window_step(*inputs, state)
+            times.append(time.perf_counter() - start)
+        best.append(min(times))
+    assert best[1] < 4 * best[0] + 1e-3

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "../law.h"
@@ -38,9 +39,10 @@ using Parallel = std::function<void(int64_t count, const std::function<void(int6
 template <typename storage, typename compute>
 struct Problem {
   std::vector<Sequence> sequences;
-  std::vector<Cells> cells;                 // per kv head
-  std::vector<std::vector<compute>> gates;  // per kv head: flux_gates ("fejer"), or period_gates (any kernel)
-  bool of_period = false;                   // whether the latter
+  std::vector<Cells> cells;  // per kv head
+  // Per kv head: flux_gates ("fejer"), or period_gates (any kernel).
+  std::vector<std::shared_ptr<const std::vector<compute>>> gates;
+  bool of_period = false;  // whether the latter
   int64_t query_heads, tokens, key_dim, value_dim;
   compute scale;
   View<const storage> query, key, value;
@@ -62,10 +64,11 @@ struct Outputs {
   compute* state_value = nullptr;
 };
 
-// Gradients: inputs first, results after. Null pointers: not given, or not wanted.
+// Gradients: inputs first, results after. Null pointers: not given, or not wanted. The output is not among the inputs:
+// where a softmax is sharp, its rounding in half precision would be larger than a gradient.
 template <typename storage, typename compute>
 struct Gradients {
-  View<const storage> out, grad_out;
+  View<const storage> grad_out;
   const compute* lse;
   const compute* grad_lse = nullptr;
   const compute* grad_state_key = nullptr;

@@ -11,6 +11,7 @@ struct Scan {
   const Sequence& sequence;
   const Cells& cells;
   int64_t entry, head, slots, key_width, value_width;  // entry: of the sequence in states
+  const compute* gates;
   std::vector<int64_t> openings;
   std::vector<compute> keys, values, key, value;  // contents of all slots; the token
 
@@ -23,6 +24,7 @@ struct Scan {
         slots(cells.slots),
         key_width(padded<compute>(p.key_dim)),
         value_width(padded<compute>(p.value_dim)),
+        gates(p.gates[head]->data()),
         keys(slots * key_width),
         values(slots * value_width),
         key(key_width),
@@ -35,7 +37,7 @@ struct Scan {
   bool is_open(int64_t m, int64_t t) const { return t >= openings[m]; }
   compute share(int64_t m, int64_t t) const {
     if (t == openings[m]) return 1;
-    return problem.gates[head][cells.offset(m, t)];
+    return gates[cells.offset(m, t)];
   }
   compute* slot_key(int64_t m) { return keys.data() + m * key_width; }
   compute* slot_value(int64_t m) { return values.data() + m * value_width; }
@@ -146,7 +148,7 @@ void scan_lane_backward(const Problem<storage, compute>& problem, int64_t lane,
   }
   // Per (token of the stretch, query head of the group, slot): probabilities and gradients of the logits.
   std::vector<compute> weights(length * group * slots), logits(length * group * slots);
-  std::vector<compute> query(kw), grad_query(kw), out(vw), grad_out(vw), row(padded<compute>(slots));
+  std::vector<compute> query(kw), grad_query(kw), grad_out(vw), row(padded<compute>(slots));
   for (int64_t stretch = (scan.sequence.length + length - 1) / length - 1; stretch >= 0; --stretch) {
     const int64_t begin = scan.begin() + stretch * length;
     const int64_t end = begin + length < scan.end() ? begin + length : scan.end();
@@ -160,17 +162,15 @@ void scan_lane_backward(const Problem<storage, compute>& problem, int64_t lane,
         compute *p = weights.data() + at, *dz = logits.data() + at;
         scan.load_query(head, t, query.data());
         load_row(scan.at(gradients.grad_out, head, t), gradients.grad_out.element, problem.value_dim, grad_out.data());
-        load_row(scan.at(gradients.out, head, t), gradients.out.element, problem.value_dim, out.data());
         read_out(scan, query.data(), t, row.data());
-        compute delta = dot(out.data(), grad_out.data(), vw);
-        if (gradients.grad_lse) delta -= gradients.grad_lse[scan.scalar_at(head, t)];
+        std::copy(row.begin(), row.begin() + slots, p);
+        for (int64_t m = 0; m < slots; ++m) {
+          dz[m] = scan.is_open(m, t) ? dot(grad_out.data(), scan.slot_value(m), vw) : compute(0);
+        }
+        softmax_backward(p, slots, gradients.grad_lse ? gradients.grad_lse[scan.scalar_at(head, t)] : compute(0), dz);
         zero_row(grad_query.data(), kw);
         for (int64_t m = 0; m < slots; ++m) {
-          p[m] = dz[m] = 0;
-          if (!scan.is_open(m, t)) continue;
-          p[m] = row[m];
-          dz[m] = row[m] * (dot(grad_out.data(), scan.slot_value(m), vw) - delta);
-          add_scaled(dz[m], scan.slot_key(m), kw, grad_query.data());
+          if (scan.is_open(m, t)) add_scaled(dz[m], scan.slot_key(m), kw, grad_query.data());
         }
         scale_row(problem.scale, kw, grad_query.data());
         store_row(grad_query.data(), problem.key_dim, scan.at(gradients.query, head, t), gradients.query.element);

@@ -37,7 +37,7 @@ void step_lane(const Problem<storage, compute>& problem, int64_t lane, const Out
   const int64_t head = lane % problem.kv_heads(), key_dim = problem.key_dim, value_dim = problem.value_dim;
   const Sequence& sequence = problem.sequences[lane / problem.kv_heads()];
   const Cells& cells = problem.cells[head];
-  const compute* const gates = problem.gates[head].data();
+  const compute* const gates = problem.gates[head]->data();
   const int64_t t = sequence.position, slots = cells.slots;
   const int64_t key_width = padded<compute>(key_dim), value_width = padded<compute>(value_dim);
   compute *const key = scratch, *const query = key + key_width, *const value = query + 2 * key_width,

@@ -219,6 +219,18 @@ inline scalar exponentials(scalar* row, int64_t n, scalar shift) {
   return sum<scalar>(total);
 }
 
+// The adjoint of a softmax, weights[i], and of its log-sum-exp: takes gradients of the weights to those of the logits.
+template <typename scalar>
+inline void softmax_backward(const scalar* weights, int64_t n, scalar grad_lse, scalar* gradients) {
+  constexpr int64_t lanes = kLanes<scalar>;
+  vec<scalar> total{};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) total += load(weights + i) * load(gradients + i);
+  scalar mean = sum<scalar>(total);
+  for (; i < n; ++i) mean += weights[i] * gradients[i];
+  for (i = 0; i < n; ++i) gradients[i] = weights[i] * (gradients[i] - mean + grad_lse);
+}
+
 template <typename scalar>
 inline scalar largest(const scalar* row, int64_t n, scalar start) {
   constexpr int64_t lanes = kLanes<scalar>;

@@ -107,7 +107,7 @@ struct Window {
     return items;
   }
 
-  const compute* gates(const Lane& lane) const { return problem.gates[lane.head].data(); }
+  const compute* gates(const Lane& lane) const { return problem.gates[lane.head]->data(); }
   // Row of a tensor's view for a token of the lane.
   template <typename any>
   any* at(const View<any>& view, const Lane& lane, int64_t head, int64_t token) const {
@@ -442,7 +442,7 @@ void attend_backward(const Window<storage, compute>& window, const Stretch& stre
   const Problem<storage, compute>& problem = window.problem;
   View view(window, stretch, true);
   const int64_t kw = window.key_width, vw = window.value_width, ld = view.row_width;
-  std::vector<compute> query(kBlock * kw), grad_query(kBlock * kw), grad_out(kBlock * vw), scratch(vw);
+  std::vector<compute> query(kBlock * kw), grad_query(kBlock * kw), grad_out(kBlock * vw);
   std::vector<compute> scores(kBlock * ld), grad_scores(kBlock * ld);
   int64_t rows_before = 0;
   for (int64_t t0 = stretch.begin; t0 < stretch.end;) {
@@ -459,14 +459,11 @@ void attend_backward(const Window<storage, compute>& window, const Stretch& stre
       columns.score(grad_out.data(), vw, problem.value_dim, view.values_t, &View::flux_value, grad_scores.data());
       for (int64_t i = 0; i < columns.rows; ++i) {
         const int64_t at = window.scalar_at(view.lane, head, t0 + i), count = columns.seen(i);
-        const compute* out = read_row(window.at(gradients.out, view.lane, head, t0 + i), gradients.out.element,
-                                      problem.value_dim, scratch.data());
-        compute delta = dot(out, grad_out.data() + i * vw, vw);
-        if (gradients.grad_lse) delta -= gradients.grad_lse[at];
         compute* p = scores.data() + i * ld + columns.low[i];
         compute* dz = grad_scores.data() + i * ld + columns.low[i];
-        exponentials(p, count, gradients.lse[at]);
-        for (int64_t c = 0; c < count; ++c) dz[c] = p[c] * (dz[c] - delta);
+        const compute inverse = 1 / exponentials(p, count, gradients.lse[at]);
+        for (int64_t c = 0; c < count; ++c) p[c] *= inverse;
+        softmax_backward(p, count, gradients.grad_lse ? gradients.grad_lse[at] : compute(0), dz);
         const int64_t standing = columns.high[i] - columns.low[i];
         const int64_t in_flux = 2 * window.round_scalar_at(view.lane, head, t0 + i);
         for (int which = 0; which < 2; ++which) {

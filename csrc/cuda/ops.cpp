@@ -52,10 +52,10 @@ SharedTables make_tables(const Call& call) {
   std::vector<cuda::HeadLaw> laws;
   std::vector<double> gates;
   std::map<int64_t, int64_t> offsets;  // heads of one resolution share a table
-  const std::vector<std::vector<double>> tables = call.gates();
+  const std::vector<Gates<double>> tables = call.gates<double>();
   for (size_t h = 0; h < tables.size(); ++h) {
     const auto [entry, is_new] = offsets.emplace(call.cells[h].resolution, static_cast<int64_t>(gates.size()));
-    if (is_new) gates.insert(gates.end(), tables[h].begin(), tables[h].end());
+    if (is_new) gates.insert(gates.end(), tables[h]->begin(), tables[h]->end());
     laws.push_back({call.cells[h], entry->second});
     if (call.kernel != Kernel::fejer) continue;
     laws.back().echo = echo(call.cells[h], call.sharpness);
@@ -368,7 +368,8 @@ at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::T
   const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, {}, state_key,
                                state_value, position);
   check_step(call);
-  check_is_writable(state_key, state_value, position);
+  check_is_writable({{"state.key", state_key}, {"state.value", state_value}, {"state.position", position}},
+                    {{"query", query}, {"key", key}, {"value", value}});
   check_limits(call);
   const c10::DeviceGuard guard(query.device());
   const at::Tensor out = empty_beside(query, value.size(3));

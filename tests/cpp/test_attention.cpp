@@ -1,5 +1,6 @@
 // The operators from C++ alone: forward, backward and step through blurry_attn/attention.h.
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -28,6 +29,16 @@ struct Problem {
         value(random({2, 2, tokens, 5})),
         window{4, {12, 32}, {1, 0}, kernel, kernel == "fejer" ? 6.0 : 1.0} {}
 };
+
+template <typename call_type>
+std::string message(const call_type& call) {
+  try {
+    call();
+  } catch (const c10::Error& error) {
+    return error.what_without_backtrace();
+  }
+  return "no error";
+}
 
 class Operators : public testing::TestWithParam<const char*> {
  protected:
@@ -80,6 +91,51 @@ TEST_P(Operators, StepsEqualTheWhole) {
     ASSERT_LT(difference(out, token(whole)), 1e-12) << "token " << t;
   }
   EXPECT_TRUE(state.position.eq(whole.size(2)).all().item<bool>());
+}
+
+TEST_P(Operators, AutogradSeesASteppedState) {
+  const Problem p(GetParam(), 1);
+  State state = forward(p.query, p.key, p.value, p.window, {.return_state = true}).state;
+  const auto versions = [&state] {
+    return std::vector<int64_t>{state.key._version(), state.value._version(), state.position._version()};
+  };
+  const at::Tensor x = at::ones_like(state.key).requires_grad_();
+  const at::Tensor loss = (x * state.key).sum();
+  const std::vector<int64_t> before = versions();
+  step(p.query, p.key, p.value, p.window, state);
+  for (size_t i = 0; i < before.size(); ++i) EXPECT_GT(versions()[i], before[i]) << "tensor " << i;
+  EXPECT_ANY_THROW(loss.backward());
+  const c10::InferenceMode guard;
+  step(p.query, p.key, p.value, p.window, state);
+  EXPECT_TRUE(state.position.eq(3).all().item<bool>());
+}
+
+TEST_P(Operators, InferenceTensorsAreSteppedInInferenceMode) {
+  const Problem p(GetParam(), 1);
+  State state;
+  {
+    const c10::InferenceMode guard;
+    state = forward(p.query, p.key, p.value, p.window, {.return_state = true}).state;
+    step(p.query, p.key, p.value, p.window, state);
+  }
+  const at::Tensor before = state.key.clone();
+  EXPECT_NE(message([&] { step(p.query, p.key, p.value, p.window, state); }).find("state.key"), std::string::npos);
+  EXPECT_TRUE(at::equal(state.key, before));
+}
+
+TEST_P(Operators, AStepRefusesWhatItsStateOverlaps) {
+  const Problem p(GetParam(), 1);
+  State state = forward(p.query, p.key, p.value, p.window, {.return_state = true}).state;
+  const State good = state;
+  const auto refusal = [&](const at::Tensor& query) {
+    return message([&] { step(query, p.key, p.value, p.window, state); });
+  };
+  EXPECT_NE(refusal(state.key.as_strided(p.query.sizes(), p.query.strides())).find("query"), std::string::npos);
+  state.key = good.key.as_strided(good.key.sizes(), {1, 5, 1, 1});
+  EXPECT_NE(refusal(p.query).find("state.key"), std::string::npos);
+  state = good;
+  state.position = good.key.view(at::kLong).as_strided({2}, {1});
+  EXPECT_NE(refusal(p.query).find("state.position"), std::string::npos);
 }
 
 TEST_P(Operators, PackedSequencesEqualSeparateOnes) {
@@ -143,14 +199,6 @@ TEST_P(Operators, GradientsAgreeWithFiniteDifferences) {
 
 TEST_P(Operators, BadInputNamesTheArgument) {
   const Problem p(GetParam());
-  const auto message = [&](const auto& call) -> std::string {
-    try {
-      call();
-    } catch (const c10::Error& error) {
-      return error.what_without_backtrace();
-    }
-    return "no error";
-  };
   Window narrow = p.window;
   narrow.window = {12, 30};
   EXPECT_NE(message([&] { forward(p.query, p.key, p.value, narrow); }).find("window"), std::string::npos);

@@ -353,7 +353,7 @@ void run(Bytes& bytes, double rounding) {
   problem.cells = p.cells;
   for (const Cells& cells : p.cells) {
     const auto table = window ? flux_gates(cells, p.sharpness) : period_gates(p.kernel, cells, p.sharpness);
-    problem.gates.emplace_back(table.begin(), table.end());
+    problem.gates.push_back(std::make_shared<const std::vector<compute>>(table.begin(), table.end()));
   }
   problem.of_period = !window;
   problem.query_heads = p.query_heads;
@@ -393,7 +393,6 @@ void run(Bytes& bytes, double rounding) {
   const Dense<compute> grad_given_key(p.given ? p.states() * p.key_dim : 0),
       grad_given_value(p.given ? p.states() * p.value_dim : 0);
   cpu::Gradients<storage, compute> gradients;
-  gradients.out = out.template view<const storage>();
   gradients.grad_out = grad_out.template view<const storage>();
   gradients.lse = lse.memory.get();
   if (wants_lse) gradients.grad_lse = grad_lse.memory.get();
@@ -411,7 +410,6 @@ void run(Bytes& bytes, double rounding) {
   (window ? cpu::window_backward<storage, compute> : cpu::scan_backward<storage, compute>)(problem, gradients, allocate,
                                                                                            isa);
 
-  p.out = out.numbers();
   const reference::Results r = reference::run(p, true);
   const double epsilon = 32 * static_cast<double>(std::numeric_limits<compute>::epsilon());
   const Terms terms(p);
