@@ -167,7 +167,8 @@ void scan_lane_backward(const Problem<storage, compute>& problem, int64_t lane,
         for (int64_t m = 0; m < slots; ++m) {
           dz[m] = scan.is_open(m, t) ? dot(grad_out.data(), scan.slot_value(m), vw) : compute(0);
         }
-        softmax_backward(p, slots, gradients.grad_lse ? gradients.grad_lse[scan.scalar_at(head, t)] : compute(0), dz);
+        softmax_backward(p, slots, compute(1),
+                         gradients.grad_lse ? gradients.grad_lse[scan.scalar_at(head, t)] : compute(0), dz);
         zero_row(grad_query.data(), kw);
         for (int64_t m = 0; m < slots; ++m) {
           if (scan.is_open(m, t)) add_scaled(dz[m], scan.slot_key(m), kw, grad_query.data());

@@ -219,16 +219,21 @@ inline scalar exponentials(scalar* row, int64_t n, scalar shift) {
   return sum<scalar>(total);
 }
 
-// The adjoint of a softmax, weights[i], and of its log-sum-exp: takes gradients of the weights to those of the logits.
+// The adjoint of a softmax, whose weights are row[i] / total, and of its log-sum-exp: turns gradients of the weights
+// into those of the logits, and the row into the weights.
 template <typename scalar>
-inline void softmax_backward(const scalar* weights, int64_t n, scalar grad_lse, scalar* gradients) {
+inline void softmax_backward(scalar* row, int64_t n, scalar total, scalar grad_lse, scalar* gradients) {
   constexpr int64_t lanes = kLanes<scalar>;
-  vec<scalar> total{};
+  vec<scalar> products{};
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) total += load(weights + i) * load(gradients + i);
-  scalar mean = sum<scalar>(total);
-  for (; i < n; ++i) mean += weights[i] * gradients[i];
-  for (i = 0; i < n; ++i) gradients[i] = weights[i] * (gradients[i] - mean + grad_lse);
+  for (; i + lanes <= n; i += lanes) products += load(row + i) * load(gradients + i);
+  scalar mean = sum<scalar>(products);
+  for (; i < n; ++i) mean += row[i] * gradients[i];
+  const scalar inverse = 1 / total, shift = grad_lse - mean * inverse;
+  for (i = 0; i < n; ++i) {
+    row[i] *= inverse;
+    gradients[i] = row[i] * (gradients[i] + shift);
+  }
 }
 
 template <typename scalar>

@@ -461,9 +461,8 @@ void attend_backward(const Window<storage, compute>& window, const Stretch& stre
         const int64_t at = window.scalar_at(view.lane, head, t0 + i), count = columns.seen(i);
         compute* p = scores.data() + i * ld + columns.low[i];
         compute* dz = grad_scores.data() + i * ld + columns.low[i];
-        const compute inverse = 1 / exponentials(p, count, gradients.lse[at]);
-        for (int64_t c = 0; c < count; ++c) p[c] *= inverse;
-        softmax_backward(p, count, gradients.grad_lse ? gradients.grad_lse[at] : compute(0), dz);
+        const compute total = exponentials(p, count, gradients.lse[at]);
+        softmax_backward(p, count, total, gradients.grad_lse ? gradients.grad_lse[at] : compute(0), dz);
         const int64_t standing = columns.high[i] - columns.low[i];
         const int64_t in_flux = 2 * window.round_scalar_at(view.lane, head, t0 + i);
         for (int which = 0; which < 2; ++which) {
