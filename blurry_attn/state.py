@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import Any, NoReturn, cast
 
@@ -34,7 +35,6 @@ def _dirichlet(x: Tensor, slots: int, window: Tensor) -> Tensor:
     return torch.where(at_centre, (x == 0).to(x.dtype), between)
 
 
-@dataclass(eq=False, repr=False)
 class BlurryState:
     """The history of ``B`` sequences, held in ``N`` slots per key/value head whatever its length.
 
@@ -59,13 +59,11 @@ class BlurryState:
         ValueError: shapes or devices that do not fit together, or a window made for another number of heads.
     """
 
-    key: Tensor
-    value: Tensor
-    position: Tensor
-    window: BlurryWindow
-    flux: Tensor | None = None
-
-    def __post_init__(self) -> None:
+    # No dataclass: PyTorch casts the tensors in one (FSDP's mixed precision), and hands a copy on.
+    def __init__(
+        self, key: Tensor, value: Tensor, position: Tensor, window: BlurryWindow, flux: Tensor | None = None
+    ) -> None:
+        self.key, self.value, self.position, self.window, self.flux = key, value, position, window, flux
         for name in ("key", "value", "position"):
             if not isinstance(getattr(self, name), Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(getattr(self, name)).__name__}")
@@ -126,9 +124,11 @@ class BlurryState:
         state.key, state.value, state.position, state.window, state.flux = key, value, position, window, flux
         return state
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> BlurryState:
-        flux = None if self.flux is None else change(self.flux)
-        return BlurryState(change(self.key), change(self.value), change(self.position), self.window, flux)
+    def _each(self, change: Callable[..., Tensor], *arguments: Any) -> BlurryState:
+        """``change`` of each tensor; ``arguments`` are not left in a closure, where torch.compile would fix sizes."""
+        flux = None if self.flux is None else change(self.flux, *arguments)
+        key, value, position = (change(getattr(self, name), *arguments) for name in _CHILDREN)
+        return BlurryState(key, value, position, self.window, flux)
 
     def _contents(self) -> tuple[Tensor, Tensor]:
         """Key and value slots as they are; those of bfloat16 in float32, with the ones in flux in their place."""
@@ -268,7 +268,7 @@ class BlurryState:
             raise TypeError(f"index must be a slice or a one-dimensional tensor, got {index!r}")
         if isinstance(index, Tensor) and index.dtype not in (torch.int64, torch.int32, torch.bool):
             raise TypeError(f"index must be int64 or bool, got {index.dtype}")
-        return self._each(lambda x: x[index])
+        return self._each(operator.getitem, index)
 
     @classmethod
     def cat(cls, states: Sequence[BlurryState]) -> BlurryState:
@@ -464,21 +464,29 @@ def _flux(window: BlurryWindow, key: Tensor, value: Tensor, position: Tensor) ->
 _CHILDREN = ("key", "value", "position")
 
 
-def _flatten(state: BlurryState) -> tuple[list[Any], BlurryWindow]:
+_WINDOW = tuple(field.name for field in fields(BlurryWindow))
+
+
+def _fields(window: BlurryWindow) -> tuple[Any, ...]:
+    """The window as plain data: torch.export(strict=True) can write down no other context of a tree."""
+    return tuple(getattr(window, name) for name in _WINDOW)
+
+
+def _flatten(state: BlurryState) -> tuple[list[Any], tuple[Any, ...]]:
     children = [state.key, state.value, state.position]
-    return children if state.flux is None else [*children, state.flux], state.window
+    return children if state.flux is None else [*children, state.flux], _fields(state.window)
 
 
-def _flatten_with_keys(state: BlurryState) -> tuple[list[tuple[Any, Any]], BlurryWindow]:
-    children, window = _flatten(state)
+def _flatten_with_keys(state: BlurryState) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    children, context = _flatten(state)
     return [
         (pytree.GetAttrKey(name), child) for name, child in zip((*_CHILDREN, "flux"), children, strict=False)
-    ], window
+    ], context
 
 
-def _unflatten(children: Any, window: Any) -> BlurryState:
+def _unflatten(children: Any, context: Any) -> BlurryState:
     key, value, position, *flux = children  # while a tree is taken apart its leaves need not be tensors
-    return BlurryState._unchecked(key, value, position, window, *flux)
+    return BlurryState._unchecked(key, value, position, BlurryWindow(*context), *flux)
 
 
 # States go into and out of compiled and exported programs.
@@ -487,8 +495,8 @@ pytree.register_pytree_node(
     _flatten,
     _unflatten,
     serialized_type_name="blurry_attn.BlurryState",
-    to_dumpable_context=lambda window: asdict(window),
-    from_dumpable_context=lambda fields: BlurryWindow(**cast(dict[str, Any], fields)),
+    to_dumpable_context=lambda context: dict(zip(_WINDOW, context, strict=True)),
+    from_dumpable_context=lambda entries: _fields(BlurryWindow(**cast(dict[str, Any], entries))),
     flatten_with_keys_fn=_flatten_with_keys,
 )
 # Plain data: torch.load and torch.export.load take them under weights_only.

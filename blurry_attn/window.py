@@ -93,6 +93,18 @@ class BlurryWindow:
             set_field(self, "phase", _per_head("phase", self.phase))
             self._check_phases()
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlurryWindow):
+            return NotImplemented
+        # Field by field: torch.compile cannot compare tuples that hold symbolic sizes.
+        return (
+            self.slots == other.slots
+            and self.window == other.window
+            and self.kernel == other.kernel
+            and self.sharpness == other.sharpness
+            and self.phase == other.phase
+        )
+
     @staticmethod
     def _entries(value: int | tuple[int, ...]) -> tuple[int, ...]:
         return value if isinstance(value, tuple) else (value,)
