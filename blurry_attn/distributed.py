@@ -16,7 +16,7 @@ from . import _C
 from .modules import BlurrySelfAttention
 from .ops import _check_arguments, blurry_window_attention
 from .state import BlurryState
-from .window import BlurryWindow
+from .window import BlurryWindow, integer
 
 
 def piece_start(tokens: int, group: dist.ProcessGroup | None = None) -> int:
@@ -79,9 +79,7 @@ def context_parallel_attention(
         blurry_window_attention(q, k, v, window, scale=scale, enable_gqa=enable_gqa, state=state)
     if start is None:
         start = piece_start(key.shape[2], group)
-    elif isinstance(start, bool) or not isinstance(start, int):
-        raise TypeError(f"start must be an int or None, got {start!r}")
-    elif start < 0:
+    elif integer("start", start) < 0:
         raise ValueError(f"start must not be negative, got {start}")
     shape, dtype = (*key.shape[:2], window.slots), torch.promote_types(key.dtype, torch.float32)
     if state is None or dist.get_rank(group) > 0:

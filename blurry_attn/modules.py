@@ -11,9 +11,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from .ops import blurry_window_attention, blurry_window_step, rotary
-from .ragged import Packing
+from .ragged import Packing, shapes_may_depend_on
 from .state import BlurryState
-from .window import BlurryWindow
+from .window import BlurryWindow, integer
 
 
 class BlurryWindowAttention(nn.Module):
@@ -129,12 +129,12 @@ class BlurrySelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if not isinstance(window, BlurryWindow):
             raise TypeError(f"window must be a BlurryWindow, got {type(window).__name__}")
-        for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            if not isinstance(number, int):
-                raise TypeError(f"{name} must be an int, got {number!r}")
+        embed_dim, num_heads = integer("embed_dim", embed_dim), integer("num_heads", num_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else integer("num_kv_heads", num_kv_heads)
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias must be a bool, got {bias!r}")
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a positive multiple of num_heads ({num_heads}), got {embed_dim}")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -229,8 +229,8 @@ class BlurrySelfAttention(nn.Module):
         else:
             self._check_mask(key_padding_mask, x)
             # Padding is left out before the projections: whatever it holds reaches neither an output nor a gradient.
-            # Traced shapes cannot depend on the mask: there it stays, as one more sequence.
-            packing = Packing(key_padding_mask, keep_padding=torch.compiler.is_compiling())
+            # Where shapes cannot depend on the mask it stays, as one more sequence.
+            packing = Packing(key_padding_mask, keep_padding=not shapes_may_depend_on(key_padding_mask))
             positions = packing.positions
             if state is not None:
                 positions = positions + state.position.unsqueeze(1)

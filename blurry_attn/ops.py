@@ -100,12 +100,14 @@ def _is_distributed(*tensors: Tensor) -> bool:
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1 / math.sqrt(max(head_dim, 1))
-    if not hasattr(scale, "__float__"):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(
+            f"scale must be an int, a float or None, got {type(scale).__name__} (a learned scale multiplies query instead)"
+        )
     try:
         return float(scale)
-    except (OverflowError, RuntimeError, TypeError, ValueError):  # a long int; a tensor or an array of several numbers
-        raise ValueError(f"scale must be one finite number, got {scale!r}") from None
+    except OverflowError:
+        raise ValueError(f"scale must be finite, got {scale!r}") from None
 
 
 def blurry_window_attention(
@@ -134,7 +136,7 @@ def blurry_window_attention(
         key: (B, Hkv, T, Dk), as query; Hq is a multiple of Hkv.
         value: (B, Hkv, T, Dv), as query.
         window: slots, window, kernel and phases of every kv head.
-        scale: of the logits; 1 / sqrt(Dk) when None.
+        scale: of the logits; 1 / sqrt(Dk) when None. No tensor: a learned one multiplies the query instead.
         enable_gqa: allow Hq > Hkv: query head h reads kv head h // (Hq // Hkv).
         cu_seqlens: (S + 1,) int32 or int64, from 0 to T, not decreasing: packs S sequences along T, with B = 1
             (:class:`Packing` makes it from a padding mask).

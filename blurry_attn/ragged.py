@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 
 from .state import BlurryState
+from .window import integer
+
+
+def shapes_may_depend_on(x: Tensor) -> bool:
+    """Whether the values of ``x`` are there, and hold for more than the recording of a program."""
+    return not (torch.compiler.is_compiling() or x.is_meta or is_fake(x) or get_proxy_mode() is not None)
 
 
 class Packing:
@@ -24,7 +32,7 @@ class Packing:
 
     Raises:
         TypeError: the mask is not a bool tensor.
-        ValueError: the mask is not ``(B, T)``.
+        ValueError: the mask is not ``(B, T)``, or has no values (on meta, fake) without ``keep_padding``.
     """
 
     def __init__(self, key_padding_mask: Tensor, *, keep_padding: bool = False) -> None:
@@ -36,6 +44,11 @@ class Packing:
             raise TypeError(f"key_padding_mask must be bool (True = padding), got {key_padding_mask.dtype}")
         if key_padding_mask.dim() != 2:
             raise ValueError(f"key_padding_mask must be (B, T), got shape {tuple(key_padding_mask.shape)}")
+        if not keep_padding and (key_padding_mask.is_meta or is_fake(key_padding_mask)):
+            raise ValueError(
+                "key_padding_mask must have values, which say how many tokens are packed, unless keep_padding=True; got a "
+                f"{'meta' if key_padding_mask.is_meta else 'fake'} tensor"
+            )
         is_kept = ~key_padding_mask
         self.mask, self.keep_padding = key_padding_mask, keep_padding
         self.positions = is_kept.cumsum(1) - 1
@@ -121,8 +134,7 @@ class Packing:
     def _check(x: Tensor, dim: int) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-        if not isinstance(dim, int):
-            raise TypeError(f"dim must be an int, got {dim!r}")
+        integer("dim", dim)
 
     @staticmethod
     def _check_state(state: BlurryState, sequences: int) -> None:

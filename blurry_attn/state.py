@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import Any, NoReturn, cast
@@ -12,8 +12,9 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .window import BlurryWindow
+from .window import BlurryWindow, integer
 
 
 def _openings(slots: int, window: int, phase: int) -> list[int]:
@@ -178,7 +179,7 @@ class BlurryState:
         value_dim = head_dim if value_dim is None else value_dim
         sizes = (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim), ("value_dim", value_dim))
         for name, size in sizes:
-            if not isinstance(size, (int, torch.SymInt)):
+            if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
                 raise TypeError(f"{name} must be an int, got {size!r}")
             if size < 0:
                 raise ValueError(f"{name} must not be negative, got {size}")
@@ -255,19 +256,36 @@ class BlurryState:
         """The same slots without their gradient history; memory is shared."""
         return self._each(torch.detach)
 
-    def __getitem__(self, index: slice | Tensor) -> BlurryState:
+    def __len__(self) -> int:
+        """B, the number of sequences."""
+        return self.batch_size
+
+    def __iter__(self) -> Iterator[BlurryState]:
+        """The states of the single sequences, each of batch 1, which share memory with this one."""
+        return (self[i : i + 1] for i in range(self.batch_size))
+
+    def __getitem__(self, index: int | slice | Tensor) -> BlurryState:
         """The state of some of the sequences, in any order and number: for beam search, and for a batch that shrinks.
 
         Args:
-            index: a slice (the result shares memory with this state) or an int64 or bool tensor ``(B',)`` (it is new).
+            index: an int (a state of batch 1) or a slice (the result shares memory with this state), or an int64 or
+                bool tensor ``(B',)`` (it is new).
 
         Raises:
-            TypeError: another index; an int would drop the batch dimension.
+            TypeError: another index.
+            IndexError: an int that is not in -B .. B - 1.
         """
-        if not isinstance(index, slice) and not (isinstance(index, Tensor) and index.dim() == 1):
-            raise TypeError(f"index must be a slice or a one-dimensional tensor, got {index!r}")
-        if isinstance(index, Tensor) and index.dtype not in (torch.int64, torch.int32, torch.bool):
-            raise TypeError(f"index must be int64 or bool, got {index.dtype}")
+        if isinstance(index, Tensor):
+            if index.dim() != 1:
+                raise TypeError(f"index must be a one-dimensional tensor, got shape {tuple(index.shape)}")
+            if index.dtype not in (torch.int64, torch.int32, torch.bool):
+                raise TypeError(f"index must be int64 or bool, got {index.dtype}")
+        elif not isinstance(index, slice):
+            row = integer("index", index)
+            if not -self.batch_size <= row < self.batch_size:
+                raise IndexError(f"index must be in {-self.batch_size} .. {self.batch_size - 1}, got {row}")
+            row %= self.batch_size
+            index = slice(row, row + 1)
         return self._each(operator.getitem, index)
 
     @classmethod
@@ -312,12 +330,12 @@ class BlurryState:
     def state_dict(self) -> dict[str, Tensor]:
         """All of the state in tensors, for ``torch.save`` or safetensors: ``key``, ``value``, ``position``, where there
         is one ``flux`` (memory is shared, gradient history is not), and ``window``, the text of the window as JSON in
-        uint8."""
+        uint8, all on the state's device. Of a state on meta ``window`` alone has values, and is on the CPU."""
         text = json.dumps(asdict(self.window)).encode()
         tensors = {name: getattr(self, name) for name in (*_CHILDREN, "flux")}
         return {
             **{name: x.detach() for name, x in tensors.items() if x is not None},
-            "window": torch.tensor(list(text), dtype=torch.uint8),
+            "window": torch.tensor(list(text), dtype=torch.uint8, device="cpu" if self.key.is_meta else self.key.device),
         }
 
     @classmethod
@@ -335,7 +353,7 @@ class BlurryState:
                 raise KeyError(f"state_dict must have the entry {name!r}, got {', '.join(state_dict) or 'none'}")
         try:
             window = BlurryWindow(**json.loads(bytes(state_dict["window"].tolist())))
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: it has no values
             raise ValueError(f"window must be the text that state_dict() makes of a window: {error}") from None
         key, value, position = (state_dict[name] for name in _CHILDREN)
         return cls(key, value, position, window, state_dict.get("flux"))
@@ -447,9 +465,15 @@ _cached_cells = lru_cache(_cells)
 def _rows_in_flux(window: BlurryWindow, kv_heads: int, position: Tensor) -> tuple[Tensor, ...]:
     """An index of the slots (B, Hkv, 2) that the token at ``position`` (B,) writes: of its trailing and its leading
     cell (csrc/law.h)."""
-    # The copy to the device is made once: a CUDA graph could not hold it.
-    cells = _cells if torch.compiler.is_compiling() else _cached_cells
-    resolution, phase = cells(window, kv_heads, position.device)
+    # The copy to the device is made once: a CUDA graph could not hold it. What is made within a trace, a mode or a
+    # transform is theirs, and must neither outlive them nor come in from outside; their sizes need have no hash.
+    is_kept = not (
+        torch.compiler.is_compiling()
+        or type(kv_heads) is not int
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    )
+    resolution, phase = (_cached_cells if is_kept else _cells)(window, kv_heads, position.device)
     trailing = (position.clamp(min=0).unsqueeze(1) - phase).div(resolution, rounding_mode="floor")
     slots = torch.stack((trailing, trailing + 1), -1).remainder(window.slots)
     sequence, head = (torch.arange(size, device=position.device) for size in trailing.shape)

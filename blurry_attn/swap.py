@@ -9,11 +9,9 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.attention.flex_attention  # registers its operator
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import mha
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 
 from .modules import BlurryWindowAttention
@@ -24,7 +22,30 @@ _SDPA = {
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 }
-_FLEX = torch.ops.higher_order.flex_attention
+# Other operators that attend, by name: what registers them need not be loaded. Their backwards may run, since they
+# belong to calls from outside of the context.
+_OTHERS = (
+    "_cudnn_attention_forward",
+    "_efficient_attention_forward",
+    "_flash_attention_forward",
+    "_flash_attention_forward_no_dropout_inplace",
+    "_fused_sdp_choice",
+    "_native_multi_head_attention",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_transformer_encoder_layer_fwd",
+    "_triton_multi_head_attention",
+    "_triton_scaled_dot_attention",
+    "_varlen_attn",
+    "_varlen_attn_out",
+    "flex_attention",
+)
+_REFUSED = {name + overload for name in _OTHERS for overload in ("", ".default", ".out", ".quantized")}
 _MULTI_HEAD_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -64,7 +85,7 @@ class replace_sdpa(TorchFunctionMode):
     inside ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` (whose fused fast path is off until the last
     such context ends). A call counts as causal with ``is_causal=True``, or with an ``attn_mask`` that is exactly the
     causal mask: boolean, or 0 and -inf (or the dtype's lowest number). Any other call is an error, never full
-    attention, and so is FlexAttention. Attention written out as products and a softmax, or by another package's
+    attention, and so are FlexAttention, ``varlen_attn`` and PyTorch's fused operators by their own names. Attention written out as products and a softmax, or by another package's
     kernels, is not seen.
 
     It holds in code under ``torch.compile`` too: enter it around the call of the compiled model.
@@ -78,7 +99,8 @@ class replace_sdpa(TorchFunctionMode):
 
     Raises:
         ValueError: a call that is not causal, asks for attention weights, or has a key length unlike its query length.
-        NotImplementedError: an ``attn_mask`` other than causal, ``dropout_p > 0``, nested tensors, or FlexAttention.
+        NotImplementedError: an ``attn_mask`` other than causal, ``dropout_p > 0``, nested tensors, FlexAttention, or another
+            operator that attends.
     """
 
     def __init__(self, window: BlurryWindow) -> None:
@@ -103,8 +125,9 @@ class replace_sdpa(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SDPA:
             return self._attend(*args, **kwargs)
-        if func is _FLEX:
-            raise NotImplementedError("replace_sdpa: cannot replace flex_attention, only scaled_dot_product_attention")
+        name = getattr(func, "__name__", None)
+        if name in _REFUSED:
+            raise NotImplementedError(f"replace_sdpa: cannot replace {name}, only scaled_dot_product_attention")
         if func is F.multi_head_attention_forward:
             call = _MULTI_HEAD_SIGNATURE.bind(*args, **kwargs)
             call.apply_defaults()
@@ -170,8 +193,11 @@ class _FastPath:
 
 def _is_causal(mask: Tensor, query_length: int, key_length: int) -> bool:
     """Whether ``mask`` lets every query see exactly its own and earlier keys, and is not learned."""
-    if isinstance(mask, CausalBias):
-        return mask.seq_len_q == mask.seq_len_kv == query_length == key_length
+    if type(mask) is not Tensor:
+        from torch.nn.attention.bias import CausalBias  # takes a second to load
+
+        if isinstance(mask, CausalBias):
+            return mask.seq_len_q == mask.seq_len_kv == query_length == key_length
     if mask.requires_grad or mask.shape[-2:] != (query_length, key_length) or query_length != key_length:
         return False
     is_seen = torch.ones(query_length, key_length, dtype=torch.bool, device=mask.device).tril()

@@ -14,9 +14,10 @@ MAX_SLOTS = MAX_RESOLUTION = 2**20
 PYRAMID = (1, 1, 4, 8)  # of the recipes tried at equal state, the one that reads text best: docs/results.md
 
 
-def _integer(name: str, value: object) -> int:
+def integer(name: str, value: object) -> int:
+    """``value`` as an int, if it is one number and no bool; else a TypeError that names it."""
     try:
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and getattr(value, "ndim", 0) == 0:  # an array of one number is no number
             return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         pass
@@ -25,11 +26,11 @@ def _integer(name: str, value: object) -> int:
 
 def _per_head(name: str, value: object) -> int | tuple[int, ...]:
     """An int, or a non-empty tuple of ints (any sequence is taken)."""
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
         if not value:
             raise ValueError(f"{name} must be an int or a non-empty tuple of ints, got an empty one")
-        return tuple(_integer(f"{name}[{i}]", entry) for i, entry in enumerate(value))
-    return _integer(name, value)
+        return tuple(integer(f"{name}[{i}]", entry) for i, entry in enumerate(value))
+    return integer(name, value)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class BlurryWindow:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
-        set_field(self, "slots", _integer("slots", self.slots))
+        set_field(self, "slots", integer("slots", self.slots))
         if self.slots < 2:
             raise ValueError(f"slots must be at least 2, got {self.slots}")
         if self.slots > MAX_SLOTS:
@@ -139,17 +140,23 @@ class BlurryWindow:
         and a quarter r = 8, which read text best of what was tried at equal state.
 
         Raises:
-            TypeError, ValueError: as the class; ``heads`` beside ``resolutions``, or not a multiple of 4.
+            TypeError, ValueError: as the class; ``resolutions`` that are one int; ``heads`` beside ``resolutions``, or
+                not a multiple of 4.
         """
-        slots = _integer("slots", slots)
+        slots = integer("slots", slots)
         if resolutions is None:
-            heads = 8 if heads is None else _integer("heads", heads)
+            heads = 8 if heads is None else integer("heads", heads)
             if heads < 1 or heads % len(PYRAMID):
                 raise ValueError(f"heads must be a positive multiple of {len(PYRAMID)}, got {heads}")
             resolutions = tuple(r for r in PYRAMID for _ in range(heads // len(PYRAMID)))
         elif heads is not None:
             raise ValueError(f"heads must be None beside resolutions, got {heads!r}")
-        entries = BlurryWindow._entries(_per_head("resolutions", resolutions))
+        entries = _per_head("resolutions", resolutions)
+        if isinstance(entries, int):
+            raise TypeError(
+                f"resolutions must be a tuple with one int per kv head, got {entries}: ({entries},) is one head, and "
+                f"heads={entries} a pyramid of so many"
+            )
         for resolution in entries:
             if resolution < 1:
                 raise ValueError(f"resolutions must be at least 1, got {resolution}")

@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -355,6 +356,52 @@ def test_flex_attention_is_named(compiled):
         attend(q, q, q)
     torch._dynamo.reset()
     assert flex_attention(q, q, q).shape == q.shape
+
+
+def other_operators() -> list:
+    """All of PyTorch's operators that attend, backwards aside, in every form that Python can call."""
+    found = {}
+    for qualified in torch._C._dispatch_get_all_op_names():
+        namespace, name = qualified.split(".")[0].split("::")
+        words = ("attention", "attn", "sdp", "encoder_layer")
+        if namespace in ("aten", "torch_attn") and any(word in name for word in words) and "backward" not in name:
+            packet = getattr(getattr(torch.ops, namespace), name)
+            found |= {str(x): x for x in (packet, *(getattr(packet, overload) for overload in packet.overloads()))}
+            if hasattr(torch, name):
+                found[f"torch.{name}"] = getattr(torch, name)
+    return [pytest.param(x, id=name) for name, x in found.items() if "aten.scaled_dot_product_attention" not in name]
+
+
+@pytest.mark.parametrize("operator", other_operators())
+def test_an_operator_that_attends_by_another_name_is_refused(operator):
+    with pytest.raises(NotImplementedError, match="replace_sdpa: cannot replace .*(att|sdp|layer)"):
+        replace_sdpa(WINDOW).__torch_function__(operator, ())  # as any call of it ends here, whatever its arguments
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("form", ["function", "overload", "varlen"])
+def test_a_model_that_calls_another_operator_is_refused(form, compiled):
+    torch._dynamo.reset()
+
+    def attend(x):
+        if form == "varlen":
+            ends = torch.tensor([0, T], dtype=torch.int32)
+            return varlen_attn(x[0], x[0], x[0], ends, ends, T, T)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return (flash if form == "overload" else torch._scaled_dot_product_flash_attention_for_cpu)(x, x, x)[0]
+
+    if compiled:
+        attend = torch.compile(attend, backend="eager")
+    with pytest.raises(Exception, match="replace_sdpa: cannot replace _"), replace_sdpa(WINDOW):
+        attend(torch.randn(1, HEADS, T, 8))
+
+
+def test_the_backward_of_a_call_from_outside_runs_inside():
+    x, given = torch.randn(1, HEADS, T, 8, requires_grad=True), torch.randn(1, HEADS, T, 8)
+    out = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    (expected,) = torch.autograd.grad(out, x, given, retain_graph=True)
+    with replace_sdpa(WINDOW):
+        assert torch.equal(torch.autograd.grad(out, x, given)[0], expected)
 
 
 class HandWritten(nn.Module):
