@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import (
     _load,  # noqa: F401  (first: says in one line why the compiled part cannot be loaded)
+    flops,  # noqa: F401  (registers what is counted)
     reference,
 )
 from .modules import BlurrySelfAttention, BlurryWindowAttention

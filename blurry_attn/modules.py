@@ -223,17 +223,15 @@ class BlurrySelfAttention(nn.Module):
         """
         self._check(x, state)
         if key_padding_mask is None:
-            tokens = torch.arange(x.shape[1], device=x.device)
-            positions = tokens if state is None else tokens + state.position.unsqueeze(1)
+            positions = _after(state, torch.arange(x.shape[1], device=x.device))
             out, state = self._attend(x, positions, None, state, return_state)
         else:
             self._check_mask(key_padding_mask, x)
             # Padding is left out before the projections: whatever it holds reaches neither an output nor a gradient.
             # Where shapes cannot depend on the mask it stays, as one more sequence.
             packing = Packing(key_padding_mask, keep_padding=not shapes_may_depend_on(key_padding_mask))
-            positions = packing.positions
+            positions = _after(state, packing.positions)
             if state is not None:
-                positions = positions + state.position.unsqueeze(1)
                 state = packing.pack_state(state)
             packed, state = self._attend(
                 packing.pack(x), packing.pack(positions), packing.cu_seqlens, state, return_state
@@ -302,14 +300,17 @@ class BlurrySelfAttention(nn.Module):
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value (B, H, T, D) of x (B, T, E), as views of the projections."""
-        query, key, value = (
-            projection(x).unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
-            for projection, heads in (
-                (self.q_proj, self.num_heads),
-                (self.k_proj, self.num_kv_heads),
-                (self.v_proj, self.num_kv_heads),
-            )
-        )
+        projected = []
+        for name, heads in (("q_proj", self.num_heads), ("k_proj", self.num_kv_heads), ("v_proj", self.num_kv_heads)):
+            features = getattr(self, name)(x)
+            if features.shape[-1] != heads * self.head_dim:
+                raise ValueError(
+                    f"{name} must give {heads} * {self.head_dim} features, got {features.shape[-1]}: a plan that divides "
+                    "the heads over ranks is blurry_attn.distributed.HeadParallel, or ColwiseParallel with "
+                    "use_local_output=False"
+                )
+            projected.append(features.unflatten(-1, (heads, self.head_dim)).transpose(1, 2))
+        query, key, value = projected
         if self.rope_base is not None:
             query, key = rotary(query, positions, self.rope_base), rotary(key, positions, self.rope_base)
         return query, key, value
@@ -361,3 +362,11 @@ class BlurrySelfAttention(nn.Module):
                 if x is not None
             )
         )
+
+
+def _after(state: BlurryState | None, tokens: Tensor) -> Tensor:
+    """Absolute positions of ``tokens``, (T,) or (B, T) counted from where each sequence of ``state`` stands."""
+    if state is None:
+        return tokens
+    position = state.position.full_tensor() if hasattr(state.position, "full_tensor") else state.position
+    return tokens + position.unsqueeze(1)

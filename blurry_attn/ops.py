@@ -276,6 +276,10 @@ def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
     """
     if positions.is_floating_point() or positions.is_complex():
         raise TypeError(f"positions must be integers, got {positions.dtype}")
+    if _is_distributed(x):
+        from . import sharding
+
+        return sharding.turn(rotary, x, positions, base)
     turned: Tensor = _operator("rotary", x, positions)(x, positions.long(), base)
     return turned
 

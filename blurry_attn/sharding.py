@@ -102,6 +102,27 @@ def step(
     return out
 
 
+def turn(function: Callable[..., Tensor], x: DTensor, positions: Tensor, base: float) -> Tensor:
+    """``function``, :func:`blurry_attn.ops.rotary`, on this rank's part of a DTensor; a DTensor again.
+
+    Raises:
+        NotImplementedError: sharded along tokens or head_dim.
+    """
+    mesh = x.device_mesh
+    if not isinstance(positions, DTensor):
+        positions = DTensor.from_local(positions, mesh, [Replicate()] * mesh.ndim)
+    cuts = [_cut([placement]) for placement in x.placements]
+    placements = tuple(Replicate() if cut is None else Shard(cut) for cut in cuts)
+    of_positions = tuple(Shard(0) if cut == SEQUENCES and positions.dim() == 2 else Replicate() for cut in cuts)
+    turned: Tensor = local_map(
+        lambda x, positions: function(x, positions, base),
+        out_placements=list(placements),
+        in_placements=(placements, of_positions),
+        redistribute_inputs=True,
+    )(x, positions)
+    return turned
+
+
 Placements = tuple[Placement, ...]
 
 
