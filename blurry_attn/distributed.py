@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from . import _C
 from .modules import BlurrySelfAttention
 from .ops import _check_arguments, blurry_window_attention
+from .ragged import shapes_may_depend_on
 from .state import BlurryState
-from .window import BlurryWindow, integer
+from .window import BlurryWindow
 
 
 def piece_start(tokens: int, group: dist.ProcessGroup | None = None) -> int:
@@ -79,7 +81,9 @@ def context_parallel_attention(
         blurry_window_attention(q, k, v, window, scale=scale, enable_gqa=enable_gqa, state=state)
     if start is None:
         start = piece_start(key.shape[2], group)
-    elif integer("start", start) < 0:
+    elif isinstance(start, bool) or not isinstance(start, int):
+        raise TypeError(f"start must be an int or None, got {start!r}")
+    elif start < 0:
         raise ValueError(f"start must not be negative, got {start}")
     shape, dtype = (*key.shape[:2], window.slots), torch.promote_types(key.dtype, torch.float32)
     if state is None or dist.get_rank(group) > 0:
@@ -95,17 +99,26 @@ def context_parallel_attention(
         key, value = contents.split(sizes, -1)
         return BlurryState(key, value, position, window)
 
-    # Of what lies further back than this, and of what was there before, nothing is left at this precision.
-    tail = min(key.shape[2], _reach(window, key.shape[1], torch.finfo(dtype).eps))
-    skipped = key.shape[2] - tail
-    last_key, last_value = (x.narrow(2, skipped, tail) for x in (key, value))
-    given = before if not skipped else torch.zeros_like(before)
-    end = _state_after(last_key, last_value, at(given, position + skipped))
+    echoes = _echoes(window, key.shape[1])
+
+    def compressed(skipped: int) -> Tensor:
+        """What the piece makes of ``before``, but for its first tokens: (B, Hkv, N, Dk + Dv)."""
+        given = torch.zeros_like(before) if skipped else before
+        end = _state_after(key[:, :, skipped:], value[:, :, skipped:], at(given, position + skipped))
+        return torch.cat((end.key, end.value), -1)
+
+    skipped = _negligible(window, echoes, key.shape[2], dtype)
+    end = compressed(skipped)
+    if skipped and any(echoes) and not _outweighs(end, before, key[:, :, :skipped], value[:, :, :skipped]):
+        skipped, end = 0, compressed(0)
     with torch.no_grad():
-        nothing = key.new_zeros((), dtype=dtype).expand(*shape[:2], tail, 1)
+        nothing = key.new_zeros((), dtype=dtype).expand(*shape[:2], key.shape[2] - skipped, 1)
         one = key.new_ones(*shape, 1, dtype=dtype)
         decay = _state_after(nothing, nothing, BlurryState(one, one, position + skipped, window)).key
-    carried = _Carry.apply(before, torch.cat((end.key, end.value), -1), decay, group)
+        laps = (skipped // period for period in window.windows(key.shape[1]))
+        decay = decay * _per_head(one, [echo**count for echo, count in zip(echoes, laps, strict=True)])
+        endless = _per_head(one, [echo > 0 for echo in echoes]).bool()
+    carried = _Carry.apply(before, end, decay, endless, group)
     return blurry_window_attention(
         query,
         key,
@@ -120,16 +133,54 @@ def context_parallel_attention(
 
 
 @lru_cache
-def _reach(window: BlurryWindow, kv_heads: int, precision: float) -> int:
-    """Tokens over which every slot keeps less than ``precision`` of what it held."""
-    reach = 0
-    for period, phase in set(zip(window.windows(kv_heads), window.phases(kv_heads), strict=True)):
+def _echoes(window: BlurryWindow, kv_heads: int) -> tuple[float, ...]:
+    """What is left in the slots of each kv head after a lap, the tokens of its window, of what they held; 0: nothing,
+    and whatever it was, since a gate of 1 replaces."""
+
+    @cache
+    def echo(period: int, phase: int) -> float:
         # Of all slots open, one lap: each meets every gate of the period once.
         lap = _C.gates(window.kernel, window.slots, period, phase, window.gate_sharpness, 2 * period, period)
-        echo = float(abs(1 - lap).prod(0).max())
-        laps = 1 if echo == 0 else math.ceil(math.log(precision) / math.log(echo))
-        reach = max(reach, laps * period)
-    return reach
+        return float(abs(1 - lap).prod(0).max())
+
+    return tuple(map(echo, window.windows(kv_heads), window.phases(kv_heads)))
+
+
+def _negligible(window: BlurryWindow, echoes: tuple[float, ...], tokens: int, dtype: torch.dtype) -> int:
+    """Of how many first tokens less than the square of the precision is left, and of what was there before: whole laps
+    of every head whose echo has no end, over which it is a power."""
+    reach, lap = 0, 1
+    for echo, period in zip(echoes, window.windows(len(echoes)), strict=True):
+        if echo > 0:
+            reach = max(reach, period * math.ceil(2 * math.log(torch.finfo(dtype).eps) / math.log(echo)))
+            lap = math.lcm(lap, period)
+        else:
+            reach = max(reach, period)
+    return max(0, tokens - reach) // lap * lap
+
+
+@torch.no_grad()
+def _outweighs(end: Tensor, before: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the least slot of ``end`` surely outweighs what is left of ``before`` and these keys and values.
+
+    Not so where they hold a NaN or an infinity, which an echo keeps, nor where nobody can know: without numbers, and
+    while a program or a CUDA graph is recorded.
+    """
+    if not (key.numel() and value.numel() and shapes_may_depend_on(key)):
+        return False
+    if key.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    sizes, eps = [key.shape[3], value.shape[3]], torch.finfo(end.dtype).eps
+    is_less = [
+        torch.maximum(old.abs().amax((2, 3)), new.abs().amax((2, 3))) * eps <= slots.abs().amax(3).amin(2)
+        for old, new, slots in zip(before.split(sizes, -1), (key, value), end.split(sizes, -1), strict=True)
+    ]
+    return bool(torch.stack(is_less).all())
+
+
+def _per_head(like: Tensor, numbers: Sequence[float]) -> Tensor:
+    """(Hkv, 1, 1), without a copy to the device, which a CUDA graph could not hold."""
+    return torch.stack([like.new_full((1, 1), number) for number in numbers])
 
 
 def _state_after(key: Tensor, value: Tensor, state: BlurryState) -> BlurryState:
@@ -145,16 +196,19 @@ def _state_after(key: Tensor, value: Tensor, state: BlurryState) -> BlurryState:
 class _Carry(torch.autograd.Function):
     """(before, end, decay) of every rank's piece, (B, Hkv, N, D) and (B, Hkv, N, 1) -> what this rank's slots hold at
     its start. ``end`` is what the piece makes of ``before``: zero but on the first rank, to which ``before`` returns.
+    ``endless`` (Hkv, 1, 1) says whose echo has no end.
     """
 
     @staticmethod
-    def forward(ctx: Any, before: Tensor, end: Tensor, decay: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
+    def forward(
+        ctx: Any, before: Tensor, end: Tensor, decay: Tensor, endless: Tensor, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        ctx.group, ctx.endless = group, endless
         pieces = _all_gather(torch.cat((end, decay), -1), group)
         ctx.save_for_backward(*(piece[..., -1:] for piece in pieces))
         carried = before.clone()
         for piece in pieces[: dist.get_rank(group)]:
-            carried = piece[..., :-1] + _kept(piece[..., -1:], carried)
+            carried = piece[..., :-1] + _kept(piece[..., -1:], carried, endless)
         return carried
 
     @staticmethod
@@ -164,13 +218,13 @@ class _Carry(torch.autograd.Function):
         gathered = _all_gather(grad, ctx.group)
         grad_end = torch.zeros_like(grad)
         for later in range(len(gathered) - 1, rank, -1):
-            grad_end = gathered[later] + _kept(decays[later], grad_end)
-        return (grad if rank == 0 else torch.zeros_like(grad)), grad_end, None, None
+            grad_end = gathered[later] + _kept(decays[later], grad_end, ctx.endless)
+        return (grad if rank == 0 else torch.zeros_like(grad)), grad_end, None, None, None
 
 
-def _kept(decay: Tensor, slots: Tensor) -> Tensor:
-    """decay * slots; where nothing is left, it is not read."""
-    return torch.where(decay == 0, 0.0, decay * slots)
+def _kept(decay: Tensor, slots: Tensor, endless: Tensor) -> Tensor:
+    """decay * slots; where nothing is left it is not read, unless that is by underflow, which a NaN outlives."""
+    return torch.where((decay == 0) & ~endless, 0.0, decay * slots)
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:

@@ -40,7 +40,15 @@ def _count(
 
 @register_flop_formula([torch.ops.blurry_attn.forward, torch.ops.blurry_attn.forward_with_contents])
 def _forward(
-    query: _Shape, key: _Shape, value: _Shape, slots: int, window: Sequence[int], phase: Any, kernel: str, *_: Any, **__: Any
+    query: _Shape,
+    key: _Shape,
+    value: _Shape,
+    slots: int,
+    window: Sequence[int],
+    phase: Any,
+    kernel: str,
+    *_: Any,
+    **__: Any,
 ) -> int:
     return _count(query, key, value, slots, window, kernel, backward=False)
 

@@ -305,9 +305,8 @@ class BlurrySelfAttention(nn.Module):
             features = getattr(self, name)(x)
             if features.shape[-1] != heads * self.head_dim:
                 raise ValueError(
-                    f"{name} must give {heads} * {self.head_dim} features, got {features.shape[-1]}: a plan that divides "
-                    "the heads over ranks is blurry_attn.distributed.HeadParallel, or ColwiseParallel with "
-                    "use_local_output=False"
+                    f"{name} must give {heads} * {self.head_dim} features, got {features.shape[-1]}; heads are divided "
+                    "over ranks by blurry_attn.distributed.HeadParallel, or ColwiseParallel(use_local_output=False)"
                 )
             projected.append(features.unflatten(-1, (heads, self.head_dim)).transpose(1, 2))
         query, key, value = projected

@@ -102,7 +102,7 @@ def _scale(scale: float | None, head_dim: int) -> float:
         return 1 / math.sqrt(max(head_dim, 1))
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(
-            f"scale must be an int, a float or None, got {type(scale).__name__} (a learned scale multiplies query instead)"
+            f"scale must be an int, a float or None, got {type(scale).__name__}; a learned one multiplies query instead"
         )
     try:
         return float(scale)

@@ -46,8 +46,8 @@ class Packing:
             raise ValueError(f"key_padding_mask must be (B, T), got shape {tuple(key_padding_mask.shape)}")
         if not keep_padding and (key_padding_mask.is_meta or is_fake(key_padding_mask)):
             raise ValueError(
-                "key_padding_mask must have values, which say how many tokens are packed, unless keep_padding=True; got a "
-                f"{'meta' if key_padding_mask.is_meta else 'fake'} tensor"
+                "key_padding_mask must have values, which say how many tokens are packed, unless keep_padding=True, "
+                f"got a {'meta' if key_padding_mask.is_meta else 'fake'} tensor"
             )
         is_kept = ~key_padding_mask
         self.mask, self.keep_padding = key_padding_mask, keep_padding

@@ -102,12 +102,13 @@ def step(
     return out
 
 
-def turn(function: Callable[..., Tensor], x: DTensor, positions: Tensor, base: float) -> Tensor:
+def turn(function: Callable[..., Tensor], x: Tensor, positions: Tensor, base: float) -> Tensor:
     """``function``, :func:`blurry_attn.ops.rotary`, on this rank's part of a DTensor; a DTensor again.
 
     Raises:
         NotImplementedError: sharded along tokens or head_dim.
     """
+    assert isinstance(x, DTensor)
     mesh = x.device_mesh
     if not isinstance(positions, DTensor):
         positions = DTensor.from_local(positions, mesh, [Replicate()] * mesh.ndim)

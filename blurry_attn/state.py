@@ -332,10 +332,11 @@ class BlurryState:
         is one ``flux`` (memory is shared, gradient history is not), and ``window``, the text of the window as JSON in
         uint8, all on the state's device. Of a state on meta ``window`` alone has values, and is on the CPU."""
         text = json.dumps(asdict(self.window)).encode()
+        device = "cpu" if self.key.is_meta else self.key.device
         tensors = {name: getattr(self, name) for name in (*_CHILDREN, "flux")}
         return {
             **{name: x.detach() for name, x in tensors.items() if x is not None},
-            "window": torch.tensor(list(text), dtype=torch.uint8, device="cpu" if self.key.is_meta else self.key.device),
+            "window": torch.tensor(list(text), dtype=torch.uint8, device=device),
         }
 
     @classmethod

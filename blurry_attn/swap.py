@@ -85,8 +85,8 @@ class replace_sdpa(TorchFunctionMode):
     inside ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` (whose fused fast path is off until the last
     such context ends). A call counts as causal with ``is_causal=True``, or with an ``attn_mask`` that is exactly the
     causal mask: boolean, or 0 and -inf (or the dtype's lowest number). Any other call is an error, never full
-    attention, and so are FlexAttention, ``varlen_attn`` and PyTorch's fused operators by their own names. Attention written out as products and a softmax, or by another package's
-    kernels, is not seen.
+    attention, and so are FlexAttention, ``varlen_attn`` and PyTorch's fused operators under their own names. Attention
+    written out as products and a softmax, or by another package's kernels, is not seen.
 
     It holds in code under ``torch.compile`` too: enter it around the call of the compiled model.
 
@@ -99,8 +99,8 @@ class replace_sdpa(TorchFunctionMode):
 
     Raises:
         ValueError: a call that is not causal, asks for attention weights, or has a key length unlike its query length.
-        NotImplementedError: an ``attn_mask`` other than causal, ``dropout_p > 0``, nested tensors, FlexAttention, or another
-            operator that attends.
+        NotImplementedError: an ``attn_mask`` other than causal, ``dropout_p > 0``, nested tensors, or an operator that
+            attends by another name, as FlexAttention.
     """
 
     def __init__(self, window: BlurryWindow) -> None:

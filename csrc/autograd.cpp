@@ -77,7 +77,10 @@ struct Settings {
   double sharpness, scale;
 };
 
-class Attend : public torch::autograd::Function<Attend> {
+}  // namespace
+
+// Profiles and grad_fn show the names of functions, here and below: as PyTorch's own, and with no unnamed namespace.
+class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& query,
                                                 const at::Tensor& key, const at::Tensor& value,
@@ -133,6 +136,8 @@ class Attend : public torch::autograd::Function<Attend> {
   }
 };
 
+namespace {
+
 ForwardResult forward_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
                                at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
                                double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
@@ -144,7 +149,8 @@ ForwardResult forward_autograd(const at::Tensor& query, const at::Tensor& key, c
                                    state_key, state_value, position, return_state);
   }
   const Settings settings{slots, window.vec(), phase.vec(), std::string(kernel), sharpness, scale};
-  auto results = Attend::apply(query, key, value, state_key, state_value, cu_seqlens, position, settings, return_state);
+  auto results =
+      AttentionBackward::apply(query, key, value, state_key, state_value, cu_seqlens, position, settings, return_state);
   return {results[0], results[1], results[2], results[3], results[4]};
 }
 
@@ -206,8 +212,10 @@ at::Tensor step_in_place(const at::Tensor& query, const at::Tensor& key, const a
   return out;
 }
 
+}  // namespace
+
 // Linear in x; its adjoint turns back, and is differentiable, too.
-class Turn : public torch::autograd::Function<Turn> {
+class RotaryBackward : public torch::autograd::Function<RotaryBackward> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& positions,
                             double base, bool back) {
@@ -227,9 +235,11 @@ class Turn : public torch::autograd::Function<Turn> {
   }
 };
 
+namespace {
+
 at::Tensor rotary_autograd(const at::Tensor& x, const at::Tensor& positions, double base, bool back) {
   refuse_forward_mode(x);
-  if (is_recorded(x)) return Turn::apply(x, positions, base, back);
+  if (is_recorded(x)) return RotaryBackward::apply(x, positions, base, back);
   at::AutoDispatchBelowADInplaceOrView guard;
   return rotary_operator().call(x, positions, base, back);
 }

@@ -374,7 +374,7 @@ def other_operators() -> list:
 
 @pytest.mark.parametrize("operator", other_operators())
 def test_an_operator_that_attends_by_another_name_is_refused(operator):
-    with pytest.raises(NotImplementedError, match="replace_sdpa: cannot replace .*(att|sdp|layer)"):
+    with pytest.raises(NotImplementedError, match="replace_sdpa: cannot replace"):
         replace_sdpa(WINDOW).__torch_function__(operator, ())  # as any call of it ends here, whatever its arguments
 
 
