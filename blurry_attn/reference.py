@@ -57,7 +57,7 @@ def gates(window: BlurryWindow, head_window: int, phase: int, start: int, length
             else:
                 row.append(gate(token, slot, window, head_window, phase))
         rows.append(row)
-    return torch.tensor(rows, dtype=torch.float64).reshape(length, slots)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(length, slots)
 
 
 def _write(content: Tensor, token: Tensor, share: Tensor) -> Tensor:
@@ -154,8 +154,10 @@ def blurry_window_attention(
     if return_state:
         shape = (count, kv_heads, window.slots)
         ends = [torch.stack(x) if count else key.new_zeros(0, dtype=work) for x in (keys, values)]
-        lengths = torch.tensor([span.stop - span.start for _, span in sequences], dtype=torch.int64)
-        position = lengths.to(query.device) + (0 if state is None else state.position)
+        lengths = [span.stop - span.start for _, span in sequences]
+        position = torch.tensor(lengths, dtype=torch.int64, device=query.device) + (
+            0 if state is None else state.position
+        )
         results.append(
             BlurryState(ends[0].reshape(*shape, head_dim), ends[1].reshape(*shape, value_dim), position, window)
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from . import reference
 from .ops import blurry_window_attention
 from .state import BlurryState
-from .window import BlurryWindow
+from .window import BlurryWindow, integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,8 +46,8 @@ def slot_weights(window: BlurryWindow, tokens: int, kv_heads: int = 1) -> Tensor
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     # A slot is a linear map of the values: fed with one-hot values, it shows its weights.
-    nothing = torch.zeros(1, kv_heads, tokens, 1, dtype=torch.float64)
-    one_hot = torch.eye(tokens, dtype=torch.float64).expand(1, kv_heads, tokens, tokens)
+    nothing = torch.zeros(1, kv_heads, tokens, 1, dtype=torch.float64, device="cpu")
+    one_hot = torch.eye(tokens, dtype=torch.float64, device="cpu").expand(1, kv_heads, tokens, tokens)
     state = blurry_window_attention(nothing, nothing, one_hot, window, return_state=True)[1]
     assert isinstance(state, BlurryState)
     return state.value[0]
@@ -83,7 +85,7 @@ def _weight_map(axes: Axes, title: str, window: BlurryWindow, tokens: int) -> Ax
     heads, slots = _kv_heads(window), window.slots
     blocks = []
     for weights in slot_weights(window, tokens, heads):
-        age = (weights * torch.arange(tokens - 1, -1, -1)).sum(1)
+        age = (weights * torch.arange(tokens - 1, -1, -1, device=weights.device)).sum(1)
         blocks.append(weights[torch.where(weights.sum(1) > 0, age, torch.inf).argsort()])
     weights = torch.cat(blocks).flip(1)
     image = axes.imshow(
@@ -116,47 +118,60 @@ def _weight_map(axes: Axes, title: str, window: BlurryWindow, tokens: int) -> Ax
     return image
 
 
-def gates(window: BlurryWindow, tokens: int | None = None, slots: Sequence[int] | None = None, head: int = 0) -> Figure:
+def gates(
+    window: BlurryWindow, tokens: int | None = None, slots: Sequence[int] | None = None, head: int | None = None
+) -> Figure:
     """The share of each token that each slot takes, over time.
 
     Args:
-        window: the window; ``head`` picks one of its kv heads.
-        tokens: how many tokens from the start; one period and a half when None.
+        window: the window; where it is given per head, the heads that differ are drawn below each other.
+        tokens: how many tokens from the start; one and a half periods of the longest window when None.
         slots: which slots to draw; the first four when None.
-        head: index of the kv head.
+        head: draw this kv head alone; all that differ when None.
 
     Raises:
-        ValueError: ``tokens`` is less than 1, or ``slots`` is empty or names one that is not there.
+        TypeError: ``tokens``, ``head`` or a slot is not an int.
+        ValueError: ``tokens`` is less than 1, ``head`` negative, or ``slots`` is empty or names one that is not there.
     """
-    heads = max(_kv_heads(window), head + 1)
-    period, phase = window.windows(heads)[head], window.phases(heads)[head]
-    resolution = period // window.slots
-    tokens = period + period // 2 if tokens is None else tokens
-    slots = list(range(min(4, window.slots)) if slots is None else slots)
+    heads = _kv_heads(window) if head is None else max(_kv_heads(window), integer("head", head) + 1)
+    if head is not None and head < 0:
+        raise ValueError(f"head must not be negative, got {head}")
+    laws = list(zip(window.windows(heads), window.phases(heads), strict=True))
+    drawn = sorted({law: i for i, law in reversed(list(enumerate(laws)))}.values()) if head is None else [head]
+    longest = max(laws[i][0] for i in drawn)
+    tokens = longest + longest // 2 if tokens is None else integer("tokens", tokens)
+    slots = list(range(min(4, window.slots)) if slots is None else map(partial(integer, "slots"), slots))
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if not slots or not all(0 <= slot < window.slots for slot in slots):
         raise ValueError(f"slots must be in 0 .. {window.slots - 1}, got {slots}")
-    share = reference.gates(window, period, phase, 0, tokens)
-    figure = _figure(1.1 + 1.0 * len(slots))
-    rows = figure.subplots(len(slots), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, slot in zip(rows, slots, strict=True):
-        axes.axvspan(-0.5, reference.opening(slot, window.slots, resolution, phase) - 0.5, color=FAINT, lw=0)
-        axes.axhline(0, color=MUTED, lw=0.6)
-        time = share[:, slot].nan_to_num(0.0).nonzero().flatten()
-        axes.vlines(time, 0, share[time, slot], color=ACCENT, lw=max(1.0, min(3.0, 480 / tokens)))
-        axes.plot(time, share[time, slot], "o", color=ACCENT, ms=2.5)
-        for centre in range(slot * resolution + phase, tokens, period):
-            axes.axvline(centre, color=MUTED, lw=0.8, ls=(0, (2, 3)), zorder=0)
-        axes.set_ylabel(f"slot {slot}", color=INK)
-        axes.set_yticks([0, 1])
-        _plain(axes)
+    figure = _figure(1.1 + 1.0 * len(slots) * len(drawn))
+    rows = figure.subplots(len(slots) * len(drawn), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (i, slot) in zip(rows, product(drawn, slots), strict=True):
+        _gate(axes, window, *laws[i], slot, tokens)
+        axes.set_ylabel(f"slot {slot}" if len(drawn) == 1 else f"head {i}\nslot {slot}", color=INK)
     rows[0].set_xlim(-0.5, tokens - 0.5)
     rows[0].set_ylim(top=1.12)
     rows[-1].set_xlabel("token t   (dotted: the slot's centres; grey: the slot is shut)", color=INK)
     law = f'"{window.kernel}"' + (f", sharpness {window.gate_sharpness:g}" if window.kernel == "fejer" else "")
-    _title(figure, f"Gates, the share of token t that a slot takes: {law}, {window.slots} slots, r = {resolution}")
+    resolutions = ", ".join(str(r) for r in dict.fromkeys(laws[i][0] // window.slots for i in drawn))
+    _title(figure, f"Gates, the share of token t that a slot takes: {law}, {window.slots} slots, r = {resolutions}")
     return figure
+
+
+def _gate(axes: Axes, window: BlurryWindow, period: int, phase: int, slot: int, tokens: int) -> None:
+    """One slot of one head."""
+    resolution = period // window.slots
+    share = reference.gates(window, period, phase, 0, tokens)[:, slot].nan_to_num(0.0)
+    axes.axvspan(-0.5, reference.opening(slot, window.slots, resolution, phase) - 0.5, color=FAINT, lw=0)
+    axes.axhline(0, color=MUTED, lw=0.6)
+    time = share.nonzero().flatten()
+    axes.vlines(time, 0, share[time], color=ACCENT, lw=max(1.0, min(3.0, 480 / tokens)))
+    axes.plot(time, share[time], "o", color=ACCENT, ms=2.5)
+    for centre in range(slot * resolution + phase, tokens, period):
+        axes.axvline(centre, color=MUTED, lw=0.8, ls=(0, (2, 3)), zorder=0)
+    axes.set_yticks([0, 1])
+    _plain(axes)
 
 
 def reconstruction(signal: Tensor, windows: dict[str, BlurryWindow]) -> Figure:
@@ -174,14 +189,14 @@ def reconstruction(signal: Tensor, windows: dict[str, BlurryWindow]) -> Figure:
     if not windows:
         raise ValueError("windows must hold at least one window, got none")
     tokens = len(signal)
-    time = torch.arange(tokens)
+    time = torch.arange(tokens, device="cpu")
     figure = _figure(0.9 + 1.6 * len(windows))
     rows = figure.subplots(len(windows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (title, window) in zip(rows, windows.items(), strict=True):
         value = signal.detach().to("cpu", torch.float64).reshape(1, 1, tokens, 1)
         state = blurry_window_attention(value, value, value, window, return_state=True)[1]
         assert isinstance(state, BlurryState)
-        lag = torch.arange(10 * min(window.windows(1)[0], tokens) - 9, dtype=torch.float64) / 10
+        lag = torch.arange(10 * min(window.windows(1)[0], tokens) - 9, dtype=torch.float64, device=value.device) / 10
         curve = state.reconstruct(lag)[1][0, 0, :, 0]
         axes.plot(time, value.flatten(), color=MUTED, lw=0.9, label="signal, one value per token")
         axes.plot(tokens - 1 - lag, curve, color=ACCENT, lw=1.8, label="what the slots say")
@@ -227,8 +242,9 @@ def documentation() -> dict[str, Figure]:
     """File name -> figure, for every picture of the documentation."""
     sliding, blurry = BlurryWindow(32, 32), BlurryWindow(32, 256)
     generator = torch.Generator().manual_seed(5)
-    steps = torch.randn(256, generator=generator, dtype=torch.float64)
-    wave = torch.sin(torch.arange(256, dtype=torch.float64) / 19) + 0.5 * torch.sin(torch.arange(256) / 6.1)
+    steps = torch.randn(256, generator=generator, dtype=torch.float64, device="cpu")
+    time = torch.arange(256, dtype=torch.float64, device="cpu")
+    wave = torch.sin(time / 19) + 0.5 * torch.sin(time / 6.1)
     return {
         "token_weights.png": token_weights(
             {

@@ -171,7 +171,9 @@ class BlurryCacheLayer(CacheLayerMixin):
             self.state = self.state[indices.to(self.state.key.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+        if self.state is not None:
+            rows = torch.arange(self.batch_size, device=self.state.key.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
 class BlurryCache(Cache):
@@ -300,7 +302,7 @@ def _of_this_rank(window: BlurryWindow, module: nn.Module, kv_heads: int, local:
             f"the {kv_heads} kv heads of {type(module).__name__} must divide evenly over the ranks of one dimension of "
             f"the mesh, got {local} on this one"
         )
-    return _of_heads(window, kv_heads, rank * local, local)
+    return _of_heads(window, kv_heads, rank * int(local), int(local))  # a size that is a symbol has no hash
 
 
 @lru_cache
