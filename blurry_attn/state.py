@@ -65,6 +65,9 @@ class BlurryState:
         self, key: Tensor, value: Tensor, position: Tensor, window: BlurryWindow, flux: Tensor | None = None
     ) -> None:
         self.key, self.value, self.position, self.window, self.flux = key, value, position, window, flux
+        self._check()
+
+    def _check(self) -> None:
         for name in ("key", "value", "position"):
             if not isinstance(getattr(self, name), Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(getattr(self, name)).__name__}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from helpers import KERNELS, make_inputs, make_state, randn, shut_slots
@@ -101,6 +102,21 @@ def test_a_slice_shares_memory_and_a_tensor_copies():
         assert getattr(state[:1], name).data_ptr() == whole.data_ptr()
         for new in (state[torch.tensor([0])], BlurryState.cat((state,))):
             assert getattr(new, name).data_ptr() != whole.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_is_a_sequence_of_states_of_one_sequence(dtype):
+    state = make_state(WINDOW["fejer"], [3, 50, 7]).to(dtype)
+    assert len(state) == 3 and len(list(state)) == 3
+    for i, one in enumerate(state):
+        assert len(one) == 1 and one.window == state.window
+        for same in (one, state[i], state[i - 3], state[np.int64(i)]):
+            for name in NAMES:
+                if getattr(state, name) is not None:
+                    assert torch.equal(getattr(same, name), getattr(state, name)[i : i + 1])
+                    assert getattr(same, name).data_ptr() == getattr(state, name)[i].data_ptr()
+    again = BlurryState.cat(list(state))
+    assert torch.equal(again.key, state.key) and torch.equal(again.position, state.position)
 
 
 def test_gradients_flow_through_a_choice_of_sequences():
@@ -230,9 +246,11 @@ def empty(batch=1, kv_heads=2, head_dim=8, value_dim=None, **options):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: STATE[0], TypeError, "index must be a slice or a one-dimensional tensor, got 0"),
-        (lambda: STATE[torch.tensor(0)], TypeError, "index must be a slice or a one-dimensional tensor, got tensor(0)"),
-        (lambda: list(STATE), TypeError, "index must be a slice"),
+        (lambda: STATE[len(STATE)], IndexError, "index must be in -"),
+        (lambda: STATE[-len(STATE) - 1], IndexError, "index must be in -"),
+        (lambda: STATE[True], TypeError, "index must be an int, got True"),
+        (lambda: STATE[0.0], TypeError, "index must be an int, got 0.0"),
+        (lambda: STATE[torch.tensor(0)], TypeError, "index must be a one-dimensional tensor, got shape ()"),
         (lambda: BlurryState.cat([]), ValueError, "states must hold at least one state"),
         (
             lambda: BlurryState.cat((STATE, make_state(WINDOW["dirichlet"], [1]))),
@@ -247,10 +265,11 @@ def empty(batch=1, kv_heads=2, head_dim=8, value_dim=None, **options):
         (lambda: STATE.to(dtype="bfloat16"), TypeError, "dtype must be a torch.dtype or None, got 'bfloat16'"),
         (lambda: STATE.to(torch.float16), TypeError, "key must be float32, float64 or bfloat16, got torch.float16"),
         (lambda: empty(1.5), TypeError, "batch must be an int, got 1.5"),
+        (lambda: empty(True), TypeError, "batch must be an int, got True"),
         (lambda: empty(1, 2, 8, -1), ValueError, "value_dim must not be negative, got -1"),
         (lambda: empty(dtype="float32"), TypeError, "dtype must be a torch.dtype, got 'float32'"),
     ],
-    ids=range(15),
+    ids=range(18),
 )
 def test_errors(call, error, message):
     with pytest.raises(error) as caught:

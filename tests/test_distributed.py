@@ -22,8 +22,15 @@ import torch.distributed as dist
 from helpers import assert_accurate, make_inputs, make_state, randn, run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from world import TIMEOUT, World
 
 pytest.importorskip("matplotlib")
@@ -42,6 +49,7 @@ from blurry_attn.lm.checkpoint import TrainConfig
 from blurry_attn.lm.data import InputError
 from blurry_attn.lm.model import ModelConfig
 from blurry_attn.lm.parallel import STRATEGIES, rank, size
+from blurry_attn.ops import rotary
 
 CPU = torch.device("cpu")
 STAGGERED = BlurryWindow(4, 32)
@@ -130,6 +138,37 @@ def test_a_token_that_is_not_a_number_stays_where_it_is_in_one_process(world: Wo
         actual = torch.cat(world(with_nan, (query, key, value), window), 2)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
         assert not actual[:, :, -20:].isnan().any()
+
+
+# Echoes without end, and pieces of which the first tokens leave nothing that can be told from rounding.
+ENDLESS = BlurryWindow(4, (32, 16, 4, 48), sharpness=2)
+
+
+def long_ago(what: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], BlurryState | None]:
+    """Inputs whose first tokens count in spite of that; lengths are the same for any number of ranks."""
+    query, key, value = make_inputs(2, 8, 4, 4000, 4, 6, dtype=dtype)
+    if what == "a state":
+        state = make_state(ENDLESS, [500, 777], 4, 4, 6, dtype=dtype)
+        state.key[0, 0, 1], state.value[1, 1, 2, 3] = math.nan, math.inf
+        return (query, key, value), state
+    if what == "not finite":
+        key[0, :, 100], value[:, 1, 250, 2] = math.nan, math.inf
+    else:
+        value *= 10.0 ** (-3 * torch.arange(4000) / 48).clamp(min=-30).to(dtype).unsqueeze(1)
+    return (query, key, value), None
+
+
+@pytest.mark.parametrize("what", ["a state", "not finite", "values that fall a thousandfold within a window"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_what_was_long_ago_counts_as_in_one_process(what: str, dtype: torch.dtype, world: World):
+    whole, state = long_ago(what, dtype)
+    expected = run(blurry_window_attention, *whole, ENDLESS, state=state)
+    actual = joined(world(at_once, [4000 // world.size] * world.size, whole, state, ENDLESS))
+    for name, x in expected.items():
+        kept = x.isfinite()
+        assert torch.equal(actual[name].isfinite(), kept), name
+        actual[name], expected[name] = (torch.where(kept, y, 0) for y in (actual[name], x))
+    assert_accurate(actual, expected, dtype, ENDLESS)
 
 
 def test_what_is_sent_does_not_depend_on_the_length(world: World):
@@ -387,6 +426,88 @@ def test_a_layer_by_heads_is_the_layer(padded: bool, world: World):
     expected = attended(layer(), x, padding)
     for actual in world(by_heads, x, padding):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def by_columns(x: Tensor, padding: Tensor | None) -> dict[str, Tensor]:
+    module = layer()
+    columns = {name: ColwiseParallel(use_local_output=False) for name in ("q_proj", "k_proj", "v_proj")}
+    parallelize_module(module, mesh(dist.get_world_size()), {**columns, "out_proj": RowwiseParallel()})
+    return attended(module, x, padding)
+
+
+def test_the_usual_plan_of_tensor_parallel_is_the_layer(world: World):
+    """With rotary positions, and states that are DTensors."""
+    x = randn(2, 20, 32)
+    expected = attended(layer(), x, None)
+    for actual in world(by_columns, x, None):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def local_columns() -> None:
+    module = layer()
+    parallelize_module(module, mesh(dist.get_world_size()), {"q_proj": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"q_proj must give 8 \* 4 features, got .*HeadParallel"):
+        module(randn(2, 20, 32))
+
+
+def test_a_plan_that_cuts_heads_unseen_names_the_one_to_use(world: World):
+    world(local_columns)
+
+
+def turned(x: Tensor, placements: list[Placement], positions: Tensor) -> Tensor:
+    return rotary(placed(x, mesh(dist.get_world_size()), placements), positions, 100.0).full_tensor()
+
+
+@pytest.mark.parametrize("placements", [[B], [H], [R]], ids=repr)
+def test_rotary_of_a_dtensor_is_that_of_the_tensor(placements: list[Placement], world: World):
+    x = randn(4, 8, 5, 6)
+    for positions in (torch.arange(5), torch.arange(20).view(4, 5)):
+        expected = rotary(x, positions, 100.0)
+        assert all(torch.equal(actual, expected) for actual in world(turned, x, placements, positions))
+
+
+def mixed(kind: str, x: Tensor, policy: dict[str, torch.dtype], state_dtype: torch.dtype) -> list[Tensor]:
+    """Outputs of two pieces and a step, the state's position, and a gradient, in FSDP's mixed precision."""
+    module = layer().float()
+    if kind == "FSDP":
+        policy = {name: dtype for name, dtype in policy.items() if name == "param_dtype"}  # it knows no other
+        module = FullyShardedDataParallel(
+            module, device_id=CPU, mixed_precision=MixedPrecision(**policy), use_orig_params=True
+        )
+        step = None
+    elif kind == "fully_shard":
+        fully_shard(module, mesh=mesh(dist.get_world_size()), mp_policy=MixedPrecisionPolicy(**policy))
+        register_fsdp_forward_method(module, "step")
+        step = module.step
+    else:
+        step = module.step
+    first, state = module(x, return_state=True)
+    second, state = module(x, state=state, return_state=True)
+    loss = first.float().square().mean() + second.float().square().mean()
+    loss.backward()
+    held, results = (
+        state.detach().to(dtype=state_dtype, copy=True),
+        [first, second, state.key, state.value, state.position],
+    )
+    assert type(state) is BlurryState and state.key.dtype == torch.float32
+    if step is not None:
+        with torch.no_grad():
+            results += [step(x[:, :1], held), held.to(torch.float32).key, held.position]
+    return [x.detach().float() for x in results]
+
+
+@pytest.mark.parametrize("kind", ["fully_shard", "FSDP"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("names", [("param_dtype",), ("output_dtype",), ("param_dtype", "output_dtype")], ids=str)
+def test_states_pass_mixed_precision_as_they_are(
+    kind: str, state_dtype: torch.dtype, names: tuple[str, ...], world: World
+):
+    """Nothing of them is cast, and a step advances the caller's own."""
+    x, policy = randn(2, 20, 32, dtype=torch.float32), dict.fromkeys(names, torch.bfloat16)
+    expected = mixed("", x, {}, state_dtype)
+    for actual in world(mixed, kind, x, policy, state_dtype):
+        for ours, theirs in zip(actual, expected[: len(actual)], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.03)
 
 
 def heads_are_refused() -> None:

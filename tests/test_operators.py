@@ -8,8 +8,16 @@ import torch._dynamo.testing
 from helpers import KERNELS, make_inputs, make_state, randn
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
-from blurry_attn import _C, BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
+from blurry_attn import (
+    _C,
+    BlurrySelfAttention,
+    BlurryState,
+    BlurryWindow,
+    blurry_window_attention,
+    blurry_window_step,
+)
 from blurry_attn.ops import _operator, rotary
 
 WINDOW = {kernel: BlurryWindow(4, (4, 12), kernel) for kernel in KERNELS}
@@ -154,6 +162,46 @@ def test_make_fx(mode, device):
         found = graph(*inputs)
     for ours, expected in zip(found, call(*inputs), strict=True):
         assert torch.equal(ours, expected)
+
+
+def flops(call):
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    return result, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("window", [WINDOW["fejer"], WINDOW["dirichlet"], BlurryWindow(4, (4, 400))], ids=repr)
+@pytest.mark.parametrize("packed", [False, True])
+def test_flops_are_counted(window, packed, device):
+    """At least the products with the slots, as many again in the backward and more, in proportion to the tokens."""
+    counts = []
+    for tokens in (24, 48):
+        query, key, value = make_inputs(1, 4, 2, tokens, 8, 6, torch.float32, device)
+        query.requires_grad_()
+        ends = torch.tensor([0, 5, tokens], device=device) if packed else None
+        options = {"enable_gqa": True, "cu_seqlens": ends}
+        out, forward = flops(lambda: blurry_window_attention(query, key, value, window, **options))  # noqa: B023
+        _, backward = flops(lambda: out.sum().backward())  # noqa: B023
+        counts.append((forward, backward))
+    least = 2 * 4 * 48 * window.slots * (8 + 6)
+    assert least <= forward <= 8 * least and 2 * forward <= backward <= 3 * forward
+    assert counts[1] == tuple(2 * count for count in counts[0])
+    state = BlurryState.empty(1, 2, 8, 6, window=window, device=device)
+    token = (x[:, :, :1].detach() for x in (query, key, value))
+    _, step = flops(lambda: blurry_window_step(*token, state, enable_gqa=True))
+    assert step == forward // 48
+
+
+def test_a_profile_names_what_runs(device):
+    query, key, value = make_inputs(1, dtype=torch.float32, device=device)
+    query.requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = blurry_window_attention(query, key, value, WINDOW["fejer"])
+        rotary(out, torch.arange(50, device=device), 100.0).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert names >= {f"blurry_attn::{name}" for name in ("forward", "backward", "rotary")}
+    nodes = {f"torch::autograd::CppNode<blurry_attn::{name}Backward>" for name in ("Attention", "Rotary")}
+    assert names >= nodes and out.grad_fn.name() in nodes
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

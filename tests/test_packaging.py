@@ -147,6 +147,14 @@ def test_nvcc_of_another_major_version_ends_in_one_line(tmp_path: Path, said: st
         assert message in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_import_loads_no_compiler() -> None:
+    """Nor what of torch takes seconds to load; torch itself does not either."""
+    slow = ("torch._dynamo", "torch.distributed.tensor", "sympy", "matplotlib")
+    program = "import torch, sys; before = set(sys.modules); import blurry_attn; print(*set(sys.modules) - before)"
+    loaded = python("-c", program).stdout.split()
+    assert "blurry_attn.swap" in loaded and not set(slow) & set(loaded)
+
+
 def test_import_without_torch_ends_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     result = python("-c", "import blurry_attn", PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))

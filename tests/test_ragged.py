@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import KERNELS, WINDOWS, make_inputs, make_state, randn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, Packing, blurry_window_attention
 
@@ -131,3 +133,37 @@ def test_a_masked_model_compiles_whole(device):
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
         state = results[0][1].detach()
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@torch.no_grad()
+def test_a_trace_holds_for_every_mask(mode, device):
+    attention = BlurrySelfAttention(16, 2, WINDOWS["fejer"], rope_base=100.0, device=device)
+    x, mask = randn(2, 9, 16, dtype=torch.float32, device=device), torch.zeros(2, 9, dtype=torch.bool, device=device)
+
+    def attend(x, mask):
+        return attention(x, key_padding_mask=mask)
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert attend(fake.from_tensor(x), fake.from_tensor(mask)).shape == x.shape
+    graph = make_fx(attend, tracing_mode=mode, _allow_non_fake_inputs=True)(x, mask)
+    for at in (slice(0, 0), slice(3), slice(4, None)):
+        other = mask.clone()
+        other[1, at] = True
+        torch.testing.assert_close(graph(x, other), attend(x, other))
+
+
+def test_a_mask_without_values():
+    """Shapes need none, but to leave the padding out."""
+    with torch.device("meta"):
+        attention = BlurrySelfAttention(16, 2, WINDOWS["fejer"])
+        x, mask = torch.randn(2, 9, 16), torch.zeros(2, 9, dtype=torch.bool)
+        out, state = attention(x, key_padding_mask=mask, return_state=True)
+        assert out.shape == x.shape and state.position.shape == (2,) and out.is_meta
+        assert attention(x, key_padding_mask=mask, state=state).shape == x.shape
+        with pytest.raises(
+            ValueError, match=r"key_padding_mask must have values, .* unless keep_padding=True, got a meta"
+        ):
+            Packing(mask)
+    with FakeTensorMode(), pytest.raises(ValueError, match=r"key_padding_mask must have values, .* got a fake tensor"):
+        Packing(torch.zeros(2, 9, dtype=torch.bool))

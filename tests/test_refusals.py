@@ -66,7 +66,8 @@ CHANGES = {
     "state.value": (*ANY_STRIDED, resized(1), resized(2), resized(3), lambda x: x.half()),
     "state.position": (*ANY_STRIDED, lambda x: x.int(), lambda x: -x, lambda x: x + 2**62, lambda x: x - 2**63),
     "scale": tuple(lambda _, junk=junk: junk for junk in
-                   ("x", b"x", [1.0], 1j, object(), math.nan, math.inf, 1e39, 10**400, torch.ones(2))),
+                   ("x", b"x", [1.0], 1j, object(), math.nan, math.inf, 1e39, 10**400, True, np.float32(0.5),
+                    torch.ones(2), torch.tensor(0.5), torch.nn.Parameter(torch.tensor(0.5)))),
     "window": tuple(lambda _, junk=junk: junk for junk in
                     (None, 4, "x", (4, 8), BlurryWindow(4, (12, 20, 20)), BlurryWindow(4, 16, phase=(0, 0, 1)))),
     "state": tuple(lambda _, junk=junk: junk for junk in (3, "x", [1.0], torch.ones(3))),
@@ -287,6 +288,44 @@ def test_what_has_no_memory_shares_none():
         _C.check_is_writable([("state.key", fake), ("state.value", fake)], [("query", fake)])
 
 
+def by_function(query, scale):
+    return blurry_window_attention(query, query, query, WINDOW, scale=scale)
+
+
+def by_step(query, scale):
+    return blurry_window_step(query, query, query, BlurryState.empty(1, 2, 8, window=WINDOW), scale=scale)
+
+
+def by_module(query, scale):
+    return BlurryWindowAttention(WINDOW)(query, query, query, scale=scale)
+
+
+def by_replaced_sdpa(query, scale):
+    with replace_sdpa(WINDOW):
+        return torch.ops.aten.scaled_dot_product_attention(query, query, query, None, 0.0, True, scale=scale)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "constant"])
+@pytest.mark.parametrize("way", [by_function, by_step, by_module, by_replaced_sdpa])
+def test_a_tensor_is_no_scale(way, learned, compiled):
+    """It would get no gradient; the error says what does."""
+    torch._dynamo.reset()
+    scale = torch.tensor(0.5, requires_grad=learned)
+    call = torch.compile(way, backend="eager", fullgraph=True) if compiled and way is not by_replaced_sdpa else way
+    with torch.no_grad(), pytest.raises(Exception, match=r"scale must be an int, a float or None.* multiplies query"):
+        call(torch.ones(1, 2, 1, 8), scale)
+
+
+def test_a_scale_may_be_any_number_in_a_graph():
+    query, *_ = make_inputs(1)
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        call = torch.compile(by_function, backend="eager", fullgraph=True, dynamic=dynamic)
+        for scale in (0.5, 0.6, 2):
+            assert torch.equal(call(query, scale), by_function(query, scale))
+
+
 @settings(max_examples=300)
 @given(
     st.tuples(one(*INTEGERS), one(*INTEGERS), one(*INTEGERS)),
@@ -395,9 +434,10 @@ def test_states_that_do_not_fit_together_are_not_joined():
 
 @settings(max_examples=300)
 @given(st.fixed_dictionaries(
-    {"embed_dim": one(16, 12, -1, 0, 1, 2.0, "16", None), "num_heads": one(2, 4, 0, -2, 3, 2.0, None),
+    {"embed_dim": one(16, 12, -1, 0, 1, 2.0, "16", None), "num_heads": one(2, 4, 0, -2, 3, 2.0, None, True),
      "window": one(BlurryWindow(4, 8), WINDOW, BlurryWindow(4, (8, 8, 8)), 4, None)},
-    optional={"num_kv_heads": one(2, 1, 0, -1, 3, 2.0), "rope_base": one(1e4, 0, -1.0, math.nan, math.inf, "x", True)},
+    optional={"num_kv_heads": one(2, 1, 0, -1, 3, 2.0, True), "bias": one(True, False, 1e4, None),
+              "rope_base": one(1e4, 0, -1.0, math.nan, math.inf, "x", True)},
 ))  # fmt: skip
 def test_self_attention_works_or_is_refused(arguments):
     try:

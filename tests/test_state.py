@@ -208,6 +208,20 @@ def test_copies():
         state.to(torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_a_state_dict_lies_where_the_state_does(default, dtype):
+    state = BlurryState.empty(1, 2, 8, window=BlurryWindow(4, 16), device="cpu", dtype=dtype)
+    with torch.device(default):
+        entries = state.state_dict()
+        assert {x.device.type for x in entries.values()} == {"cpu"}
+        assert BlurryState.from_state_dict(entries).window == state.window
+    shapes = BlurryState.from_state_dict(state.to("meta").state_dict())
+    assert shapes.key.is_meta and shapes.window == state.window
+    with pytest.raises(ValueError, match="window must be the text that state_dict"):
+        BlurryState.from_state_dict({name: x.to("meta") for name, x in entries.items()})
+
+
 def test_repr():
     state = BlurryState.empty(2, 3, 5, 6, window=BlurryWindow(4, 8))
     assert repr(state) == (

@@ -59,6 +59,17 @@ def test_gates_draws_the_gates(kernel: str) -> None:
         torch.testing.assert_close(drawn, share[:, slot].nan_to_num(0.0), rtol=0, atol=0)
 
 
+def test_gates_draws_every_head_that_differs_or_the_one_that_is_asked_for() -> None:
+    window = BlurryWindow.pyramid(4, (1, 4, 1, 4))  # the second head of r = 4 is staggered
+    labels = [axes.get_ylabel().split() for axes in viz.gates(window, slots=[0, 2]).axes]
+    assert labels == [["head", str(head), "slot", str(slot)] for head in (0, 1, 3) for slot in (0, 2)]
+    drawn = viz.gates(window, tokens=40, slots=[2], head=3).axes
+    assert [axes.get_ylabel() for axes in drawn] == ["slot 2"]
+    share = reference.gates(window, 16, 2, 0, 40)[:, 2].nan_to_num(0.0)
+    (points,) = (line for line in drawn[0].lines if line.get_marker() == "o")
+    assert points.get_ydata().tolist() == share[share != 0].tolist()
+
+
 def test_reconstruction_of_a_sliding_window_passes_through_its_tokens() -> None:
     signal = torch.randn(40, dtype=torch.float64)
     figure = viz.reconstruction(signal, {"sliding": BlurryWindow(16, 16)})
@@ -88,11 +99,18 @@ def test_the_command_draws_the_pictures_of_the_documentation(tmp_path: Path, cap
             r"signal must be \(T,\) with T at least 1, got shape \(2, 3\)",
         ),
         (lambda: viz.gates(BlurryWindow(4, 8), slots=[4]), r"slots must be in 0 \.\. 3, got \[4\]"),
+        (lambda: viz.gates(BlurryWindow(4, 8), head=-1), "head must not be negative, got -1"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["slots", "tokens", "head"])
+def test_what_is_no_int_is_named(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an int, got True"):
+        viz.gates(BlurryWindow(4, 8), **{name: [True] if name == "slots" else True})
 
 
 def test_without_matplotlib_one_line_says_what_to_type(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from blurry_attn import BlurryWindow
 
@@ -87,6 +89,9 @@ def test_state_elements():
         ((4, ()), ValueError, "window must be an int or a non-empty tuple"),
         ((4, 8.0), TypeError, "window must be an int, got 8.0"),
         ((4, b"\x08"), TypeError, "window must be an int"),
+        ((4, bytearray(b"\x08")), TypeError, "window must be an int"),
+        ((4, torch.tensor([8])), TypeError, r"window must be an int, got tensor\(\[8\]\)"),
+        ((4, np.array([8])), TypeError, r"window must be an int, got array\(\[8\]\)"),
         ((2**20 + 1, 2**20 + 1), ValueError, "slots must be at most 1048576, got 1048577"),
         ((4, 2**22 + 4), ValueError, r"window must be at most 1048576 \* slots, got 4194308"),
         ((4, 8, "fejer", 10**400), ValueError, "sharpness must be finite and at least 1"),
@@ -116,6 +121,10 @@ def test_refused(arguments, error, message):
 
 
 def test_refused_pyramid():
+    for eight in (8, np.int64(8)):
+        with pytest.raises(TypeError, match=r"resolutions must be a tuple .* per kv head, got 8: .* heads=8 a pyramid"):
+            BlurryWindow.pyramid(32, eight)
+    assert BlurryWindow.pyramid(32, (8,)).window == (256,)
     with pytest.raises(ValueError, match="resolutions must be at least 1, got 0"):
         BlurryWindow.pyramid(4, (1, 0))
     with pytest.raises(TypeError, match=r"resolutions\[0\] must be an int, got 1.5"):
