@@ -30,7 +30,8 @@ from blurry_attn import BlurryWindow
 from blurry_attn.lm import checkpoint
 from blurry_attn.lm import train as training
 from blurry_attn.lm.__main__ import main
-from blurry_attn.lm.checkpoint import TrainConfig, write_whole
+from blurry_attn.files import write_whole
+from blurry_attn.lm.checkpoint import TrainConfig
 from blurry_attn.lm.data import InputError, load_text, ngram_bits
 from blurry_attn.lm.generate import Sampling, continuation, generate
 from blurry_attn.lm.model import MIXERS, LanguageModel, ModelConfig, state_size
@@ -38,7 +39,8 @@ from blurry_attn.lm.train import Interrupted, learning_rate, train
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(dim=32, layers=2, slots=8, resolutions=(1, 1, 4, 4))
-OPTIONS = ["--dim", "16", "--layers", "1", "--slots", "4", "--resolutions", "1,2", "--context", "32", "--device", "cpu"]
+SHAPE = ["--dim", "16", "--layers", "1", "--slots", "4", "--resolutions", "1,2"]
+OPTIONS = [*SHAPE, "--context", "32", "--device", "cpu", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +62,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(text: Path) -> TrainConfig:
-    return TrainConfig(text=str(text), context=64, batch=4, steps=24, learning_rate=1e-2)
+    return TrainConfig(text=str(text), context=64, batch=4, steps=24, learning_rate=1e-2, threads=1)
 
 
 @pytest.fixture(scope="module")

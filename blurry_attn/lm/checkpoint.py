@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,17 +26,25 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .data import InputError
+from ..files import naming, write_whole
+from .data import VOCABULARY, InputError
 from .model import LanguageModel, ModelConfig
 from .parallel import rank
 
 FILE = "checkpoint.safetensors"
-FORMAT = "blurry_attn.lm 3"
+PROGRAM = "blurry_attn.lm"
+FORMAT = f"{PROGRAM} 4"
+MOST_THREADS = 1024
+MOST_JSON = 2**16  # characters of a configuration
+LOWEST = {"step": 1.0, "exp_avg_sq": 0.0}  # what AdamW divides by, or takes the root of
+Config = TypeVar("Config", bound="ModelConfig | TrainConfig")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train; ``steps`` is also the length of the learning-rate schedule. ``text``: an absolute path, or None.
+
+    ``threads`` compute on the CPU; when None, the number is measured as training begins.
 
     Raises:
         InputError: a number out of its range; the message names the option.
@@ -47,15 +56,20 @@ class TrainConfig:
     steps: int = 2400
     learning_rate: float = 3e-3
     seed: int = 0
+    threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.text is not None and (not self.text.startswith("/") or "\0" in self.text):
+            raise InputError(f"--text must be an absolute path, got {self.text!r}")
         for name in ("context", "batch", "steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 2**63:
+                raise InputError(f"--{name} must be at least 1 and below 2**63, got {getattr(self, name)}")
         if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"--learning-rate must be positive and finite, got {self.learning_rate}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed must be in 0 .. 2**63 - 1, got {self.seed}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise InputError(f"--threads must be in 1 .. {MOST_THREADS}, got {self.threads}")
 
 
 @dataclass(frozen=True)
@@ -85,23 +99,6 @@ class Checkpoint:
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets ``write`` fill a temporary file beside ``path`` and moves it there when it is whole.
-
-    Of many processes, the first does.
-    """
-    if rank() > 0:
-        return
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(
     folder: Path,
     model: LanguageModel,
@@ -114,8 +111,8 @@ def save(
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(model, optimizer, options=options))
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
-    for name, fields in moments.get("state", {}).items():  # empty but on the first process
-        tensors |= {f"optimizer.{name}.{field}": tensor for field, tensor in fields.items()}
+    for name, values in moments.get("state", {}).items():  # empty but on the first process
+        tensors |= {f"optimizer.{name}.{field}": tensor for field, tensor in values.items()}
     header = {
         "format": FORMAT,
         "model": json.dumps(asdict(model.config)),
@@ -124,44 +121,118 @@ def save(
         "step": str(step),
     }
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = serialize(tensors, header | {"checksum": _checksum(tensors, header)})
-    write_whole(folder / FILE, lambda path: path.write_bytes(content))
+    if rank() == 0:
+        content = serialize(tensors, header | {"checksum": _checksum(tensors, header)})
+        write_whole(folder / FILE, lambda path: path.write_bytes(content))
 
 
 def load(folder: Path) -> Checkpoint:
-    """Reads the checkpoint of a run, on the CPU.
+    """Reads the checkpoint of a run, on the CPU. Nothing beyond the size of the file is made, and nothing in it is run.
 
     Raises:
-        InputError: there is none, or the file is not one, or not as it was written.
+        InputError: there is none, or the file is not one, or not as it was written, or holds what no training writes;
+            the message names the file, and the entry if it is one.
+        OSError: the file cannot be read.
     """
     path = folder / FILE
     if not path.is_file():
         raise InputError(f"{folder}: no checkpoint there ({FILE})")
     try:
-        with safe_open(path, framework="pt") as file:
+        with naming(path), safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            kinds = {name: f"{entry.get_dtype()} {tuple(entry.get_shape())}" for name, entry in entries.items()}
+            configs = _checked(header, kinds)
+            tensors = {name: file.get_tensor(name) for name in kinds}
+        if header.pop("checksum") != _checksum(tensors, header):
+            raise InputError("was altered after it was written (its checksum is another)")
+        for name, tensor in tensors.items():
+            lowest = LOWEST.get(name.rpartition(".")[2], -math.inf) if name.startswith("optimizer.") else -math.inf
+            if not tensor.isfinite().all():
+                raise InputError(f"entry {name!r} holds NaN or infinity")
+            if tensor.min() < lowest:
+                raise InputError(f"entry {name!r} holds {tensor.min():g}, less than {lowest:g}")
     except SafetensorError as error:
-        raise InputError(f"{path}: not a safetensors file ({error})") from None
-    if header.get("format") != FORMAT:
-        raise InputError(f"{path}: not a checkpoint of this program")
-    if header.pop("checksum", None) != _checksum(tensors, header):
-        raise InputError(f"{path}: was altered after it was written (its checksum is another)")
-    model = json.loads(header["model"])
-    model["resolutions"] = tuple(model["resolutions"])
-    return Checkpoint(
-        ModelConfig(**model),
-        TrainConfig(**json.loads(header["train"])),
-        header["digest"],
-        int(header["step"]),
-        tensors,
-    )
+        raise InputError(f"{path}: not a safetensors file ({' '.join(str(error).split())})") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return Checkpoint(*configs, header["digest"], int(header["step"]), tensors)
+
+
+def _checked(header: Mapping[str, str], kinds: Mapping[str, str]) -> tuple[ModelConfig, TrainConfig]:
+    """The configurations that a header holds, if all of it and dtype and shape of every entry belong to them."""
+    written = header.get("format", "")
+    if written != FORMAT:
+        of_ours = written.startswith(f"{PROGRAM} ")
+        version = f" version ({written[:40]!r}, this one reads {FORMAT!r})" if of_ours else " program"
+        raise InputError(f"not a checkpoint of this{version}")
+    for name in sorted({"format", "model", "train", "digest", "step", "checksum"} ^ header.keys()):
+        raise InputError(f"entry {name[:200]!r} of the header is " + ("not known" if name in header else "missing"))
+    model_config = _parsed(ModelConfig, "model", header["model"])
+    train_config = _parsed(TrainConfig, "train", header["train"])
+    if not re.fullmatch("[0-9]{1,19}", header["step"]) or int(header["step"]) > train_config.steps:
+        raise InputError(f"entry 'step' must be in 0 .. {train_config.steps}, got {header['step'][:40]!r}")
+    # The width and the number of layers are bounded by the size of the file before a model is laid out.
+    embedding = f"F32 {(VOCABULARY, model_config.dim)}"
+    if kinds.get("model.embedding.weight") != embedding or model_config.layers > len(kinds):
+        size = f"{model_config.layers} layers of {model_config.dim}"
+        raise InputError(f"entry 'model' says {size}, and the other entries are not those of such a model")
+    expected = _kinds(model_config)
+    for name in sorted(expected.keys() | kinds.keys()):
+        if name not in kinds:
+            raise InputError(f"entry {name!r} is missing")
+        if name not in expected:
+            raise InputError(f"entry {name[:200]!r} is none of such a model")
+        if kinds[name] != expected[name]:
+            raise InputError(f"entry {name!r} must be {expected[name]}, got {kinds[name]}")
+    return model_config, train_config
+
+
+def _parsed(kind: type[Config], name: str, text: str) -> Config:
+    """A configuration from JSON, whose values are of the types of the defaults, or of the annotation."""
+    try:
+        values = json.loads(text) if len(text) <= MOST_JSON else None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"entry {name!r} is no configuration in JSON")
+    known = {field.name: field.type for field in fields(kind)}
+    for key in sorted(known.keys() ^ values.keys()):
+        raise InputError(f"entry {name!r}: {key[:200]!r} is " + ("missing" if key in known else "not known"))
+    for key, value in values.items():
+        if isinstance(value, list):
+            values[key] = value = tuple(value)
+        if not _is_of(value, str(known[key])):
+            raise InputError(f"entry {name!r}: {key!r} must be {known[key]}, got {str(value)[:40]!r}")
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"entry {name!r}: {error}") from None
+
+
+def _is_of(value: object, annotation: str) -> bool:
+    """Whether a value is of the type of a configuration's field; a bool is no int."""
+    if annotation.startswith("tuple"):
+        return type(value) is tuple and all(type(entry) is int for entry in value)
+    kinds = {"int": (int,), "float": (int, float), "str": (str,), "None": (type(None),)}
+    return type(value) in {kind for name in annotation.split(" | ") for kind in kinds[name]}
+
+
+def _kinds(config: ModelConfig) -> dict[str, str]:
+    """Dtype and shape of every entry of a checkpoint."""
+    with torch.device("meta"):
+        weights = LanguageModel(config).state_dict()
+    shapes = {f"model.{name}": tuple(weight.shape) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        moments = {"step": (), "exp_avg": tuple(weight.shape), "exp_avg_sq": tuple(weight.shape)}
+        shapes |= {f"optimizer.{name}.{moment}": shape for moment, shape in moments.items()}
+    return {name: f"F32 {shape}" for name, shape in shapes.items()}
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """Of all that a checkpoint holds: names, shapes, dtypes, bytes, and the header."""
+    """Of all that a checkpoint holds: names, bytes and the header, from which dtypes and shapes follow."""
     known = hashlib.sha256(json.dumps(sorted(header.items())).encode())
     for name, tensor in sorted(tensors.items()):
-        known.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        known.update(f"{name}\n".encode())
         known.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return known.hexdigest()

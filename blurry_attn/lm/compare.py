@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from .checkpoint import TrainConfig, write_whole
+from ..files import write_whole
+from .checkpoint import TrainConfig
 from .data import InputError
 from .model import MIXERS, LanguageModel, ModelConfig, state_size
+from .parallel import rank
 from .train import METRICS, train
 
 RESULTS, PLOT = "compare.json", "compare.png"
@@ -44,7 +46,7 @@ def compare(
     yardstick. Runs that are already there are taken as they are, or continued.
 
     Raises:
-        InputError, Interrupted: as :func:`blurry_attn.lm.train.train`.
+        InputError, OSError, Interrupted: as :func:`blurry_attn.lm.train.train`.
     """
     if not learning_rates or len(set(learning_rates)) < len(learning_rates):
         raise InputError(f"--learning-rates must be distinct and at least one, got {learning_rates}")
@@ -54,7 +56,7 @@ def compare(
         mixer_config = replace(model_config, mixer=mixer)
         elements, size = _state(mixer_config, train_config.context)
         results = [
-            (train(mixer_config, config, folder / f"{mixer}-{config.learning_rate:g}", device), config.learning_rate)
+            (train(mixer_config, config, folder / f"{mixer}-{config.learning_rate}", device), config.learning_rate)
             for config in configs
         ]
         runs += [{"mixer": mixer, "learning_rate": rate, "bits": result.bits} for result, rate in results]
@@ -69,8 +71,9 @@ def compare(
         "runs": runs,
         "best": [asdict(row) for row in rows],
     }
-    write_whole(folder / RESULTS, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
-    write_whole(folder / PLOT, lambda path: _plot(path, folder, rows, best.bigram))
+    if rank() == 0:
+        write_whole(folder / RESULTS, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        write_whole(folder / PLOT, lambda path: _plot(path, folder, rows, best.bigram))
     titles = f"{'mixer':10}{'bits/byte':>10}{'learning rate':>15}{'tokens/s':>12}{'state elements':>16}{'bytes':>12}"
     table = [titles]
     for row in rows:

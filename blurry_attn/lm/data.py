@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,18 @@ VALIDATION_WINDOWS = 96
 
 class InputError(ValueError):
     """A user's mistake; its message is one line that says what to do about it."""
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Refuses ``what``, options or a path, that takes more bytes than this machine has.
+
+    Raises:
+        InputError: it does.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        gib = [f"{min(size / 2**30, 1e15):,.0f} GiB" for size in (needed, memory)]
+        raise InputError(f"{what}: at least {gib[0]} of memory would be needed, and this machine has {gib[1]}")
 
 
 @dataclass(frozen=True)
@@ -52,24 +65,22 @@ def load_text(path: Path | None, context: int) -> Text:
         InputError: there is no such path, no text in it, or too little for windows of ``context`` bytes.
     """
     name = "the Python library" if path is None else str(path)
-    if path is not None and not path.exists():
+    if path is not None and not os.path.exists(path):
         raise InputError(f"--text {name}: no such file or folder")
-    if path is not None and path.is_file():
-        content = path.read_bytes()
-        if b"\0" in content:
-            raise InputError(f"--text {name}: a binary file (it holds a NUL byte), want text")
-        cut = len(content) - len(content) // HELD_OUT_SHARE
-        train, held_out = content[:cut], content[cut:]
-    else:
-        root = Path(sysconfig.get_path("stdlib")) if path is None else path
-        files = dict(_library_files(root) if path is None else _text_files(root))
-        order = sorted(files, key=lambda file: hashlib.sha256(file.encode()).digest())
-        held = set(order[: math.ceil(len(order) / HELD_OUT_SHARE)]) if len(order) > 1 else set()
-        train = b"".join(files[file] for file in sorted(files) if file not in held)
-        held_out = b"".join(files[file] for file in sorted(held))
-        if len(order) == 1:
-            cut = len(train) - len(train) // HELD_OUT_SHARE
-            train, held_out = train[:cut], train[cut:]
+    root = Path(sysconfig.get_path("stdlib")) if path is None else path
+    try:
+        files = _read(root, _library_files(root) if path is None else _text_files(root))
+    except OSError as error:
+        raise InputError(f"--text {error.filename or name}: {error.strerror}") from None
+    if path is not None and path.is_file() and not files:
+        raise InputError(f"--text {name}: a binary file (it holds a NUL byte), want text")
+    order = sorted(files, key=lambda file: hashlib.sha256(file.encode(errors="surrogateescape")).digest())
+    held = set(order[: math.ceil(len(order) / HELD_OUT_SHARE)]) if len(order) > 1 else set()
+    train = b"".join(files[file] for file in sorted(files) if file not in held)
+    held_out = b"".join(files[file] for file in sorted(held))
+    if len(order) == 1:
+        cut = len(train) - len(train) // HELD_OUT_SHARE
+        train, held_out = train[:cut], train[cut:]
     if not train:
         raise InputError(f"--text {name}: no text found")
     for part, content in (("training", train), ("held-out", held_out)):
@@ -102,19 +113,24 @@ def _windows(data: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor
     return rows[:, :-1], rows[:, 1:]
 
 
-def _library_files(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Python's own modules by relative path, without its tests and what was installed beside it."""
-    for file in sorted(root.rglob("*.py")):
+def _read(root: Path, files: Iterable[Path]) -> dict[str, bytes]:
+    """The content of files by their path below ``root``, without binary ones (a NUL byte tells)."""
+    files = sorted(files)
+    check_memory(2 * sum(file.stat().st_size for file in files), f"--text {root}")
+    contents = ((file.relative_to(root).as_posix(), file.read_bytes()) for file in files)
+    return {name: content for name, content in contents if b"\0" not in content}
+
+
+def _library_files(root: Path) -> Iterator[Path]:
+    """Python's own modules, without its tests and what was installed beside it."""
+    for file in root.rglob("*.py"):
         parts = file.relative_to(root).parts
         if not {"site-packages", "dist-packages", "test", "tests", "idle_test"}.intersection(parts):
-            yield "/".join(parts), file.read_bytes()
+            yield file
 
 
-def _text_files(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Files by relative path, without hidden and binary ones (a NUL byte tells)."""
-    for file in sorted(root.rglob("*")):
-        parts = file.relative_to(root).parts
-        if file.is_file() and not any(part.startswith(".") for part in parts):
-            content = file.read_bytes()
-            if b"\0" not in content:
-                yield "/".join(parts), content
+def _text_files(root: Path) -> Iterator[Path]:
+    """The file itself, or the files of a folder but for hidden ones."""
+    for file in (root,) if root.is_file() else root.rglob("*"):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
+            yield file

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .data import InputError
+from .data import InputError, check_memory
 from .model import LanguageModel, state_size
 
 
@@ -71,28 +71,34 @@ def generate(folder: Path, prompt: str, tokens: int, sampling: Sampling, device:
     """Streams prompt and continuation to ``out``; returns a line on speed and state.
 
     Raises:
-        InputError: no checkpoint in ``folder``, an empty prompt, or ``tokens`` < 1.
+        InputError: no checkpoint in ``folder``, a state larger than memory, an empty prompt, or ``tokens`` < 1.
+        OSError: the checkpoint cannot be read, which is named, or ``out`` not written.
     """
     if tokens < 1:
         raise InputError(f"--tokens must be at least 1, got {tokens}")
     if not prompt:
         raise InputError("--prompt must not be empty")
     saved = checkpoint.load(folder)
-    model = LanguageModel(saved.model_config)
+    config = saved.model_config
+    if config.mixer == "blurry":
+        elements = config.layers * config.window.state_elements(config.heads, config.dim // config.heads)
+        check_memory(4 * elements, f"{folder}: a state of {config.slots} slots")
+    model = LanguageModel(config)
     saved.restore(model)
     model.to(device).eval()
-    out.write(prompt)
+    spoken = prompt.encode(errors="surrogateescape")  # also what a terminal sent that is no UTF-8
+    out.write(spoken.decode(errors="replace"))
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     states: list[Any] = []
     begin = time.perf_counter()
-    for byte in continuation(model, prompt.encode(errors="surrogateescape"), tokens, sampling, states):
+    for byte in continuation(model, spoken, tokens, sampling, states):
         out.write(decoder.decode(bytes([byte])))
         out.flush()
     seconds = time.perf_counter() - begin
     out.write(decoder.decode(b"", final=True) + "\n")
     out.flush()
     elements, size = state_size(states)
-    growth = "and growing" if saved.model_config.mixer == "full" else "however long the text"
+    growth = "and growing" if config.mixer == "full" else "however long the text"
     speed = f"{tokens} bytes in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
     return f"{speed}; state: {elements:,} elements, {size:,} bytes, {growth}"
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..modules import BlurrySelfAttention
 from ..ops import rotary
-from ..window import BlurryWindow
-from .data import VOCABULARY, InputError
+from ..window import MAX_RESOLUTION, MAX_SLOTS, BlurryWindow
+from .data import VOCABULARY, InputError, check_memory
 
 MIXERS = ("blurry", "sliding", "full")
 ROPE_BASE = 10000.0
+MOST_WIDTH = 2**20
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.mixer not in MIXERS:
             raise InputError(f"--mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}")
-        if self.slots < 2:
-            raise InputError(f"--slots must be at least 2, got {self.slots}")
+        if not 2 <= self.slots <= MAX_SLOTS:
+            raise InputError(f"--slots must be at least 2 and at most {MAX_SLOTS}, got {self.slots}")
         if self.layers < 1:
             raise InputError(f"--layers must be at least 1, got {self.layers}")
-        if not self.resolutions or min(self.resolutions) < 1:
-            raise InputError(f"--resolutions must be whole numbers of at least 1, got {self.resolutions}")
-        if self.dim < 1 or self.dim % (2 * self.heads):
-            raise InputError(f"--dim must be a multiple of twice the heads ({2 * self.heads}), got {self.dim}")
+        if not self.resolutions or not 1 <= min(self.resolutions) <= max(self.resolutions) <= MAX_RESOLUTION:
+            raise InputError(f"--resolutions must be whole numbers in 1 .. {MAX_RESOLUTION}, got {self.resolutions}")
+        if not 1 <= self.dim <= MOST_WIDTH or self.dim % (2 * self.heads):
+            raise InputError(
+                f"--dim must be a multiple of twice the heads ({2 * self.heads}), at most {MOST_WIDTH}, got {self.dim}"
+            )
 
     @property
     def heads(self) -> int:
         return len(self.resolutions)
+
+    @property
+    def window(self) -> BlurryWindow:
+        return BlurryWindow.pyramid(self.slots, self.resolutions)
 
 
 @dataclass
@@ -139,8 +146,7 @@ class Block(nn.Module):
         self.mixer_norm = Norm(config.dim)
         self.mixer: nn.Module
         if config.mixer == "blurry":
-            window = BlurryWindow.pyramid(config.slots, config.resolutions)
-            self.mixer = BlurrySelfAttention(config.dim, config.heads, window, rope_base=ROPE_BASE)
+            self.mixer = BlurrySelfAttention(config.dim, config.heads, config.window, rope_base=ROPE_BASE)
         else:
             span = config.slots if config.mixer == "sliding" else None
             self.mixer = TokenSelfAttention(config.dim, config.heads, span, ROPE_BASE)
@@ -158,10 +164,17 @@ class LanguageModel(nn.Module):
 
     ``forward`` reads whole sequences; ``prefill`` also returns one state per layer, which ``step`` then carries on,
     one byte at a time and in place.
+
+    Raises:
+        InputError: weights that are larger than this machine's memory.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if torch.get_default_device().type != "meta":
+            with torch.device("meta"):
+                layer = sum(parameter.numel() for parameter in Block(config).parameters())
+            check_memory(4 * (config.layers * layer + VOCABULARY * config.dim), "--dim, --layers")
         self.config = config
         self.embedding = nn.Embedding(VOCABULARY, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))

@@ -9,10 +9,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from types import FrameType
 from typing import Any
 
@@ -24,17 +25,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+from ..files import claimed, naming, write_whole
 from . import checkpoint
-from .checkpoint import TrainConfig, write_whole
-from .data import InputError, Text, load_text, ngram_bits
+from .checkpoint import Checkpoint, TrainConfig
+from .data import InputError, Text, check_memory, load_text, ngram_bits
 from .model import LanguageModel, ModelConfig
-from .parallel import Parallel, anywhere, mean, rank
+from .parallel import Parallel, agreed, anywhere, mean, rank, size
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
 WARM_UP, FINAL = 0.1, 0.02  # shares of the steps and of the peak learning rate
 VALIDATIONS = 8  # per run
 VALIDATION_BATCH = 32
+TRIAL = 1.0  # seconds for which steps with one thread and with all take turns
 
 
 class Interrupted(Exception):
@@ -59,79 +62,113 @@ def train(
     folder: Path,
     device: torch.device,
     strategy: str = "ddp",
+    found: str = "same",
 ) -> Result:
     """Trains in ``folder``, going on from the checkpoint there if there is one, to the very same losses.
 
     A collective call of all processes of the default group, if there is one, which divide the work by ``strategy``
-    (:class:`blurry_attn.lm.parallel.Parallel`): each reads ``folder``, the first writes.
+    (:class:`blurry_attn.lm.parallel.Parallel`): each reads ``folder``, the first writes. No other training writes there
+    meanwhile. Where ``train_config.threads`` is None, a process that is alone on a CPU computes with as many threads as
+    the checkpoint says, else ``OMP_NUM_THREADS``, else with one or all, whichever takes less time for a few steps.
+
+    Args:
+        found: the run that ``folder`` may hold already: ``"none"``, one of the ``"same"`` configuration, or also one of
+            fewer steps (``"shorter"``), which goes on from its step in the learning-rate schedule of the new total.
 
     Raises:
-        InputError: text that cannot be used, or a checkpoint of another configuration, text or program.
+        InputError: a folder that cannot be written, that another process trains in or whose run is not the one that
+            ``found`` lets in; text that cannot be used; a loss that is not finite.
+        OSError: what is to be written cannot be; it names the file.
         Interrupted: after Ctrl-C, once the run is saved.
     """
     parallel = Parallel(strategy)
-    text = load_text(None if train_config.text is None else Path(train_config.text), train_config.context)
+    check_memory(16 * train_config.batch * train_config.context, "--batch, --context")
     torch.manual_seed(train_config.seed)
     model = LanguageModel(model_config).to(device)
-    parameters = sum(p.numel() for p in model.parameters())
     divided = parallel.divide(model)
     optimizer = make_optimizer(model, train_config)
-    start = 0
-    if (folder / checkpoint.FILE).exists():
-        saved = checkpoint.load(folder)
-        if (saved.model_config, saved.train_config) != (model_config, train_config):
-            raise InputError(f"{folder}: holds a run of another configuration; choose another folder")
-        if saved.digest != text.digest:
-            raise InputError(f"{folder}: not the text that this run was started on, so it cannot be continued")
-        saved.restore(model, optimizer)
-        start = saved.step
+    with _claimed(folder):
+        saved = _saved(folder, model_config, train_config, found)
+        text = load_text(None if train_config.text is None else Path(train_config.text), train_config.context)
+        if saved is not None:
+            if saved.digest != text.digest:
+                raise InputError(f"{folder}: not the text that this run was started on, so it cannot be continued")
+            saved.restore(model, optimizer)
+        threads, recorded = train_config.threads, None if saved is None else saved.train_config.threads
+        if threads is None and device.type == "cpu" and size() == 1:
+            threads = recorded or _faster_threads(model, text, train_config)
+        with _threads(threads):
+            train_config = replace(train_config, threads=threads or recorded)
+            start = 0 if saved is None else saved.step
+            return _trained(folder, model, divided, optimizer, text, train_config, start, device, parallel)
 
-    inputs, targets = text.validation(train_config.context)
+
+def _trained(
+    folder: Path,
+    model: LanguageModel,
+    divided: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    text: Text,
+    config: TrainConfig,
+    start: int,
+    device: torch.device,
+    parallel: Parallel,
+) -> Result:
+    """The run after the step ``start``."""
+    inputs, targets = text.validation(config.context)
     unigram, bigram = ngram_bits(text.train, inputs, targets)
+    parameters = sum(p.numel() for p in model.parameters())
+    mixer = model.config.mixer
     print(
-        f"{model_config.mixer}: {parameters:,} parameters; {len(text.train):,} bytes to train on, "
+        f"{mixer}: {parameters:,} parameters; {len(text.train):,} bytes to train on, "
         f"{targets.numel():,} of {len(text.held_out):,} held-out bytes to validate on; {device}\n"
         f"bits per byte to beat: unigram {unigram:.3f}, bigram {bigram:.3f}"
     )
-    folder.mkdir(parents=True, exist_ok=True)
     log = _kept_metrics(folder / METRICS, start)
     bits = next((line["validation_bits"] for line in reversed(log) if "validation_bits" in line), math.nan)
 
-    tokens = train_config.batch * train_config.context  # per step
-    total = train_config.steps * tokens
+    tokens = config.batch * config.context  # per step
     done = start
     with (
         _interrupts() as interrupted,
-        (Path(os.devnull) if rank() else folder / METRICS).open("a") as metrics,
+        _Lines(folder / METRICS) as metrics,
         tqdm(
-            total=total, initial=start * tokens, unit="tok", unit_scale=True, smoothing=0.05, disable=rank() > 0
+            total=config.steps * tokens,
+            initial=start * tokens,
+            unit="tok",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=rank() > 0,
         ) as bar,
     ):
-        for step in range(start, train_config.steps):
+        for step in range(start, config.steps):
             begin = time.perf_counter()
-            numbers = train_step(divided, optimizer, text, train_config, step, device, parallel)
+            numbers = train_step(divided, optimizer, text, config, step, device, parallel)
             line: dict[str, Any] = {"step": step + 1, **numbers}
             line["seconds"] = time.perf_counter() - begin
             done = step + 1
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['bits']:.3f} bits/byte", refresh=False)
             bar.update(tokens)
-            last = done == train_config.steps
-            if last or done * VALIDATIONS // train_config.steps > step * VALIDATIONS // train_config.steps:
-                line["validation_bits"] = bits = validate(divided, inputs, targets, device, parallel)
+            last = done == config.steps
+            if last or done * VALIDATIONS // config.steps > step * VALIDATIONS // config.steps:
+                bits = validate(divided, inputs, targets, device, parallel)
+                _check_finite("bits of the held-out text", bits, done)
+                line["validation_bits"] = bits
                 bar.write(
                     f"step {done}: held-out bits per byte {bits:.3f} (unigram {unigram:.3f}, bigram {bigram:.3f})"
                 )
             log.append(line)
-            metrics.write(json.dumps(line) + "\n")
+            metrics.write(line)
             stop = anywhere(interrupted.is_set())
             if "validation_bits" in line or stop:
                 metrics.flush()
-                checkpoint.save(folder, model, optimizer, train_config, text.digest, done)
+                checkpoint.save(folder, model, optimizer, config, text.digest, done)
             if stop and not last:
                 break
-    write_whole(folder / PLOT, lambda path: _plot(path, log, unigram, bigram, model_config.mixer))
-    if done < train_config.steps:
-        raise Interrupted(f"stopped and saved at step {done} of {train_config.steps}")
+    if rank() == 0:
+        write_whole(folder / PLOT, lambda path: _plot(path, log, unigram, bigram, mixer))
+    if done < config.steps:
+        raise Interrupted(f"stopped and saved at step {done} of {config.steps}")
     seconds = median(line["seconds"] for line in log) if log else math.nan
     return Result(bits, unigram, bigram, parameters, tokens / seconds, folder)
 
@@ -200,15 +237,14 @@ def train_step(
     optimizer.zero_grad()
     loss.backward()
     norm = _clip(optimizer)
-    value, size = torch.stack((mean(loss).to(norm), norm)).tolist()
-    for name, number in (("loss", value), ("gradient's norm", size)):
-        if not math.isfinite(number):
-            raise InputError(f"the {name} became {number} at step {step + 1}; a lower --learning-rate may help")
+    value, norm_size = torch.stack((mean(loss).to(norm), norm)).tolist()
+    for name, number in (("loss", value), ("gradient's norm", norm_size)):
+        _check_finite(name, number, step + 1)
     optimizer.step()
     return {
         "loss": value,
         "bits": value / math.log(2),
-        "gradient_norm": size,
+        "gradient_norm": norm_size,
         "learning_rate": learning_rate(config, step),
     }
 
@@ -224,12 +260,113 @@ def _clip(optimizer: torch.optim.Optimizer) -> Tensor:
     return total
 
 
+def _check_finite(name: str, number: float, step: int) -> None:
+    if not math.isfinite(number):
+        raise InputError(f"the {name} became {number} at step {step}; a lower --learning-rate may help")
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """The first process makes the folder of the run and keeps it to itself; all are told if it cannot."""
+    with ExitStack() as claim:
+        refusal = None
+        if rank() == 0:
+            try:
+                claim.enter_context(claimed(folder, METRICS, checkpoint.FILE, PLOT))
+            except BlockingIOError:
+                refusal = "another process is training there; wait for its end, or name another folder"
+            except OSError as error:
+                refusal = f"cannot be made or written ({error.strerror}); name another folder"
+        refusal = agreed(refusal)
+        if refusal is not None:
+            raise InputError(f"--run {folder}: {refusal}")
+        yield
+
+
+def _saved(folder: Path, model_config: ModelConfig, train_config: TrainConfig, found: str) -> Checkpoint | None:
+    """The checkpoint in ``folder``, if there is one; see :func:`train` about ``found``."""
+    if not (folder / checkpoint.FILE).exists():
+        return None
+    if found == "none":
+        raise InputError(f"{folder}: holds a run already; --resume continues it, another --run starts anew")
+    saved = checkpoint.load(folder)
+    known = replace(saved.train_config, threads=train_config.threads)  # which changes no more than the last bits
+    if found == "shorter" and known.steps < train_config.steps:
+        known = replace(known, steps=train_config.steps)
+    if (saved.model_config, known) != (model_config, train_config):
+        raise InputError(f"{folder}: holds a run of another configuration; choose another folder")
+    return saved
+
+
 def _kept_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """The lines up to ``step``; later ones, of steps that were never saved, leave the file."""
-    log = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    log = [line for line in log if line["step"] <= step]
-    write_whole(path, lambda file: file.write_text("".join(json.dumps(line) + "\n" for line in log)))
+    try:
+        text = path.read_text() if path.exists() else ""
+        log = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        log = [line for line in log if line["step"] <= step]
+        numbers = [line.get(name, 0.0) for line in log for name in ("bits", "seconds", "validation_bits")]
+        if not all(isinstance(number, float) for number in numbers):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise InputError(f"{path}: not the numbers of a training; without this file the run goes on") from None
+    if rank() == 0:
+        write_whole(path, lambda file: file.write_text("".join(json.dumps(line) + "\n" for line in log)))
     return log
+
+
+class _Lines:
+    """A file to which the first process adds lines of JSON; an OSError names it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path if rank() == 0 else Path(os.devnull)
+
+    def __enter__(self) -> _Lines:
+        self.file = self.path.open("a")
+        return self
+
+    def write(self, line: dict[str, Any]) -> None:
+        with naming(self.path):
+            self.file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        with naming(self.path):
+            self.file.flush()
+
+    def __exit__(self, *error: object) -> None:
+        with naming(self.path):
+            self.file.close()
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """So many threads on the CPU inside; those that there are if None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _faster_threads(model: LanguageModel, text: Text, config: TrainConfig) -> int:
+    """One thread or all: those that take a few steps on a copy in less time, unless the environment says a number."""
+    every = torch.get_num_threads()
+    if every == 1 or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        return every
+    copy = deepcopy(model)
+    optimizer, config = make_optimizer(copy, config), replace(config, learning_rate=1e-30)
+    seconds: dict[int, list[float]] = {1: [], every: []}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < TRIAL:
+        for number, times in seconds.items():
+            with _threads(number):
+                start = time.perf_counter()
+                train_step(copy, optimizer, text, config, 0, torch.device("cpu"), Parallel("ddp"))
+                times.append(time.perf_counter() - start)
+    one, all_of_them = (1000 * fmean(times[1:] or times) for times in seconds.values())
+    faster = 1 if one < all_of_them else every
+    print(f"threads: {faster}, as a step takes {one:.1f} ms with 1 and {all_of_them:.1f} ms with {every}")
+    return faster
 
 
 @contextmanager
