@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from blurry_attn.files import claimed, write_whole
 
 
 def command_line(name: str, given: Sequence[str]) -> str:
@@ -15,6 +22,22 @@ def command_line(name: str, given: Sequence[str]) -> str:
 def now() -> str:
     """The minute that a result is of."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+@contextmanager
+def results_in(folder: Path, *names: str, parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Keeps the files ``names`` of ``--out`` to this process; what stands against that is told before a measurement."""
+    with ExitStack() as claim:
+        try:
+            claim.enter_context(claimed(folder, *names))
+        except OSError as error:
+            parser.error(f"--out {folder}: results cannot be written there ({error.strerror})")
+        yield
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes the file whole or not at all."""
+    write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def described(error: Exception) -> str:

@@ -9,8 +9,11 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+ATTEMPTS = 100  # to make a file in a folder that other processes remove
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -75,15 +78,15 @@ def claimed(folder: Path, *names: str) -> Iterator[None]:
 
 
 def _locked(lock: Path) -> int:
-    """A descriptor that holds the lock: of the file that has this name now, as the file goes with every claim."""
+    """A descriptor that holds the lock: of the file that has this name now, as file and folder go with a claim."""
     folder = lock.parent
-    while True:
+    for attempt in count(1):
         with naming(folder, instead_of=lock):
-            folder.mkdir(parents=True, exist_ok=True)
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            except FileNotFoundError:
-                if folder.exists():
+            except (FileNotFoundError, FileExistsError):
+                if attempt == ATTEMPTS:
                     raise
                 continue
         try:
@@ -95,8 +98,9 @@ def _locked(lock: Path) -> int:
             warnings.warn(
                 f"{folder}: cannot be locked ({error.strerror}); let no other process write there", stacklevel=4
             )
-            return descriptor
+            break
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), lock.stat()):
-                return descriptor
+                break
         os.close(descriptor)
+    return descriptor

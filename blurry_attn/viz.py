@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .files import write_whole
 from .ops import blurry_window_attention
 from .state import BlurryState
 from .window import BlurryWindow, integer
@@ -270,15 +271,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the PNG files go")
     args = parser.parse_args(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
-        figures = documentation()
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, figure in documentation().items():
+            write_whole(args.out / name, figure.savefig)
+            print(args.out / name)
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    for name, figure in figures.items():
-        figure.savefig(args.out / name)
-        print(args.out / name)
+    except OSError as error:
+        parser.error(f"--out {args.out}: pictures cannot be written there ({error.strerror})")
     return 0
 
 

@@ -27,10 +27,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from blurry_attn import BlurryWindow
+from blurry_attn.files import write_whole
 from blurry_attn.lm import checkpoint
 from blurry_attn.lm import train as training
 from blurry_attn.lm.__main__ import main
-from blurry_attn.files import write_whole
 from blurry_attn.lm.checkpoint import TrainConfig
 from blurry_attn.lm.data import InputError, load_text, ngram_bits
 from blurry_attn.lm.generate import Sampling, continuation, generate

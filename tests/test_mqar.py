@@ -326,14 +326,15 @@ def test_a_failed_capture_is_named_and_done_without(tmp_path, monkeypatch, capsy
 
 KILLED = """
 import os, pathlib, sys
+from blurry_attn import files
 from benchmarks.sweep import results
 store = results.Results(pathlib.Path(sys.argv[1]))
 store.add([{"setting": {"seed": 0}, "text": "x" * 100000}])
 moment = sys.argv[2]
 if moment == "writing":
-    results.os.fsync = lambda number: os.kill(os.getpid(), 9)
+    files.os.fsync = lambda number: os.kill(os.getpid(), 9)
 else:
-    pathlib.Path.replace = lambda *paths: os.kill(os.getpid(), 9)
+    files.os.replace = lambda *paths: os.kill(os.getpid(), 9)
 store.add([{"setting": {"seed": 1}, "text": "y" * 100000}])
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from blurry_attn import BlurryWindow
 from blurry_attn.distributed import context_parallel_attention
+
+from .. import results_in, write_json
 
 HEADS, DIM, SLOTS, WINDOW = 16, 64, 64, 512
 LENGTHS = (8192, 65536, 524288)
@@ -66,14 +69,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path(__file__).parent / "results")
     args = parser.parse_args()
     dist.init_process_group("gloo")
-    rows = [measure(tokens) for tokens in LENGTHS]
-    if dist.get_rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        file = args.out / "context.json"
-        results = json.loads(file.read_text()) if file.exists() else {}
-        results[str(dist.get_world_size())] = rows
-        file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        print(table(rows))
+    file, first = args.out / "context.json", dist.get_rank() == 0
+    with results_in(args.out, file.name, parser=parser) if first else nullcontext():
+        rows = [measure(tokens) for tokens in LENGTHS]
+        if first:
+            results = json.loads(file.read_text()) if file.exists() else {}
+            write_json(file, dict(sorted((results | {str(dist.get_world_size()): rows}).items())))
+            print(table(rows))
     dist.destroy_process_group()
 
 

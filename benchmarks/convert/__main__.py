@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import platform
 import sys
@@ -19,8 +18,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from blurry_attn import BlurryWindow
+from blurry_attn.files import write_whole
 from blurry_attn.integrations.transformers import convert
 from blurry_attn.lm.data import VOCABULARY, Text, load_text
+
+from .. import results_in, write_json
 
 SLOTS = 32
 HEADS = 8
@@ -126,11 +128,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate; half of it after the switch")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    print(f"{'bits per byte':24}{'switched':>10}{'tuned':>10}")
-    content = measure(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.device}.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot(content["rows"]).savefig(args.out / f"{args.device}.png", dpi=120)
+    names = f"{args.device}.json", f"{args.device}.png"
+    with results_in(args.out, *names, parser=parser):
+        print(f"{'bits per byte':24}{'switched':>10}{'tuned':>10}")
+        content = measure(args)
+        write_json(args.out / names[0], content)
+        write_whole(args.out / names[1], lambda file: plot(content["rows"]).savefig(file, dpi=120))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ step and choice of the next token replayed as a CUDA graph, which the host does 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -21,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import command_line, now
+from blurry_attn.files import write_whole
+
+from .. import command_line, now, results_in, write_json
 from ..speed.meters.cpu import cpu_model
 from ..speed.meters.cuda import driver
 from .measure import MIXERS, REPLAYS, SETUPS, make_model, measure_all, quick
@@ -130,26 +131,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         cores = len(os.sched_getaffinity(0))
         hardware = {"cpu": cpu_model(), "cores": f"{cores} cores", "threads": f"{args.threads} threads"}
-    result = {
-        "command": command_line("decode", given),
-        "date": now(),
-        "hardware": hardware,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "blurry_attn": metadata.version("blurry_attn"),
-        },
-        "setup": asdict(setup),
-        "parameters": sum(p.numel() for p in make_model("blurry", setup, "meta").parameters()),
-        "time": "median over steps; generate: wall clock of a step with its token's way to the host and back; "
-        f"graph: wall clock of {REPLAYS} replays and a synchronisation, by {REPLAYS}, at a fixed position of the cache",
-        "memory": "most memory in use while decoding beyond the weights, state or cache included; "
-        + ("torch.cuda.max_memory_allocated" if args.device == "cuda" else "peak resident, in a fresh process"),
-        "rows": measure_all(args.device, args.threads, setup),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result).savefig(out / f"{args.device}.png")
+    names = f"{args.device}.json", f"{args.device}.png"
+    with results_in(out, *names, parser=parser):
+        result = {
+            "command": command_line("decode", given),
+            "date": now(),
+            "hardware": hardware,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "blurry_attn": metadata.version("blurry_attn"),
+            },
+            "setup": asdict(setup),
+            "parameters": sum(p.numel() for p in make_model("blurry", setup, "meta").parameters()),
+            "time": "median over steps; generate: wall clock of a step with its token's way to the host and back; "
+            f"graph: wall clock of {REPLAYS} replays and a synchronisation, by {REPLAYS}, at a fixed position of "
+            "the cache",
+            "memory": "most memory in use while decoding beyond the weights, state or cache included; "
+            + ("torch.cuda.max_memory_allocated" if args.device == "cuda" else "peak resident, in a fresh process"),
+            "rows": measure_all(args.device, args.threads, setup),
+        }
+        write_json(out / names[0], result)
+        write_whole(out / names[1], plot(result).savefig)
     print(f"wrote {out}/{args.device}.json and .png\n\n{table(result)}")
     return 0
 

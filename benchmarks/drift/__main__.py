@@ -9,7 +9,6 @@ computed in float64 from each, so that the state alone errs.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -21,6 +20,8 @@ from torch import Tensor
 
 from blurry_attn import BlurryWindow
 from blurry_attn.reference import gates
+
+from .. import results_in, write_json
 
 TURN = 128
 STATES = ("float32", "bfloat16, slots in flux in float32", "bfloat16", f"bfloat16 between turns of {TURN}")
@@ -107,10 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
     window = BlurryWindow.pyramid(SLOTS, RESOLUTIONS)
-    rows = measure(MARKS[:1] if args.quick else MARKS, window, len(RESOLUTIONS))
-    result = {"date": date.today().isoformat(), "torch": torch.__version__, "window": repr(window), "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "drift.json").write_text(json.dumps(result, indent=1) + "\n")
+    with results_in(args.out, "drift.json", parser=parser):
+        rows = measure(MARKS[:1] if args.quick else MARKS, window, len(RESOLUTIONS))
+        result = {"date": date.today().isoformat(), "torch": torch.__version__, "window": repr(window), "rows": rows}
+        write_json(args.out / "drift.json", result)
     print(table(result))
     return 0
 

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import command_line, described, now
+from blurry_attn.files import write_whole
+
+from .. import command_line, described, now, results_in, write_json
 from . import report
 from .cases import QUICK, SUITES, Case, Plan, Suite, one_call
 from .meters import METERS, Meter
@@ -150,11 +152,10 @@ def _versions() -> dict[str, str]:
 
 def _save(result: dict[str, Any], out: Path, device: str) -> str:
     """Writes JSON and plot; says what was written."""
-    out.mkdir(parents=True, exist_ok=True)
     json_file, plot_file = out / f"{device}.json", out / f"{device}.png"
-    json_file.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(json_file, result)
     try:
-        report.plot(result).savefig(plot_file)
+        write_whole(plot_file, report.plot(result).savefig)
     except ModuleNotFoundError as error:
         return f"wrote {json_file}; no plot: {error}"
     return f"wrote {json_file} and {plot_file}"
@@ -199,38 +200,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
 
-    # A selection updates its own rows; everything at once starts afresh.
     json_file = out / f"{args.device}.json"
-    keep = json_file.exists() and (args.merge is not None or plan != suite.plan())
-    result: dict[str, Any] | None = json.loads(json_file.read_text()) if keep else None
-    if args.merge is not None:
-        for file in args.merge:
-            result = merge(result, json.loads(file.read_text()), suite)
-        if result is None:
-            parser.error(f"--merge: there is no {json_file}, and no other result was given")
-        result = merge(result, {}, suite)
-        wrote = _save(result, out, args.device)
-    else:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            parser.error("--device cuda: no CUDA device is available")
-        meter = METERS[args.device](args.threads)
-        ceilings = meter.ceilings()
-        # Where cases need not be compared by turns, each is written as soon as it is measured.
-        parts = [plan] if suite.sweeps > 1 else [{case: names} for case, names in plan.items()]
-        for part in parts:
-            measured: dict[str, Any] = {
-                "command": command_line("speed", given),
-                "date": now(),
-                "hardware": meter.hardware(),
-                "versions": _versions(),
-                "time": f"{meter.time}; median of rounds in which all providers take turns, in {suite.sweeps} "
-                "sweeps over the lengths",
-                "memory": meter.memory,
-                "ceilings": ceilings,
-                "rows": measure(part, suite, meter, args.device, ceilings),
-            }
-            result = merge(result, measured, suite)
+    with results_in(out, json_file.name, f"{args.device}.png", parser=parser):
+        # A selection updates its own rows; everything at once starts afresh.
+        keep = json_file.exists() and (args.merge is not None or plan != suite.plan())
+        result: dict[str, Any] | None = json.loads(json_file.read_text()) if keep else None
+        if args.merge is not None:
+            for file in args.merge:
+                result = merge(result, json.loads(file.read_text()), suite)
+            if result is None:
+                parser.error(f"--merge: there is no {json_file}, and no other result was given")
+            result = merge(result, {}, suite)
             wrote = _save(result, out, args.device)
+        else:
+            if args.device == "cuda" and not torch.cuda.is_available():
+                parser.error("--device cuda: no CUDA device is available")
+            meter = METERS[args.device](args.threads)
+            ceilings = meter.ceilings()
+            # Where cases need not be compared by turns, each is written as soon as it is measured.
+            parts = [plan] if suite.sweeps > 1 else [{case: names} for case, names in plan.items()]
+            for part in parts:
+                measured: dict[str, Any] = {
+                    "command": command_line("speed", given),
+                    "date": now(),
+                    "hardware": meter.hardware(),
+                    "versions": _versions(),
+                    "time": f"{meter.time}; median of rounds in which all providers take turns, in {suite.sweeps} "
+                    "sweeps over the lengths",
+                    "memory": meter.memory,
+                    "ceilings": ceilings,
+                    "rows": measure(part, suite, meter, args.device, ceilings),
+                }
+                result = merge(result, measured, suite)
+                wrote = _save(result, out, args.device)
     assert result is not None
     print(f"{wrote}\n\n{report.table(result)}")
     return 0

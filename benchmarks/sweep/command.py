@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import command_line, now
+from blurry_attn.files import write_whole
+
+from .. import command_line, now, results_in
 from . import report
 from .model import Mixer
 from .results import Results, Row, hardware, versions
@@ -219,21 +221,23 @@ def main(
     if not chosen:
         parser.error(f"no point of {args.sweep} has {args.only!r} in its name and these slots")
     sweep = Sweep(sweep.about, chosen, args.rates or sweep.rates, args.seeds or sweep.seeds)
-    results = Results(args.out / f"{device.type}.jsonl")
-    if not args.plot:
-        command = command_line(name, given)
-        deadline = time.monotonic() + args.seconds
-        options = {option: getattr(args, option) for option in runner.OPTIONS}
-        runner(results, device, command=command, deadline=deadline, **options).run(sweep)
-    if not results.rows:
-        print("no results yet")
-        return 0
-    picture = results.file.with_suffix(".png")
-    try:
-        report.plot(results.rows).savefig(picture)
-        written = f"{results.file} and {picture}"
-    except ModuleNotFoundError as error:
-        written = f"{results.file}; no plot: {error}"
+    file = args.out / f"{device.type}.jsonl"
+    picture = file.with_suffix(".png")
+    with results_in(args.out, *(() if args.plot else (file.name,)), picture.name, parser=parser):
+        results = Results(file)
+        if not args.plot:
+            command = command_line(name, given)
+            deadline = time.monotonic() + args.seconds
+            options = {option: getattr(args, option) for option in runner.OPTIONS}
+            runner(results, device, command=command, deadline=deadline, **options).run(sweep)
+        if not results.rows:
+            print("no results yet")
+            return 0
+        try:
+            write_whole(picture, report.plot(results.rows).savefig)
+            written = f"{file} and {picture}"
+        except ModuleNotFoundError as error:
+            written = f"{file}; no plot: {error}"
     print(f"\n{report.table(results.rows)}\n\n{written}")
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Iterable
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from blurry_attn.files import write_whole
 
 Row = dict[str, Any]
 
@@ -33,13 +34,8 @@ class Results:
         rows = list(rows)
         self.rows += rows
         self._known |= {identity(row["setting"]) for row in rows}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        new = self.file.with_suffix(".new")
-        with new.open("w") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in self.rows)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.replace(self.file)
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_whole(self.file, lambda file: file.write_text(text))
 
 
 def identity(setting: Row) -> str:

@@ -7,7 +7,6 @@ backward, clipping, AdamW. Only the function from query, key and value to the ou
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ import torch
 
 from blurry_attn.lm.model import LanguageModel
 
-from .. import command_line, now
+from .. import command_line, now, results_in, write_json
 from ..speed.cases import Case
 from ..speed.meters.cuda import driver
 from ..speed.report import check_lines, checks
@@ -98,23 +97,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = args.out or (root / "build" / "benchmarks" / "training" if args.quick else Path(__file__).parent / "results")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LanguageModel(setup.model).parameters())
-    rows = measure(setup, device)
-    on_gpu = {"cudnn": torch.backends.cudnn.version(), "driver": driver()} if args.device == "cuda" else {}
-    result = {
-        "command": command_line("training", given),
-        "date": now(),
-        "hardware": hardware(device),
-        "versions": versions() | on_gpu,
-        "setup": asdict(setup),
-        "parameters": parameters,
-        "time": "wall clock of a step and a synchronisation; median of steps in which all attentions take turns",
-        "memory": "torch.cuda.max_memory_allocated during a step, weights and the optimizer's moments included",
-        "rows": rows,
-        "checks": checks(rows, setup.claims if setup.case.length == WHOLE.case.length else ()),
-    }
-    out.mkdir(parents=True, exist_ok=True)
     file = out / f"{args.device}{'_compiled' if args.compile else ''}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    with results_in(out, file.name, parser=parser):
+        rows = measure(setup, device)
+        on_gpu = {"cudnn": torch.backends.cudnn.version(), "driver": driver()} if args.device == "cuda" else {}
+        result = {
+            "command": command_line("training", given),
+            "date": now(),
+            "hardware": hardware(device),
+            "versions": versions() | on_gpu,
+            "setup": asdict(setup),
+            "parameters": parameters,
+            "time": "wall clock of a step and a synchronisation; median of steps in which all attentions take turns",
+            "memory": "torch.cuda.max_memory_allocated during a step, weights and the optimizer's moments included",
+            "rows": rows,
+            "checks": checks(rows, setup.claims if setup.case.length == WHOLE.case.length else ()),
+        }
+        write_json(file, result)
     print(f"wrote {file}\n\n{table(result)}")
     return 0
 
