@@ -20,17 +20,20 @@ from benchmarks.lm import reading
 from benchmarks.lm import report as text_report
 from benchmarks.lm.__main__ import main as text_main
 from benchmarks.lm.sweeps import SWEEPS
+from benchmarks.mqar.__main__ import main as recall_main
+from benchmarks.speed import __main__ as speed
 from benchmarks.speed import report
 from benchmarks.speed.__main__ import main, measure, merge, summarise
 from benchmarks.speed.cases import FORWARD, MODES, QUICK, SUITES, Case, Claim, Group, Suite
 from benchmarks.speed.meters.cpu import CpuMeter
 from benchmarks.speed.providers import PROVIDERS, Provider
-from benchmarks.sweep.command import Point, Sweep
+from benchmarks.sweep.command import Point, Runner, Sweep
 from benchmarks.sweep.model import Mixer
 from benchmarks.sweep.training import Member
 from benchmarks.training import __main__ as training_report
 from benchmarks.training import measure as training
 from blurry_attn import BlurryWindow, blurry_window_attention, reference
+from blurry_attn.files import claimed
 from blurry_attn.lm.data import load_text
 from blurry_attn.lm.model import LanguageModel, TokenCache, state_size
 from blurry_attn.lm.parallel import Parallel
@@ -374,6 +377,30 @@ def test_drift_is_that_of_the_law() -> None:
     for head in range(heads):
         assert full[head] < 1e-6
         assert in_flux[head] <= always[head] and max(in_flux[head], turns[head]) < output[head]
+
+
+MAINS = {"speed": main, "training": training_report.main, "decode": decode_report.main, "drift": drift.main}
+MAINS |= {"lm": text_main, "mqar": recall_main}
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_results_that_cannot_be_written_are_told_first(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Before anything is measured or trained; also where another process keeps the result file to itself."""
+    out, file = tmp_path / "results", "drift.json" if name == "drift" else "cpu.json"
+    options = ["--quick"] if name in ("speed", "training", "decode", "drift") else []
+    options += [] if name == "drift" else ["--device", "cpu"]
+    for module in (speed, training_report, drift):
+        monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(decode_report, "measure_all", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(Runner, "run", lambda *_: pytest.fail("something was trained"))
+    out.touch()
+    with pytest.raises(SystemExit) as refusal:
+        MAINS[name]([*options, "--out", str(out)])
+    assert refusal.value.code == 2 and f"--out {out}: results cannot be written there (" in capsys.readouterr().err
+    out.unlink()
+    with claimed(out, file + ("l" if name in ("lm", "mqar") else "")), pytest.raises(SystemExit):
+        MAINS[name]([*options, "--out", str(out)])
+    assert "(another process is writing there)" in capsys.readouterr().err and not out.exists()
 
 
 def test_a_model_is_switched_to_every_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

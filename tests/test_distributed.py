@@ -42,6 +42,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
 from benchmarks.context.__main__ import DIM, HEADS, SLOTS, counted
 from blurry_attn import BlurrySelfAttention, BlurryState, BlurryWindow, blurry_window_attention, blurry_window_step
 from blurry_attn.distributed import HeadParallel, context_parallel_attention, piece_start
+from blurry_attn.files import claimed
 from blurry_attn.lm import checkpoint
 from blurry_attn.lm import train as training
 from blurry_attn.lm.__main__ import main
@@ -531,7 +532,7 @@ def schedule(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Batches of 3 sequences, which divide over neither 2 nor 4 processes."""
     text = tmp_path_factory.mktemp("text") / "text.py"
     text.write_bytes(Path(heapq.__file__).read_bytes())
-    return TrainConfig(text=str(text), context=32, batch=3, steps=8, learning_rate=1e-2)
+    return TrainConfig(text=str(text), context=32, batch=3, steps=8, learning_rate=1e-2, threads=1)
 
 
 def trained(
@@ -591,7 +592,17 @@ def test_heads_that_do_not_divide_are_told(schedule: TrainConfig, world: World, 
     world(is_told, schedule, tmp_path / "run")
 
 
-SHAPE = ["--dim", "16", "--layers", "1", "--context", "32", "--steps", "8", "--device", "cpu"]
+def is_claimed(schedule: TrainConfig, folder: Path) -> None:
+    with pytest.raises(InputError, match=f"--run {folder}: another process is training there"):
+        training.train(SMALL, schedule, folder, CPU)
+
+
+def test_a_folder_in_which_another_trains_is_told_to_all(schedule: TrainConfig, world: World, tmp_path: Path):
+    with claimed(tmp_path, training.METRICS):
+        world(is_claimed, schedule, tmp_path)
+
+
+SHAPE = ["--dim", "16", "--layers", "1", "--context", "32", "--steps", "8", "--device", "cpu", "--threads", "1"]
 
 CRASH = """
 import os, sys

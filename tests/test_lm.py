@@ -5,13 +5,18 @@ from __future__ import annotations
 import heapq
 import io
 import json
+import math
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from math import log2
@@ -26,11 +31,11 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from blurry_attn import BlurryWindow
-from blurry_attn.files import write_whole
+import blurry_attn
+from blurry_attn import _C, BlurryWindow
 from blurry_attn.lm import checkpoint
 from blurry_attn.lm import train as training
-from blurry_attn.lm.__main__ import main
+from blurry_attn.lm.__main__ import _parser, main
 from blurry_attn.lm.checkpoint import TrainConfig
 from blurry_attn.lm.data import InputError, load_text, ngram_bits
 from blurry_attn.lm.generate import Sampling, continuation, generate
@@ -131,17 +136,139 @@ def test_ctrl_c_leaves_a_run_that_generates(text: Path, tmp_path: Path, capsys: 
     assert capsys.readouterr().out.startswith("def ")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path):
-    path = tmp_path / "numbers.json"
-    path.write_text("old")
+def test_a_folder_has_one_training_at_a_time(
+    config: TrainConfig, run: training.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Another is refused by the name of the folder, from its first step to its last; a model is sampled meanwhile."""
+    step, folder, seen = training.train_step, tmp_path / "run", []
 
-    def fail(temporary: Path) -> None:
-        temporary.write_text("ha")
-        raise OSError("disk full")
+    def crowded(model, optimizer, text, config, index, *others):
+        if index in (0, 5, config.steps - 1):
+            for resume in ([], ["--resume"] if index else []):
+                seen.append(main(["train", "--run", str(folder), *resume, *OPTIONS[-4:]]))
+                assert f"--run {folder}: another process is training there" in capsys.readouterr().err
+        if index == 5:
+            assert "tokens/s" in generate(folder, "x", 3, Sampling(), CPU, io.StringIO())
+        return step(model, optimizer, text, config, index, *others)
 
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", crowded)
+        train(TINY, config, folder, CPU)
+    assert seen == [2] * 6 and metrics(folder) == metrics(run.folder)
+    assert {file.name for file in folder.iterdir()} == {checkpoint.FILE, training.METRICS, training.PLOT}
+
+
+@pytest.mark.parametrize("run", ["file", "file/below", "/proc/none", "/dev/null"])
+def test_a_folder_that_cannot_be_is_told_before_the_text_is_read(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(training, "load_text", lambda *_: pytest.fail("the text was read"))
+    assert main(["train", "--run", run, *OPTIONS]) == main(["compare", "--run", run, *OPTIONS]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(f"blurry-lm: error: --run {run}") and line.endswith("; name another folder")
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As on a disk that is full when a file is so large."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("size", "name"), [(5000, checkpoint.FILE), (100, training.METRICS)])
+def test_a_full_disk_is_told_by_the_file(size: int, name: str, text: Path, tmp_path: Path, capsys):
+    folder = tmp_path / "run"
+    command = ["train", "--text", str(text), "--run", str(folder), *OPTIONS, "--steps", "8"]
+    with largest_file(size):
+        assert main(command) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"blurry-lm: error: {folder / name}: File too large; make room there")
+    assert {file.name for file in folder.iterdir()} <= {training.METRICS}
+    assert main(command) == 0 and len(metrics(folder)) == 8
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_output_that_cannot_be_written_is_told(
+    command: str, run: training.Result, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    options = {
+        "train": ["--text", str(text), "--run", str(tmp_path / "run"), *OPTIONS, "--steps", "2"],
+        "generate": ["--run", str(run.folder), "--tokens", "3", "--device", "cpu"],
+    }
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main([command, *options[command]]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("blurry-lm: error: standard output: No space left")
+
+
+@pytest.mark.parametrize("faster", [1, 2])
+def test_the_number_of_threads_is_the_faster_one_and_kept(
+    faster: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """The trial leaves no trace in the run, whose bits are those of that number of threads."""
+    config, step, used = replace(config, threads=None, steps=6), training.train_step, []
+
+    def slow(model, *others):
+        time.sleep(0 if torch.get_num_threads() == faster else 0.05)
+        used.append(torch.get_num_threads())
+        return step(model, *others)
+
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    torch.set_num_threads(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", slow)
+        patch.setattr(training, "TRIAL", 0.2)
+        train(TINY, config, tmp_path / "measured", CPU)
+        assert f"threads: {faster}, as a step takes " in capsys.readouterr().out
+        assert set(used[:-6]) == {1, 2} and used[-6:] == [faster] * 6 and torch.get_num_threads() == 2
+        used.clear()
+        train(TINY, replace(config, steps=8), tmp_path / "measured", CPU, found="shorter")
+        assert used == [faster] * 2
+    train(TINY, replace(config, threads=faster), tmp_path / "chosen", CPU)
+    assert metrics(tmp_path / "measured")[:3] == metrics(tmp_path / "chosen")[:3]
+    saved = checkpoint.load(tmp_path / "measured")
+    assert saved.train_config.threads == faster
+
+
+def test_a_number_of_threads_that_was_chosen_is_taken(config: TrainConfig, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    monkeypatch.setattr(training, "TRIAL", math.nan)
+    train(TINY, replace(config, threads=None, steps=1), tmp_path / "environment", CPU)
+    train(TINY, replace(config, threads=1, steps=1), tmp_path / "option", CPU)
+    assert "threads:" not in capsys.readouterr().out
+    chosen = [checkpoint.load(tmp_path / name).train_config.threads for name in ("environment", "option")]
+    assert chosen == [2, 1]
+
+
+def test_a_finished_run_trains_longer(run: training.Result, config: TrainConfig, tmp_path: Path, capsys):
+    """By the schedule of the new total, from the step at which it stands."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    command, more = ["train", "--resume", "--run", str(folder), "--device", "cpu"], config.steps + 8
+    assert main(command) == 0
+    assert f"all {config.steps} steps are done; a larger --steps trains longer" in capsys.readouterr().out
+    assert metrics(folder) == metrics(run.folder)
+    assert main([*command, "--steps", str(more)]) == 0
+    lines = metrics(folder)
+    assert lines[: config.steps] == metrics(run.folder)
+    assert [line["step"] for line in lines] == list(range(1, more + 1))
+    rates = [learning_rate(replace(config, steps=more), step) for step in range(config.steps, more)]
+    assert [line["learning_rate"] for line in lines[config.steps :]] == rates
+    saved = checkpoint.load(folder)
+    assert (saved.step, saved.train_config.steps) == (more, more)
+    capsys.readouterr()
+    assert main([*command, "--steps", str(more - 1)]) == 2
+    assert f"--steps: {folder} was started with {more}, which can grow, got {more - 1}" in capsys.readouterr().err
+    with pytest.raises(InputError, match="another configuration"):  # whose steps are no part of a comparison
+        train(TINY, replace(config, steps=more + 1), folder, CPU)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -344,16 +471,25 @@ def bad_inputs() -> list:
         pytest.param([*train, "--text", "{tmp}/empty.txt"], "empty.txt: no text found", id="empty file"),
         pytest.param([*train, "--text", "{tmp}/short.txt"], "too short, 9 training bytes", id="short text"),
         pytest.param([*train, "--text", "{tmp}/binary"], "binary file", id="binary text"),
+        pytest.param([*train, "--text", "{tmp}/huge"], "huge: at least 8,192 GiB", id="text beyond memory"),
         pytest.param([*train, "--dim", "30"], "--dim must be a multiple of", id="dim"),
-        pytest.param([*train, "--slots", "1"], "--slots must be at least 2, got 1", id="slots"),
+        pytest.param([*train, "--dim", "9" * 30], "--dim must be a multiple of", id="absurd dim"),
+        pytest.param([*train, "--dim", "1048576"], "--dim, --layers: at least", id="weights beyond memory"),
+        pytest.param([*train, "--layers", "9" * 30], "--dim, --layers: at least", id="layers beyond memory"),
+        pytest.param([*train, "--batch", "9" * 17], "--batch, --context: at least", id="batch beyond memory"),
+        pytest.param([*train, "--slots", "1"], "--slots must be in 2 .. 1048576, got 1", id="slots"),
+        pytest.param([*train, "--slots", "9" * 30], "--slots must be in 2 .. 1048576, got 9", id="absurd slots"),
+        pytest.param([*train, "--resolutions", "1," + "9" * 30], "--resolutions must be", id="absurd resolutions"),
+        pytest.param([*train, "--threads", "0"], "--threads must be in 1 .. 1024, got 0", id="threads"),
         pytest.param([*train, "--layers", "0"], "--layers must be at least 1, got 0", id="layers"),
         pytest.param([*train, "--resolutions", "1,0"], "--resolutions must be", id="resolutions"),
-        pytest.param([*train, "--steps", "0"], "--steps must be at least 1, got 0", id="steps"),
-        pytest.param([*train, "--batch", "0"], "--batch must be at least 1, got 0", id="batch"),
-        pytest.param([*train, "--context", "0"], "--context must be at least 1, got 0", id="context"),
+        pytest.param([*train, "--steps", "0"], "--steps must be in 1 .. 2**63 - 1, got 0", id="steps"),
+        pytest.param([*train, "--batch", "0"], "--batch must be in 1 .. 2**63 - 1, got 0", id="batch"),
+        pytest.param([*train, "--context", "0"], "--context must be in 1 .. 2**63 - 1, got 0", id="context"),
         pytest.param([*train, "--learning-rate", "nan"], "--learning-rate must be", id="learning rate"),
         pytest.param([*train, "--seed", "-1"], "--seed must be", id="seed"),
         pytest.param(["train", "--text", "{text}", "--device", "tpu9"], "--device tpu9: cannot be used", id="device"),
+        pytest.param(["train", "--text", "{text}", "--device", "meta"], "want cpu or cuda", id="meta device"),
         pytest.param([*train, "--run", "{run}"], "holds a run already", id="run exists"),
         pytest.param(
             [*train, "--run", "{run}", "--resume", "--dim", "8"], "--dim: {run} was started with", id="resume"
@@ -393,6 +529,8 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
     (tmp_path / "binary").write_bytes(b"\0" * 9999)
     (tmp_path / "wrong" / checkpoint.FILE).write_text("not a checkpoint at all")
     save_file({"x": torch.zeros(1)}, tmp_path / "other" / checkpoint.FILE)
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**42)
     before = sorted(tmp_path.rglob("*")), metrics(run.folder)
     places = {"tmp": tmp_path, "run": run.folder, "text": text}
     assert main([argument.format(**places) for argument in arguments]) == 2
@@ -425,6 +563,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: TrainConfig, tmp_path: 
     )
 
 
+def test_a_validation_that_is_not_finite_is_not_saved(config: TrainConfig, tmp_path: Path, monkeypatch):
+    bits = iter([4.0, 3.0, float("nan")])
+    monkeypatch.setattr(training, "validate", lambda *_: next(bits))
+    with pytest.raises(InputError, match="the bits of the held-out text became nan at step 9"):
+        train(TINY, config, tmp_path, CPU)
+    assert checkpoint.load(tmp_path).step == 6
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"step": 1}', '{"step": "1"}', '{"step": 1, "bits": "2"}', "{}", "\xff}"])
+def test_numbers_of_another_program_are_told(line: str, run: training.Result, config: TrainConfig, tmp_path: Path):
+    for name in (checkpoint.FILE, training.METRICS):
+        (tmp_path / name).write_bytes((run.folder / name).read_bytes())
+    (tmp_path / training.METRICS).write_text(line + "\n" if line.endswith("}") else line + "}\n", "latin-1")
+    with pytest.raises(InputError, match=f"^{tmp_path / training.METRICS}: not the numbers of a training"):
+        train(TINY, config, tmp_path, CPU)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_stops_the_run(
     number: float, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -451,3 +606,42 @@ def test_a_missing_package_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith("blurry-lm: tqdm is missing") and done.stderr.count("\n") == 1
+
+
+def test_the_command_line_tells_about_itself(capsys: pytest.CaptureFixture):
+    """Its version, that of torch and what it was built for; and what each option does."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and out.count("\n") == 1
+    assert f"blurry-lm {blurry_attn.__version__}, " in out and f"torch {torch.__version__}" in out
+    built_for = _C.build_info()["cuda"]
+    assert (f"CUDA {built_for}" if built_for else "built for the CPU alone") in out
+    (commands,) = (action for action in _parser()._actions if isinstance(action.choices, dict))
+    assert list(commands.choices) == ["train", "generate", "compare"]
+    for parser in commands.choices.values():
+        assert parser.description and all(action.help for action in parser._actions)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", ""], "argument --run: want a path in UTF-8, got ''"),
+        (["--run", "\udcff"], "argument --run: want a path in UTF-8"),
+        (["--text", ""], "argument --text: want a path in UTF-8, got ''"),
+        (["--resolutions", "1,,2"], "argument --resolutions: want whole numbers with commas between"),
+        (["--steps", "1e3"], "argument --steps: invalid int value: '1e3'"),
+        (["--mixer", "fully"], "argument --mixer: invalid choice: 'fully'"),
+    ],
+)
+def test_what_is_no_value_of_an_option_is_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_prompt_and_a_terminal_of_any_encoding(run: training.Result, monkeypatch: pytest.MonkeyPatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["generate", "--run", str(run.folder), "--tokens", "3", "--prompt", "é\udcff"]) == 0
+    assert out.buffer.getvalue().startswith(b"\\xe9\\ufffd")

@@ -63,7 +63,7 @@ class TrainConfig:
             raise InputError(f"--text must be an absolute path, got {self.text!r}")
         for name in ("context", "batch", "steps"):
             if not 1 <= getattr(self, name) < 2**63:
-                raise InputError(f"--{name} must be at least 1 and below 2**63, got {getattr(self, name)}")
+                raise InputError(f"--{name} must be in 1 .. 2**63 - 1, got {getattr(self, name)}")
         if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"--learning-rate must be positive and finite, got {self.learning_rate}")
         if not 0 <= self.seed < 2**63:

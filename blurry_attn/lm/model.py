@@ -39,7 +39,7 @@ class ModelConfig:
         if self.mixer not in MIXERS:
             raise InputError(f"--mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}")
         if not 2 <= self.slots <= MAX_SLOTS:
-            raise InputError(f"--slots must be at least 2 and at most {MAX_SLOTS}, got {self.slots}")
+            raise InputError(f"--slots must be in 2 .. {MAX_SLOTS}, got {self.slots}")
         if self.layers < 1:
             raise InputError(f"--layers must be at least 1, got {self.layers}")
         if not self.resolutions or not 1 <= min(self.resolutions) <= max(self.resolutions) <= MAX_RESOLUTION:

@@ -304,8 +304,8 @@ def _kept_metrics(path: Path, step: int) -> list[dict[str, Any]]:
         text = path.read_text() if path.exists() else ""
         log = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
         log = [line for line in log if line["step"] <= step]
-        numbers = [line.get(name, 0.0) for line in log for name in ("bits", "seconds", "validation_bits")]
-        if not all(isinstance(number, float) for number in numbers):
+        numbers = [(line["bits"], line["seconds"], line.get("validation_bits", 0.0)) for line in log]
+        if not all(isinstance(number, float) for line in numbers for number in line):
             raise TypeError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: not the numbers of a training; without this file the run goes on") from None
