@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -452,6 +454,28 @@ def test_claims_that_come_and_go_are_never_of_two(tmp_path: Path) -> None:
         children.append(number)
     assert [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in children] == [0, 0, 0]
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_lock_that_goes_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a claim that ends in between: what is locked then is no file of the folder."""
+    lock, ends = tmp_path / ".metrics.lock", iter([lambda: lock.unlink(), lambda: None, lambda: None])
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (next(ends)(), flock(*arguments)))
+    with claimed(tmp_path, "metrics"):
+        assert lock.exists()
+        with pytest.raises(BlockingIOError), claimed(tmp_path, "metrics"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=f"^{tmp_path}: cannot be locked"), claimed(tmp_path, "metrics"):
+        write_whole(tmp_path / "metrics", lambda path: path.write_text("x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics"]
 
 
 def test_a_planted_lock_is_not_followed(tmp_path: Path) -> None:
