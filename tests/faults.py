@@ -490,7 +490,7 @@ PYTHON = [
          "claim.enter_context(claimed(folder, METRICS, checkpoint.FILE, PLOT))", "folder.mkdir(exist_ok=True)", LM),
         ("train: the slower number of threads",
          "1 if one < all_of_them else every", "every if one < all_of_them else 1", LM),
-        ("train: the trial trains the model", "copy = deepcopy(model)", "copy = model", LM),
+        ("train: the trial leaves its gradient", "                model.zero_grad()\n", "", LM),
         ("train: the number of threads forgotten", "replace(train_config, threads=threads or recorded)",
          "train_config", LM),
         ("train: a comparison takes a run of fewer steps",

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from math import log2
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,9 +144,11 @@ def test_a_folder_has_one_training_at_a_time(
 
     def crowded(model, optimizer, text, config, index, *others):
         if index in (0, 5, config.steps - 1):
-            for resume in ([], ["--resume"] if index else []):
-                seen.append(main(["train", "--run", str(folder), *resume, *OPTIONS[-4:]]))
-                assert f"--run {folder}: another process is training there" in capsys.readouterr().err
+            with monkeypatch.context() as patch:
+                patch.setattr(training, "train_step", lambda *_: pytest.fail("two train"))
+                for resume in ([], ["--resume"] if index else []):
+                    seen.append(main(["train", "--run", str(folder), *resume, *OPTIONS[-4:]]))
+                    assert f"--run {folder}: another process is training there" in capsys.readouterr().err
         if index == 5:
             assert "tokens/s" in generate(folder, "x", 3, Sampling(), CPU, io.StringIO())
         return step(model, optimizer, text, config, index, *others)
@@ -212,29 +214,33 @@ def test_the_number_of_threads_is_the_faster_one_and_kept(
     faster: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     """The trial leaves no trace in the run, whose bits are those of that number of threads."""
-    config, step, used = replace(config, threads=None, steps=6), training.train_step, []
+    config, loss, clock, used = replace(config, threads=None, steps=6), training._loss, count(step=1e-6), []
+    now = 0.0
 
-    def slow(model, *others):
-        time.sleep(0 if torch.get_num_threads() == faster else 0.05)
+    def timed(model, *others):
+        nonlocal now
+        now += 0.01 if torch.get_num_threads() == faster else 0.02
         used.append(torch.get_num_threads())
-        return step(model, *others)
+        assert all(parameter.grad is None for parameter in model.parameters()) or len(used) > 69
+        return loss(model, *others)
 
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(2)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_step", slow)
-        patch.setattr(training, "TRIAL", 0.2)
+        patch.setattr(training, "_loss", timed)
+        patch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now + next(clock)))
         train(TINY, config, tmp_path / "measured", CPU)
-        assert f"threads: {faster}, as a step takes " in capsys.readouterr().out
-        assert set(used[:-6]) == {1, 2} and used[-6:] == [faster] * 6 and torch.get_num_threads() == 2
-        used.clear()
+        assert f"threads: {faster}, as a gradient takes " in capsys.readouterr().out
+        assert used[:68] == [1, 2] * 34 and set(used[68:]) == {faster} and torch.get_num_threads() == 2
+        done = len(used)
         train(TINY, replace(config, steps=8), tmp_path / "measured", CPU, found="shorter")
-        assert used == [faster] * 2
+        assert set(used[done:]) == {faster}
     train(TINY, replace(config, threads=faster), tmp_path / "chosen", CPU)
-    assert metrics(tmp_path / "measured")[:3] == metrics(tmp_path / "chosen")[:3]
-    saved = checkpoint.load(tmp_path / "measured")
-    assert saved.train_config.threads == faster
+    train(TINY, replace(config, threads=faster, steps=8), tmp_path / "chosen", CPU, found="shorter")
+    measured, chosen = (checkpoint.load(tmp_path / name) for name in ("measured", "chosen"))
+    assert measured.train_config == chosen.train_config and measured.train_config.threads == faster
+    assert all(torch.equal(measured.tensors[name], chosen.tensors[name]) for name in chosen.tensors)
 
 
 def test_a_number_of_threads_that_was_chosen_is_taken(config: TrainConfig, tmp_path: Path, monkeypatch, capsys):

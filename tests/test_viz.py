@@ -88,6 +88,15 @@ def test_the_command_draws_the_pictures_of_the_documentation(tmp_path: Path, cap
     assert len(capsys.readouterr().out.splitlines()) == len(drawn)
 
 
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(viz, "documentation", lambda: pytest.fail("something was drawn"))
+    with pytest.raises(SystemExit) as refusal:
+        viz.main(["--out", str(tmp_path / "file")])
+    assert refusal.value.code == 2
+    assert f"--out {tmp_path / 'file'}: pictures cannot be written there (File exists)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -27,7 +27,7 @@ try:
     from .generate import Sampling, generate, newest_run
     from .model import MIXERS, ModelConfig
     from .parallel import STRATEGIES, agreed, end, joined, rank
-    from .train import PLOT, Interrupted, train
+    from .train import PLOT, Found, Interrupted, train
 except ModuleNotFoundError as error:
     if error.name not in EXTRA:
         raise
@@ -107,7 +107,7 @@ def _train(args: argparse.Namespace) -> int:
         model_config, train_config = _configs(args)
         names = (f"{model_config.mixer}-{n}" if n > 1 else model_config.mixer for n in count(1))
         folder = agreed(args.run or next(RUNS / name for name in names if not (RUNS / name).exists()))
-    found = "shorter" if args.resume else "none"
+    found: Found = "shorter" if args.resume else "none"
     try:
         result = train(model_config, train_config, folder, _device(args), args.parallel, found)
     except Interrupted as stop:
@@ -153,13 +153,13 @@ def _device(args: argparse.Namespace) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() and _C.build_info()["cuda"] else "cpu")
     try:
         device = torch.device(args.device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("want cpu or cuda")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0][:100]})") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {args.device}: cannot be used, want cpu or cuda")
-    if device.type == "cuda" and not _C.build_info()["cuda"]:
-        raise InputError(f"--device {args.device}: cannot be used (this package was built without CUDA)")
+        if device.type == "cuda" and not _C.build_info()["cuda"]:
+            raise RuntimeError("this package was built without CUDA")
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
     return device
 
 

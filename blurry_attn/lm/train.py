@@ -10,12 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +31,13 @@ from .data import InputError, Text, check_memory, load_text, ngram_bits
 from .model import LanguageModel, ModelConfig
 from .parallel import Parallel, agreed, anywhere, mean, rank, size
 
+Found = Literal["none", "same", "shorter"]
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
 WARM_UP, FINAL = 0.1, 0.02  # shares of the steps and of the peak learning rate
 VALIDATIONS = 8  # per run
 VALIDATION_BATCH = 32
-TRIAL = 1.0  # seconds for which steps with one thread and with all take turns
+TRIAL = 1.0  # seconds in which one thread and all of them take turns
 
 
 class Interrupted(Exception):
@@ -62,14 +62,14 @@ def train(
     folder: Path,
     device: torch.device,
     strategy: str = "ddp",
-    found: str = "same",
+    found: Found = "same",
 ) -> Result:
     """Trains in ``folder``, going on from the checkpoint there if there is one, to the very same losses.
 
     A collective call of all processes of the default group, if there is one, which divide the work by ``strategy``
     (:class:`blurry_attn.lm.parallel.Parallel`): each reads ``folder``, the first writes. No other training writes there
     meanwhile. Where ``train_config.threads`` is None, a process that is alone on a CPU computes with as many threads as
-    the checkpoint says, else ``OMP_NUM_THREADS``, else with one or all, whichever takes less time for a few steps.
+    the checkpoint says, else ``OMP_NUM_THREADS``, else with one or all, whichever takes less time for gradients.
 
     Args:
         found: the run that ``folder`` may hold already: ``"none"``, one of the ``"same"`` configuration, or also one of
@@ -283,7 +283,7 @@ def _claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def _saved(folder: Path, model_config: ModelConfig, train_config: TrainConfig, found: str) -> Checkpoint | None:
+def _saved(folder: Path, model_config: ModelConfig, train_config: TrainConfig, found: Found) -> Checkpoint | None:
     """The checkpoint in ``folder``, if there is one; see :func:`train` about ``found``."""
     if not (folder / checkpoint.FILE).exists():
         return None
@@ -349,23 +349,23 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def _faster_threads(model: LanguageModel, text: Text, config: TrainConfig) -> int:
-    """One thread or all: those that take a few steps on a copy in less time, unless the environment says a number."""
+    """One thread or all: those that take less time for losses and gradients, unless the environment says a number."""
     every = torch.get_num_threads()
     if every == 1 or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
         return every
-    copy = deepcopy(model)
-    optimizer, config = make_optimizer(copy, config), replace(config, learning_rate=1e-30)
+    inputs, targets = text.batch(config.seed, 0, config.batch, config.context)
     seconds: dict[int, list[float]] = {1: [], every: []}
     begin = time.perf_counter()
     while time.perf_counter() - begin < TRIAL:
         for number, times in seconds.items():
             with _threads(number):
                 start = time.perf_counter()
-                train_step(copy, optimizer, text, config, 0, torch.device("cpu"), Parallel("ddp"))
+                _loss(model, inputs, targets, torch.device("cpu"), Parallel("ddp")).backward()
+                model.zero_grad()
                 times.append(time.perf_counter() - start)
     one, all_of_them = (1000 * fmean(times[1:] or times) for times in seconds.values())
     faster = 1 if one < all_of_them else every
-    print(f"threads: {faster}, as a step takes {one:.1f} ms with 1 and {all_of_them:.1f} ms with {every}")
+    print(f"threads: {faster}, as a gradient takes {one:.1f} ms with 1 and {all_of_them:.1f} ms with {every}")
     return faster
 
 
