@@ -38,7 +38,7 @@ build/cuda-objects/%.sm_$(1).o: csrc/cuda/%.cu $(CUDA_HEADERS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow sanitize fuzz mutants emulate cuda-objects sass api audit lint format build tools clang system clean
+.PHONY: help demo test slow versions sanitize fuzz mutants emulate cuda-objects sass api audit lint format build tools clang system clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ test: $(VENV)/.built  ## build, then run all tests: pytest and ctest
 
 slow: $(VENV)/.built  ## run the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow -rA
+
+versions: $(VENV)/.installed  ## build and test under several releases of Python and torch; minutes and gigabytes for each
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/versions.py
 
 sanitize: $(VENV)/.installed  ## run the C++ tests under Address- and UndefinedBehaviorSanitizer, the CPU kernels under ThreadSanitizer, and make fuzz
 	$(call ctest,sanitize)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,19 @@ try:
     from torch.utils import cpp_extension
 except ImportError:
     raise SystemExit(
-        "blurry_attn: this build cannot see torch. Install torch, then type: pip install --no-build-isolation ."
+        "blurry_attn: this build cannot see torch. Install torch, then type: pip install --no-build-isolation . "
+        "(as well: uv pip install; for uv sync, see docs/usage.md#installing)"
     ) from None
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     raise SystemExit(
         f"blurry_attn: the build needs setuptools 77 or newer, this is {setuptools.__version__}. "
-        "Type: pip install --upgrade setuptools"
+        'Type: pip install "setuptools>=77.0.3,<82"'
     )
 
 ROOT = Path(__file__).parent.resolve()
+CUDA_SOURCES = ("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+CXX = shlex.split(os.environ.get("CXX", "c++"))
 
 
 def build_cuda() -> bool:
@@ -40,10 +46,11 @@ def build_cuda() -> bool:
     if cpp_extension.CUDA_HOME is None:
         missing.append("the CUDA toolkit (nvcc on PATH, or CUDA_HOME)")
     if wish == "1" and missing:
-        raise SystemExit(f"blurry_attn: BLURRY_CUDA=1 needs {' and '.join(missing)}")
+        raise SystemExit(f"blurry_attn: BLURRY_CUDA=1 needs {' and '.join(missing)}; BLURRY_CUDA=0 builds without CUDA")
     if wish == "0" or missing:
         return False
     check_nvcc()
+    check_toolkit()
     return True
 
 
@@ -62,10 +69,45 @@ def check_nvcc() -> None:
         )
 
 
+def check_toolkit() -> None:
+    """The compiler must find the headers that the CUDA sources include and the runtime library that they link."""
+    folders = ["csrc", *cpp_extension.include_paths("cuda"), sysconfig.get_path("include")]
+    # With -MG the preprocessor lists a header that it does not find by its bare name, and goes on.
+    preprocess = [*CXX, "-std=c++20", "-M", "-MG", *(f"-I{folder}" for folder in folders), "-x", "c++"]
+    preprocess += sources(*CUDA_SOURCES)
+    rules = subprocess.run(preprocess, cwd=ROOT, capture_output=True, text=True).stdout.replace("\\\n", " ")
+    names = {name for name in shlex.split(rules) if not name.endswith(":")}
+    missing = sorted(name for name in names if not (ROOT / name).exists())
+    libraries = [*(f"-L{folder}" for folder in cpp_extension.library_paths("cuda")), "-lcudart"]
+    with tempfile.TemporaryDirectory() as folder:
+        link = [*CXX, "-shared", "-x", "c++", os.devnull, "-o", f"{folder}/linked.so", *libraries]
+        if subprocess.run(link, capture_output=True).returncode != 0:
+            missing.append("libcudart.so")
+    if missing:
+        raise SystemExit(
+            f"blurry_attn: nvcc is in {cpp_extension.CUDA_HOME}/bin, but the compiler does not find CUDA's "
+            f"{', '.join(missing)}. Install the whole toolkit (conda, NVIDIA's packages: cuda-toolkit; Debian: "
+            "nvidia-cuda-toolkit), set CUDA_HOME to one, or BLURRY_CUDA=0 to build without CUDA"
+        )
+
+
+def check_compiler() -> None:
+    """What every build needs besides torch, which the compiler would name after minutes, amid a traceback."""
+    missing = []
+    if shutil.which(CXX[0]) is None:
+        missing.append(f"a C++ compiler, and there is no {CXX[0]} (Debian: g++)")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append(f"Python's headers, and {sysconfig.get_path('include')} has no Python.h (Debian: python3-dev)")
+    if missing:
+        raise SystemExit(f"blurry_attn: the build needs {'; '.join(missing)}")
+
+
 def use_ccache() -> None:
-    """Have ccache, where there is one, wrap the compilers; newer releases of torch do so themselves."""
-    ccache = shutil.which("ccache")
-    if ccache is None or hasattr(cpp_extension, "_wrap_compiler"):
+    """Have ccache, where it works, wrap the compilers; newer releases of torch do so themselves, working or not."""
+    ccache = subprocess.run(["sh", "cmake/ccache.sh", *CXX], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if not ccache:
+        os.environ["CCACHE_DISABLE"] = "1"
+    if not ccache or hasattr(cpp_extension, "_wrap_compiler"):
         return
     # torch's check of the compiler takes no command of two words: Debian's folder of links named c++ and g++ serves.
     if "CXX" not in os.environ and Path("/usr/lib/ccache/c++").exists():
@@ -91,7 +133,7 @@ def extension(cuda: bool) -> setuptools.Extension:
     # The PTX of 8.0 serves every later card that has no code of its own here.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
     return cpp_extension.CUDAExtension(
-        sources=files + sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        sources=files + sources(*CUDA_SOURCES),
         define_macros=[*macros, ("BLURRY_CUDA_VERSION", f'"{torch.version.cuda}"')],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]},
         **options,
@@ -110,6 +152,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.build_temp = str(ROOT / "build" / sys.implementation.cache_tag)
 
     def run(self) -> None:
+        check_compiler()
         super().run()
         package = ROOT / "blurry_attn" if self.inplace else Path(self.build_lib, "blurry_attn")
         cuda = torch.version.cuda if CUDA else None

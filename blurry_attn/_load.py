@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 
 try:
@@ -13,12 +17,29 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("blurry_attn needs torch, and this Python has none; install torch, then blurry_attn") from None
 
-_INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def _series(version: str) -> str:
     """'2.13' of '2.13.0+cpu': releases that differ in more than the patch number differ in their binary interface."""
     return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _advice() -> str:
+    """What to do about a package that does not load: sources lie beside setup.py, and an installation leaves them as
+    they are.
+    """
+    install = "pip install --no-build-isolation --no-deps"
+    if not (_FOLDER / "setup.py").is_file():
+        return f"in its source folder, type: {install} --force-reinstall ."
+    build = f"type: {install} --editable {shlex.quote(str(_FOLDER))}"
+    installed = PathFinder.find_spec("blurry_attn", [entry for entry in sys.path if Path(entry).resolve() != _FOLDER])
+    if installed is None or installed.origin is None:
+        return build
+    return (
+        f"these are sources, which hide the package installed in {Path(installed.origin).parents[1]}: "
+        f"run Python from another folder, or {build}"
+    )
 
 
 def check_build(torch_version: str, cuda_version: str | None) -> None:
@@ -38,9 +59,7 @@ def check_build(torch_version: str, cuda_version: str | None) -> None:
     built, running = f"torch {torch_version}", f"torch {torch.__version__}"
     if not same_cuda:
         built, running = f"{built} with CUDA {cuda_version}", f"{running} with CUDA {running_cuda}"
-    raise ImportError(
-        f"blurry_attn was built for {built}, and this is {running}; in its source folder, type: {_INSTALL}"
-    )
+    raise ImportError(f"blurry_attn was built for {built}, and this is {running}; {_advice()}")
 
 
 def load() -> ModuleType:
@@ -50,7 +69,7 @@ def load() -> ModuleType:
     except ModuleNotFoundError:
         build = None
     if build is None or importlib.util.find_spec("blurry_attn._C") is None:
-        raise ImportError(f"blurry_attn is not built for this Python; in its source folder, type: {_INSTALL}")
+        raise ImportError(f"blurry_attn in {_FOLDER} is not built for this Python; {_advice()}")
     check_build(build.TORCH, build.CUDA)
     return importlib.import_module("blurry_attn._C")
 

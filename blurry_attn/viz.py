@@ -1,6 +1,6 @@
 """Pictures of what a blurry window holds: ``python -m blurry_attn.viz --out FOLDER`` draws those of the documentation.
 
-Every function takes data and returns a :class:`matplotlib.figure.Figure`, to be shown or saved by the caller.
+Every function that draws takes data and returns a :class:`matplotlib.figure.Figure`, which a notebook shows by itself.
 """
 
 from __future__ import annotations
@@ -219,14 +219,14 @@ def _kv_heads(window: BlurryWindow) -> int:
 def _figure(height: float) -> Figure:
     """An empty figure of the documentation's width, ``height`` inches high."""
     try:
-        from matplotlib.figure import Figure
+        from ._picture import Picture
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] != "matplotlib":
             raise
         raise ModuleNotFoundError(
             "blurry_attn.viz needs matplotlib; type: pip install matplotlib", name="matplotlib"
         ) from None
-    return Figure(figsize=(10, height), dpi=140, layout="constrained")
+    return Picture(figsize=(10, height), dpi=140, layout="constrained")
 
 
 def _title(figure: Figure, text: str) -> None:

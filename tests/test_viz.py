@@ -47,6 +47,12 @@ def test_token_weights_draws_every_slot_of_every_window_with_age_zero_at_the_rig
     assert sliding.mask[:, 4:].all()
 
 
+def test_a_notebook_shows_every_figure_as_a_picture() -> None:
+    """By the method that its display looks for, whatever backend it has."""
+    for figure in viz.documentation().values():
+        assert figure._repr_png_().startswith(b"\x89PNG\r\n")
+
+
 @pytest.mark.parametrize("kernel", ["fejer", "dirichlet"])
 def test_gates_draws_the_gates(kernel: str) -> None:
     window = BlurryWindow(4, 16, kernel=kernel, phase=1)
@@ -125,7 +131,7 @@ def test_what_is_no_int_is_named(name: str) -> None:
 def test_without_matplotlib_one_line_says_what_to_type(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "blurry_attn._picture"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):

@@ -1,4 +1,4 @@
-// A LibTorch program that uses the installed package: reads a prompt, then decodes, with a state of constant size.
+// A LibTorch program that uses the library: reads a prompt, then decodes, with a state of constant size.
 #include <ATen/ATen.h>
 #include <blurry_attn/attention.h>
 
