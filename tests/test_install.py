@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -27,15 +28,20 @@ def run(*command: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution."""
+    folder = tmp_path_factory.mktemp("archive")
     source = folder / "source"
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.so", "_build.py", "__pycache__")
-    )
+    ignored = (".git", ".venv", ".*_cache", "build", "runs", "*.so", "_build.py", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*ignored))
     run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder, cwd=source)
     shutil.rmtree(source)
-    (archive,) = folder.glob("*.tar.gz")
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(archive: Path) -> Path:
+    folder = archive.parent
     command = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
     run(*command, "--wheel-dir", folder, archive, cwd=folder)
     (built,) = folder.glob("*.whl")
@@ -63,6 +69,28 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     assert [name for name in names if re.fullmatch(r"blurry_attn/_C\..*\.so", name)]
     assert {"blurry_attn/py.typed", "blurry_attn/_build.py"} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".h", ".inl", ".pyc"))]
+
+
+def test_an_index_can_show_whose_it_is_and_where_to_read_on(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as content:
+        (metadata,) = (name for name in content.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = content.read(metadata).decode().splitlines()
+    assert [line for line in lines if line.startswith("Author: ")]
+    assert [line for line in lines if line.startswith("Project-URL: ")]
+
+
+def test_tests_run_from_the_source_distribution(archive: Path, wheel: Path, tmp_path: Path) -> None:
+    """Those that read most of its files; its package is built in place by what the wheel has more."""
+    with tarfile.open(archive) as sdist:
+        sdist.extractall(tmp_path)
+    (source,) = tmp_path.iterdir()
+    with zipfile.ZipFile(wheel) as content:
+        for name in content.namelist():
+            if name.endswith((".so", "_build.py")):
+                content.extract(name, source)
+    files = ("tests/test_golden.py", "tests/test_docs.py", "tests/test_packaging.py")
+    said = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda", *files, cwd=source)
+    assert re.search(r"^\d{2,} passed", said, re.MULTILINE), said
 
 
 def test_the_installed_package_runs_what_the_readme_shows(python: Path, tmp_path: Path) -> None:

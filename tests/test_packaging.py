@@ -298,8 +298,6 @@ def test_requirements_are_pinned_and_audited() -> None:
 
 
 def test_installed_metadata() -> None:
-    about = metadata.metadata("blurry_attn")
-    assert about["Author"] and about.get_all("Project-URL")
     assert metadata.version("blurry_attn") == blurry_attn.__version__
     (script,) = metadata.entry_points(group="console_scripts", name="blurry-lm")
     assert callable(script.load())

@@ -1,8 +1,8 @@
 """Builds the CPU part under several releases of Python and torch, each in an environment of its own, and tests it.
 
 `make versions` runs this. Interpreters are those on PATH, as python3.10 and so on. Torch comes from where pip gets it;
-PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes it the small build without CUDA. Arguments name the releases
-of Python to try, all when there are none.
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes it the small build without CUDA. Arguments name
+releases of Python to try these alone.
 """
 
 from __future__ import annotations
