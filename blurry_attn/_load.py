@@ -26,9 +26,7 @@ def _series(version: str) -> str:
 
 
 def _advice() -> str:
-    """What to do about a package that does not load: sources lie beside setup.py, and an installation leaves them as
-    they are.
-    """
+    """What to type: sources, which lie beside setup.py, stay as they are where the package is installed elsewhere."""
     install = "pip install --no-build-isolation --no-deps"
     if not (_FOLDER / "setup.py").is_file():
         return f"in its source folder, type: {install} --force-reinstall ."
