@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import subprocess
 import sys
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +19,11 @@ pytest.importorskip("matplotlib")
 from benchmarks.decode import __main__ as decode_report
 from benchmarks.decode import measure as decode
 from benchmarks.drift import __main__ as drift
+from benchmarks.guard import rounds
+from benchmarks.guard.__main__ import main as guard
+from benchmarks.guard.cases import SUITES as GUARDED
+from benchmarks.guard.cases import quick
+from benchmarks.guard.verdict import final, judge, median_interval
 from benchmarks.lm import reading
 from benchmarks.lm import report as text_report
 from benchmarks.lm.__main__ import main as text_main
@@ -24,7 +32,7 @@ from benchmarks.mqar.__main__ import main as recall_main
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import report
 from benchmarks.speed.__main__ import main, measure, merge, summarise
-from benchmarks.speed.cases import FORWARD, MODES, QUICK, SUITES, Case, Claim, Group, Suite
+from benchmarks.speed.cases import FORWARD, MODES, QUICK, SUITES, Case, Claim, Group, Suite, one_call
 from benchmarks.speed.meters.cpu import CpuMeter
 from benchmarks.speed.providers import PROVIDERS, Provider
 from benchmarks.sweep.command import Point, Runner, Sweep
@@ -510,3 +518,167 @@ def test_text_points_differ_and_can_be_made(name: str) -> None:
     for point in points:
         with torch.device("meta"):
             assert len(point.shape.make(0).blocks) == point.shape.layers
+
+
+# A package that is as slow, as hungry and as broken as it is told to be, where the guard looks for blurry_attn.
+PRETENDED = """
+import os, time
+from types import SimpleNamespace
+import torch
+_C = SimpleNamespace(__file__=__file__, build_info=lambda: {"of": "{name}"})
+
+class BlurryWindow:
+    def __init__(self, slots, window, kernel="fejer"):
+        self.kernel = kernel
+    @classmethod
+    def pyramid(cls, slots, resolutions):
+        return cls(slots, None, "pyramid")
+
+def blurry_window_attention(query, key, value, window, enable_gqa, cu_seqlens=None):
+    start = time.perf_counter()
+    if window.kernel == "pyramid":
+        {pyramid}
+    if query.shape != key.shape:
+        {grouped}
+        key, value = (x.repeat_interleave(4, 1) for x in (key, value))
+    if cu_seqlens is not None:
+        query + torch.zeros({packed})
+    out = query + key + value
+    while time.perf_counter() < start + (1e-3 * {dirichlet} if window.kernel == "dirichlet" else 1e-3):
+        pass
+    return out
+"""
+EQUAL = {"pyramid": "pass", "grouped": "pass", "packed": 1, "dirichlet": 1}
+
+
+def pretended_package(folder: Path, **how: object) -> Path:
+    package = folder / "blurry_attn"
+    package.mkdir(parents=True)
+    text = PRETENDED
+    for name, value in (EQUAL | how | {"name": folder.name}).items():
+        text = text.replace("{" + name + "}", str(value))
+    (package / "__init__.py").write_text(text)
+    return folder
+
+
+def as_wheel(folder: Path) -> Path:
+    files = {"blurry_attn/__init__.py": (folder / "blurry_attn" / "__init__.py").read_text()}
+    info = f"{folder.name}-1.dist-info"
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {folder.name}\nVersion: 1\n"
+    files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    wheel = folder.with_name(f"{folder.name}-1-py3-none-any.whl")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return wheel
+
+
+def test_the_guard_lets_pass_what_is_the_same(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Each side imports what it was given, though another package lies where the command is called from."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    before = as_wheel(pretended_package(tmp_path / "older"))
+    after = pretended_package(tmp_path / "newer")
+    out = tmp_path / "result.json"
+    cases = ["--cases", "fejer-r?,dirichlet", "--quick", "--limit", "20"]
+    assert guard([str(before), str(after), *cases, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [result[side]["build"] for side in ("before", "after")] == [{"of": "older"}, {"of": "newer"}]
+    assert {"command", "date", "hardware", "versions", "time"} <= set(result)
+    assert [(row["name"], row["mode"]) for row in result["rows"]] == [
+        (name, mode) for name in ("fejer-r1", "fejer-r2", "fejer-r8", "dirichlet") for mode in MODES
+    ]
+    for row in result["rows"]:
+        seconds, peak = row["quantities"]["seconds"], row["quantities"]["peak_bytes"]
+        assert row["passed"] and seconds["rounds"] >= 6 and seconds["low"] <= seconds["ratio"] <= seconds["high"]
+        assert seconds["before"] >= 1e-3 and peak["before"] == peak["after"] > 0
+    assert capsys.readouterr().out.rstrip().endswith("all within 20.0%")
+
+
+def test_the_guard_names_what_got_worse(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(rounds, "RELAUNCH", 4)
+    before = pretended_package(tmp_path / "before", grouped="raise NotImplementedError('no groups yet')")
+    dies = "os.kill(os.getpid(), 9)"
+    after = pretended_package(tmp_path / "after", dirichlet=1.05, pyramid=dies, packed="(3, *query.shape)")
+    out = tmp_path / "result.json"
+    cases = ["--cases", "dirichlet,pyramid,grouped,packed,fejer-r1", "--quick"]
+    assert guard([str(before), str(after), *cases, "--out", str(out)]) == 1
+    rows = {(row["name"], row["mode"]): row for row in json.loads(out.read_text())["rows"]}
+    verdicts = {name: {rows[name, mode]["verdict"] for mode in MODES} for name, _ in rows}
+    assert verdicts == {
+        **{"fejer-r1": {"same"}, "dirichlet": {"slower"}, "packed": {"more memory"}},
+        **{"grouped": {"new"}, "pyramid": {"failed"}},
+    }
+    assert rows["dirichlet", FORWARD]["quantities"]["seconds"]["ratio"] == pytest.approx(1.05, abs=0.01)
+    printed = capsys.readouterr().out
+    assert f"pyramid, {FORWARD}, after: the process ended with SIGKILL" in printed
+    assert f"grouped, {FORWARD}, before: NotImplementedError: no groups yet" in printed
+    bad = {("dirichlet", "slower"), ("packed", "more memory"), ("pyramid", "failed")}
+    said = printed.splitlines()[-1]
+    assert said.startswith("NOT within 3.0%: ")
+    assert {tuple(part.split(" ", 1)) for part in said.partition(": ")[2].split("; ")} == {
+        (name, f"{mode} ({verdict})") for name, verdict in bad for mode in MODES
+    }
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(0.95, {"same", "less"}), (1.0, {"same"}), (1.06, {"more"})])
+def test_a_verdict_stands_above_the_noise(slower: float, verdict: set[str]) -> None:
+    """Rounds are off by 3 %, one in ten by up to a factor of 7; as many are drawn as the verdict takes."""
+    draw = random.Random(0)
+    for _ in range(200):
+        ratios: list[float] = []
+        while len(ratios) < 40 and judge(ratios, 0.03) is None:
+            far = math.exp(draw.uniform(-2, 2)) if draw.random() < 0.1 else 1.0
+            ratios.append(slower * far * math.exp(draw.gauss(0, 0.03)))
+        assert len(ratios) >= 6 and final(ratios, 0.03) in verdict
+
+
+def test_the_bounds_of_a_median_hold_as_often_as_they_say() -> None:
+    draw = random.Random(0)
+    for size in (6, 20, 41):
+        bounds = [median_interval([draw.expovariate(1) for _ in range(size)]) for _ in range(2000)]
+        assert sum(low <= math.log(2) <= high for low, high in bounds) / 2000 > 0.94
+    assert median_interval([1.0] * 5) == (-math.inf, math.inf)
+
+
+def test_what_is_allocated_on_a_cpu_is_counted_to_the_byte() -> None:
+    def call() -> None:
+        kept = torch.empty(1000)
+        torch.empty(2000)
+        torch.empty(500) + kept[:500]
+
+    assert CpuMeter(1).allocated(call) == 4 * (1000 + 2000)
+
+
+@pytest.mark.parametrize("device", GUARDED)
+def test_the_guard_has_cases_that_can_be_called(device: str) -> None:
+    for name, (provider, case) in quick(GUARDED[device]).items():
+        for mode in PROVIDERS[provider].modes:
+            one_call(PROVIDERS[provider].on("cpu", case), mode, *case.inputs("cpu"))
+        assert PROVIDERS[provider].label.format(**asdict(case)), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.whl", "."], "missing.whl is neither a wheel nor a folder with the package blurry_attn"),
+        (["tests", "."], "tests is neither a wheel nor a folder with the package blurry_attn"),
+        (["broken-1-py3-none-any.whl", "."], "broken-1-py3-none-any.whl cannot be installed: "),
+        (["liar", "liar"], "blurry_attn was imported from "),
+        (["broken", "broken"], "broken: ImportError: it is broken"),
+        ([".", ".", "--cases", "fejer-r8,fejr"], "--cases: no case is named 'fejr'; there are fejer-r1, "),
+        ([".", ".", "--limit", "0"], "--limit must be between 0 and 100 percent, got 0"),
+        ([".", ".", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        *([] if torch.cuda.is_available() else [([".", ".", "--device", "cuda"], "no CUDA device is available")]),
+    ],
+)
+def test_a_guard_that_cannot_compare_says_so(arguments, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "broken-1-py3-none-any.whl").write_text("no archive")
+    for name, text in (("broken", "raise ImportError('it is broken')"), ("liar", f"__file__ = {str(ROOT / 'x/y')!r}")):
+        package = pretended_package(tmp_path / name) / "blurry_attn" / "__init__.py"
+        package.write_text(f"{package.read_text()}\n{text}\n")
+    with pytest.raises(SystemExit) as refusal:
+        guard(arguments)
+    assert refusal.value.code == 2 and message in capsys.readouterr().err

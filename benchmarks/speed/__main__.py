@@ -64,7 +64,7 @@ def prepare(case: Case, providers: Sequence[str], meter: Meter, device: str) -> 
                 row["skipped"] = reason
                 continue
             try:
-                call = partial(one_call, provider.prepare(case), mode, *inputs(provider))
+                call = partial(one_call, provider.on(device, case), mode, *inputs(provider))
                 call()
                 row["peak_bytes"] = meter.peak_bytes(name, case, mode, call)
             except Exception as error:
@@ -79,7 +79,7 @@ def sample(case: Case, rows: dict[tuple[str, str], Row], suite: Suite, meter: Me
     for (name, mode), row in rows.items():
         if "peak_bytes" in row and "failed" not in row:
             try:
-                call = partial(one_call, PROVIDERS[name].prepare(case), mode, *inputs(PROVIDERS[name]))
+                call = partial(one_call, PROVIDERS[name].on(device, case), mode, *inputs(PROVIDERS[name]))
                 call()
                 calls[name, mode] = call
             except Exception as error:

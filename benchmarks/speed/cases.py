@@ -17,8 +17,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: query, key and value of shape (batch, heads, length, head_dim); ``slots`` and ``resolution`` of the
-    blurry window (``slots`` is also the number of tokens that a sliding window of equal state sees)."""
+    """One problem: query, key and value of shape (batch, heads, length, head_dim), the latter two of ``kv_heads`` where
+    that is given; ``slots`` and ``resolution`` of the blurry window (``slots`` is also the number of tokens that a
+    sliding window of equal state sees)."""
 
     length: int
     batch: int = 1
@@ -27,6 +28,7 @@ class Case:
     slots: int = 64
     resolution: int = 8
     dtype: str = "float32"
+    kv_heads: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -40,9 +42,15 @@ class Case:
     def inputs(self, device: str, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query, key, value and the gradient that comes in at the output."""
         generator = torch.Generator(device).manual_seed(seed)
-        shape = (self.batch, self.heads, self.length, self.head_dim)
+        kv_heads = self.kv_heads or self.heads
         query, key, value, grad_out = (
-            torch.randn(shape, generator=generator, device=device, dtype=self.torch_dtype) for _ in range(4)
+            torch.randn(
+                (self.batch, heads, self.length, self.head_dim),
+                generator=generator,
+                device=device,
+                dtype=self.torch_dtype,
+            )
+            for heads in (self.heads, kv_heads, kv_heads, self.heads)
         )
         return query, key, value, grad_out
 

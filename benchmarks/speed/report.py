@@ -60,7 +60,8 @@ def checks(rows: Sequence[Row], claims: Sequence[Claim]) -> list[dict[str, Any]]
 
 def shape(case: Case) -> str:
     """A case but for its length."""
-    return f"B={case.batch} H={case.heads} D={case.head_dim} {case.dtype}, {case.slots} slots, r = {case.resolution}"
+    heads = f"{case.heads}/{case.kv_heads}" if case.kv_heads else f"{case.heads}"
+    return f"B={case.batch} H={heads} D={case.head_dim} {case.dtype}, {case.slots} slots, r = {case.resolution}"
 
 
 def sections(result: dict[str, Any]) -> list[list[Row]]:

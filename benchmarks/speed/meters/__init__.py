@@ -28,6 +28,9 @@ class Meter(Protocol):
     def measure(self, call: Callable[[], None]) -> dict[str, float]:
         """One call's duration, ``seconds``, and where calls return early ``host_seconds``, what the caller spent."""
 
+    def allocated(self, call: Callable[[], None]) -> int:
+        """The most bytes that PyTorch's allocator gave out during a warm call, beyond those before it."""
+
     def peak_bytes(self, provider: str, case: Case, mode: str, call: Callable[[], None]) -> int:
         """The most memory in use during a call beyond the inputs and the incoming gradient; ``call`` is that call,
         ready and warmed up in this process."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from multiprocessing.connection import Connection
+from operator import itemgetter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -46,6 +50,18 @@ class CpuMeter:
         start = time.perf_counter()
         call()
         return {"seconds": time.perf_counter() - start}
+
+    def allocated(self, call: Callable[[], None]) -> int:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        changes = sorted((event for event in events if event["name"] == "[memory]"), key=itemgetter("ts"))
+        return max(accumulate((event["args"]["Bytes"] for event in changes), initial=0))
 
     def peak_bytes(self, provider: str, case: Case, mode: str, call: Callable[[], None]) -> int:
         receiver, sender = self.fresh.Pipe(duplex=False)

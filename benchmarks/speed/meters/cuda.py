@@ -59,6 +59,9 @@ class CudaMeter:
         return {"seconds": start.elapsed_time(end) * 1e-3, "host_seconds": host_seconds}
 
     def peak_bytes(self, provider: str, case: Case, mode: str, call: Callable[[], None]) -> int:
+        return self.allocated(call)
+
+    def allocated(self, call: Callable[[], None]) -> int:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

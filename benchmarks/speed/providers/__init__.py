@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+import torch
+
 from ..cases import BOTH, FORWARD, MODES, Attend, Case
 
 # What no implementation can avoid to move: q, k, v, out; backward q, k, v, out and its gradient, and three gradients.
+# Half of these have the heads of the query.
 TENSORS = {FORWARD: 4, BOTH: 12}
 
 
 def moved_tensors(case: Case, mode: str) -> int:
     """The fewest bytes that attention moves."""
-    return TENSORS[mode] * case.tokens * case.heads * case.head_dim * case.torch_dtype.itemsize
+    heads = case.heads + (case.kv_heads or case.heads)
+    return TENSORS[mode] // 2 * case.tokens * heads * case.head_dim * case.torch_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,10 @@ class Provider:
     """An operator under measurement.
 
     ``prepare(case)`` imports what it needs and returns ``attend(query, key, value) -> out``; what it raises is reported
-    as the reason why the provider has no result. ``skip(case)`` says why a case is left out on purpose, or None.
-    ``keys(case)`` is the mean number of keys, or slots, that a query meets: with it arithmetic is counted.
-    ``fewest_bytes(case, mode)`` is the least that has to be moved. With ``tokens_first`` all tensors are
-    (batch, length, heads, head_dim).
+    as the reason why the provider has no result. Its tensors are of torch's default device. ``skip(case)`` says why a
+    case is left out on purpose, or None. ``keys(case)`` is the mean number of keys, or slots, that a query meets: with
+    it arithmetic is counted. ``fewest_bytes(case, mode)`` is the least that has to be moved. With ``tokens_first`` all
+    tensors are (batch, length, heads, head_dim).
     """
 
     name: str
@@ -36,6 +40,11 @@ class Provider:
     fewest_bytes: Callable[[Case, str], int] = moved_tensors
     tokens_first: bool = False
     modes: tuple[str, ...] = MODES
+
+    def on(self, device: str, case: Case) -> Attend:
+        """What ``prepare(case)`` returns, for tensors of this device."""
+        with torch.device(device):
+            return self.prepare(case)
 
     def flops(self, case: Case, mode: str) -> float | None:
         """Of the matrix products: two forward and five more backward (the scores are made again)."""

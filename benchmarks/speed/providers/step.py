@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from ..cases import FORWARD, Attend, Case
 from . import provider
-
-POSITION = 100_000  # every slot is open
+from .blurry import drawn_state
 
 
 def graphed(step: Attend) -> Attend:
@@ -42,17 +41,14 @@ def _cache_bytes(length: int, case: Case, mode: str) -> int:
 
 @provider("step", "blurry window step, {slots} slots", fewest_bytes=_state_bytes, modes=(FORWARD,))
 def step(case: Case) -> Attend:
-    from blurry_attn import BlurryState, BlurryWindow, blurry_window_step
+    from blurry_attn import blurry_window_step
 
-    window = BlurryWindow(case.slots, case.slots * case.resolution)
-    key, value = torch.randn(2, case.batch, case.heads, case.slots, case.head_dim, device="cuda")
-    state = BlurryState(key, value, torch.arange(POSITION, POSITION + case.batch, device="cuda"), window)
-    return graphed(partial(blurry_window_step, state=state))
+    return graphed(partial(blurry_window_step, state=drawn_state(case)))
 
 
 def _attend_to_cache(length: int, case: Case) -> Attend:
     shape = (case.batch, case.heads, length, case.head_dim)
-    keys, values = (torch.randn(shape, device="cuda", dtype=case.torch_dtype) for _ in range(2))
+    keys, values = (torch.randn(shape, dtype=case.torch_dtype) for _ in range(2))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(query, keys, values)
