@@ -21,10 +21,35 @@ from typing import Any
 import torch
 
 from .. import command_line, now
-from .cases import SUITES, chosen, quick
-from .report import SIDES, result_of, table
+from .cases import SUITES, Suite, chosen, quick
+from .report import SIDES, result_of, status, table
 from .rounds import compare
 from .side import Side, Unusable, installed
+
+
+def compared(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:
+    """What is measured, of what and on what.
+
+    Raises:
+        Unusable: one of the two cannot be installed or imported.
+    """
+    limit = args.limit / 100
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sides = []
+        for name in SIDES:
+            empty = scratch / f"empty {name}"
+            empty.mkdir()
+            side = Side(installed(getattr(args, name), scratch / name), empty, args.device, args.threads)
+            sides.append(stack.enter_context(closing(side)))
+        installations = {name: side.installation() for name, side in zip(SIDES, sides, strict=True)}
+        return {
+            **sides[0].ask("setting"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **{name: {"given": str(getattr(args, name)), **found} for name, found in installations.items()},
+            "limit": limit,
+            "rows": [result_of(row, limit) for row in compare(sides, suite, limit, args.rounds)],
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,36 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"--cases: {error}")
 
-    limit = args.limit / 100
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        sides = []
-        try:
-            for name in SIDES:
-                (scratch / "empty" / name).mkdir(parents=True)
-                folder = installed(getattr(args, name), scratch / name)
-                side = Side(folder, scratch / "empty" / name, args.device, args.threads)
-                sides.append(stack.enter_context(closing(side)))
-            installations = [side.installation() for side in sides]
-        except Unusable as error:
-            parser.error(str(error))
-        result: dict[str, Any] = {
-            "command": command_line("guard", given),
-            "date": now(),
-            **sides[0].ask("setting"),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            **{
-                name: {"given": str(getattr(args, name)), **found}
-                for name, found in zip(SIDES, installations, strict=True)
-            },
-            "limit": limit,
-            "rows": [result_of(row, limit) for row in compare(sides, suite, limit, args.rounds)],
-        }
+    try:
+        result = {"command": command_line("guard", given), "date": now()} | compared(args, suite)
+    except Unusable as error:
+        parser.error(str(error))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
-    return 0 if all(row["passed"] for row in result["rows"]) else 1
+    return status(result["rows"])
 
 
 if __name__ == "__main__":

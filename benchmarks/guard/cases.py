@@ -21,21 +21,21 @@ class Subject(NamedTuple):
 Suite = dict[str, Subject]
 """By the name that the command line takes."""
 
-# About a millisecond each, which other processes of a busy machine rarely meet.
-_cpu = Case(length=1024, heads=2)
+# About a millisecond each, backward included, which other processes of a busy machine rarely meet.
+_cpu = Case(length=1024, heads=1)
 _cpu_step = Case(length=1, heads=16)
 CPU: Suite = {
     **{f"fejer-r{r}": Subject("fejer", replace(_cpu, resolution=r)) for r in (1, 2, 8)},
     "fejer-wide": Subject("fejer", replace(_cpu, length=512, head_dim=128, resolution=4)),
     "fejer-bfloat16": Subject("fejer", replace(_cpu, dtype="bfloat16")),
-    "grouped": Subject("fejer", replace(_cpu, length=512, heads=4, kv_heads=1, resolution=4)),
-    "pyramid": Subject("pyramid", replace(_cpu, length=512, heads=8, slots=32)),
+    "grouped": Subject("fejer", replace(_cpu, length=512, heads=2, kv_heads=1, resolution=4)),
+    "pyramid": Subject("pyramid", replace(_cpu, length=256, heads=8, slots=16)),
     "packed": Subject("packed", _cpu),
-    "chunk": Subject("chunk", replace(_cpu, length=128, batch=4)),
-    "dirichlet": Subject("dirichlet", replace(_cpu, length=512, resolution=4)),
+    "chunk": Subject("chunk", replace(_cpu, length=128, batch=2)),
+    "dirichlet": Subject("dirichlet", replace(_cpu, length=256, resolution=2)),
     "steps-one": Subject("steps", _cpu_step),
-    "steps-many": Subject("steps", replace(_cpu_step, batch=16)),
-    "steps-bfloat16": Subject("steps_bfloat16", replace(_cpu_step, batch=4)),
+    "steps-many": Subject("steps", replace(_cpu_step, batch=8)),
+    "steps-bfloat16": Subject("steps_bfloat16", replace(_cpu_step, batch=2)),
     "steps-dirichlet": Subject("steps_dirichlet", _cpu_step),
     "rotary": Subject("rotary", replace(_cpu, heads=4)),
 }

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..speed.report import hardware
 from .rounds import PEAK, Row
-from .verdict import final, median_interval
+from .verdict import exact, final, median_interval
 
 SIDES = ("before", "after")
 WORDS = {
-    "seconds": {"less": "faster", "more": "slower"},
-    "host_seconds": {"less": "faster on the host", "more": "slower on the host"},
+    "seconds": {"less": "faster", "more": "slower", "unsure": "slower?"},
+    "host_seconds": {"less": "faster on the host", "more": "slower on the host", "unsure": "slower on the host?"},
     PEAK: {"less": "less memory", "more": "more memory"},
 }
 # Title, the unit's size and format of a quantity's columns.
@@ -45,14 +46,15 @@ def result_of(row: Row, limit: float) -> dict[str, Any]:
 
 def _judged(row: Row, quantity: str, limit: float) -> dict[str, Any]:
     pairs, ratios = row.pairs[quantity], row.ratios(quantity)
-    exact = quantity == PEAK
-    low, high = (ratios[0], ratios[0]) if exact else median_interval(ratios)
+    low, high, verdict = ratios[0], ratios[0], exact(ratios[0], limit)
+    if quantity != PEAK:
+        low, high, verdict = *median_interval(ratios), final(ratios, limit)
     return {
         **{side: statistics.median(values) for side, values in zip(SIDES, zip(*pairs, strict=True), strict=True)},
         "ratio": statistics.median(ratios),
         **{name: bound if math.isfinite(bound) else None for name, bound in (("low", low), ("high", high))},
         "rounds": len(pairs),
-        "verdict": final(ratios, limit, exact=exact),
+        "verdict": verdict,
     }
 
 
@@ -61,8 +63,7 @@ def table(result: dict[str, Any]) -> str:
     rows = result["rows"]
     shown = [quantity for quantity in COLUMNS if any(quantity in row["quantities"] for row in rows)]
     width = max(len(row["name"]) for row in rows)
-    hardware = ", ".join(str(value) for value in result["hardware"].values())
-    lines = [f"{hardware}; torch {result['versions']['torch']}; {result['date']}"]
+    lines = [f"{hardware(result)}; torch {result['versions']['torch']}; {result['date']}"]
     lines += [f"{side}: {result[side]['given']}" for side in SIDES]
     lines += ["", " " * (width + 26) + "".join(f"{COLUMNS[quantity][0]:>39}" for quantity in shown)]
     heading = f"{'before':>10}{'after':>10}{'ratio':>7}{'':12}"
@@ -77,9 +78,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, conclusion(rows, result["limit"])])
 
 
+def status(rows: Sequence[dict[str, Any]]) -> int:
+    """0: all rows pass, 1: one does not, 2: none was compared."""
+    if not all(row["passed"] for row in rows):
+        return 1
+    return 0 if any(row["verdict"] != "new" for row in rows) else 2
+
+
 def conclusion(rows: Sequence[dict[str, Any]], limit: float) -> str:
+    """The last line of the table, which names what does not pass."""
+    if status(rows) == 2:
+        return "nothing was compared: the side before has none of the cases"
     bad = [f"{row['name']} {row['mode']} ({row['verdict']})" for row in rows if not row["passed"]]
-    return f"NOT within {limit:.1%}: {'; '.join(bad)}" if bad else f"all within {limit:.1%}"
+    return f"NOT within {limit:.1%}: {'; '.join(bad)}" if bad else f"within {limit:.1%}, as far as can be told"
 
 
 def _cell(said: dict[str, Any] | None, quantity: str) -> str:

@@ -19,7 +19,7 @@ TIMES, PEAK = ("seconds", "host_seconds"), "peak_bytes"
 RELAUNCH = 10
 """Rounds of one import."""
 TURNS = 4
-TURN_SECONDS = 0.006
+TURN_SECONDS = 0.008
 CALLS = (3, 100)
 """The fewest and the most in a turn; in between a turn takes ``TURN_SECONDS``."""
 

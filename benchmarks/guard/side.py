@@ -14,8 +14,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "blurry_attn"
-SILENT = "6"
-"""torch.profiler's level of messages, of which it otherwise prints two at every use."""
+ENVIRONMENT = {
+    "KINETO_LOG_LEVEL": "6",  # torch.profiler prints two messages at every use
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's threads, which are started at its import and do not survive a fork
+}
 PATIENCE = 300
 """Seconds after which a process that does not answer is ended."""
 
@@ -68,7 +70,7 @@ class Side:
             [sys.executable, "-m", "benchmarks.guard.worker", str(other.fileno()), *self.arguments],
             pass_fds=[other.fileno()],
             cwd=self.scratch,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "KINETO_LOG_LEVEL": SILENT},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path)},
             start_new_session=True,
         )
         other.close()

@@ -32,10 +32,19 @@ def judge(ratios: Sequence[float], limit: float) -> str | None:
     return "less" if high < 1 - limit else "same"
 
 
-def final(ratios: Sequence[float], limit: float, *, exact: bool = False) -> str:
-    """The same where no more rounds come, or where they would be no other (``exact``): then the median decides."""
-    verdict = None if exact else judge(ratios, limit)
-    if verdict is None:
-        middle = statistics.median(ratios)
-        verdict = "more" if middle > 1 + limit else "less" if exact and middle < 1 - limit else "same"
-    return verdict
+def final(ratios: Sequence[float], limit: float) -> str:
+    """The same where no more rounds come: then what is slower for sure, and by the median over the limit, is "more".
+
+    ``"unsure"`` where the median alone says so.
+    """
+    verdict = judge(ratios, limit)
+    if verdict is not None:
+        return verdict
+    if statistics.median(ratios) <= 1 + limit:
+        return "same"
+    return "more" if median_interval(ratios)[0] > 1 else "unsure"
+
+
+def exact(ratio: float, limit: float) -> str:
+    """The verdict on what is the same in every round."""
+    return "more" if ratio > 1 + limit else "less" if ratio < 1 - limit else "same"

@@ -72,13 +72,16 @@ def sections(result: dict[str, Any]) -> list[list[Row]]:
     return list(groups.values())
 
 
+def hardware(result: dict[str, Any]) -> str:
+    """What a result was measured on, in a line."""
+    return ", ".join(value if isinstance(value, str) else f"{value} {key}" for key, value in result["hardware"].items())
+
+
 def heading(result: dict[str, Any], *, section: Sequence[Row] | None = None) -> str:
     """What was measured (all of it, or a section), where, with what and when."""
     groups = [section] if section else sections(result)
     parts = [shape(Case(**groups[0][0]["case"]))] if len(groups) == 1 else []
-    parts.append(
-        ", ".join(value if isinstance(value, str) else f"{value} {key}" for key, value in result["hardware"].items())
-    )
+    parts.append(hardware(result))
     if ceilings := result.get("ceilings"):
         copy, product = ceilings["copy_bytes_per_second"], ceilings["product_flops_per_second"]
         parts.append(f"copy {copy * 1e-12:.2f} TB/s, bf16 product {product * 1e-12:.0f} TFLOP/s")
