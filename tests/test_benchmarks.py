@@ -585,13 +585,13 @@ def test_the_guard_lets_pass_what_is_the_same(tmp_path: Path, monkeypatch, capsy
     before = as_wheel(pretended_package(tmp_path / "older"))
     after = pretended_package(tmp_path / "newer")
     out = tmp_path / "result.json"
-    cases = ["--cases", "fejer-r?,dirichlet", "--quick", "--limit", "20"]
+    cases = ["--cases", "fejer-r8,dirichlet", "--quick", "--limit", "20"]
     assert guard([str(before), str(after), *cases, "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [result[side]["build"] for side in ("before", "after")] == [{"of": "older"}, {"of": "newer"}]
     assert {"command", "date", "hardware", "versions", "time"} <= set(result)
     assert [(row["name"], row["mode"]) for row in result["rows"]] == [
-        (name, mode) for name in ("fejer-r1", "fejer-r2", "fejer-r8", "dirichlet") for mode in MODES
+        (name, mode) for name in ("fejer-r8", "dirichlet") for mode in MODES
     ]
     for row in result["rows"]:
         seconds, peak = row["quantities"]["seconds"], row["quantities"]["peak_bytes"]

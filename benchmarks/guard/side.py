@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 PACKAGE = "blurry_attn"
 ENVIRONMENT = {
-    "KINETO_LOG_LEVEL": "6",  # torch.profiler prints two messages at every use
+    "KINETO_LOG_LEVEL": "6",  # torch's profiler prints two messages at every use
     "OPENBLAS_NUM_THREADS": "1",  # numpy's threads, which are started at its import and do not survive a fork
 }
 PATIENCE = 300

@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.autograd.profiler import profile
 
 from ..cases import Case, one_call
 from ..providers import PROVIDERS
@@ -52,9 +53,7 @@ class CpuMeter:
         return {"seconds": time.perf_counter() - start}
 
     def allocated(self, call: Callable[[], None]) -> int:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(profile_memory=True) as profiler:
             call()
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder, "trace.json")
