@@ -89,8 +89,15 @@ def conclusion(rows: Sequence[dict[str, Any]], limit: float) -> str:
     """The last line of the table, which names what does not pass."""
     if status(rows) == 2:
         return "nothing was compared: the side before has none of the cases"
-    bad = [f"{row['name']} {row['mode']} ({row['verdict']})" for row in rows if not row["passed"]]
-    return f"NOT within {limit:.1%}: {'; '.join(bad)}" if bad else f"within {limit:.1%}, as far as can be told"
+    bad = [row for row in rows if not row["passed"]]
+    if bad:
+        return f"NOT within {limit:.1%}: {_named(bad)}"
+    unsure = [row for row in rows if "?" in row["verdict"]]
+    return f"within {limit:.1%}" + (f", but more rounds have to tell: {_named(unsure)}" if unsure else "")
+
+
+def _named(rows: Sequence[dict[str, Any]]) -> str:
+    return "; ".join(f"{row['name']} {row['mode']} ({row['verdict']})" for row in rows)
 
 
 def _cell(said: dict[str, Any] | None, quantity: str) -> str:

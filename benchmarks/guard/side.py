@@ -60,6 +60,7 @@ class Side:
 
     def __init__(self, folder: Path, scratch: Path, device: str, threads: int) -> None:
         self.folder, self.scratch, self.arguments = folder, scratch, (device, str(threads))
+        self.asked = 0
         self.launch()
 
     def launch(self) -> None:
@@ -96,7 +97,8 @@ class Side:
             Failed: with the reason; later calls are answered all the same.
         """
         try:
-            self.connection.send((name, *arguments))
+            self.asked += 1
+            self.connection.send((self.asked, name, *arguments))
             return self._answer()
         except (Gone, BrokenPipeError) as error:
             relaunch([self])
@@ -104,15 +106,19 @@ class Side:
 
     def renew(self) -> None:
         """A process forked anew takes over."""
-        self.connection.send(("renew",))
+        self.connection.send((0, "renew"))
 
     def _answer(self) -> Any:
-        if not self.connection.poll(PATIENCE):
-            raise Gone(f"no answer within {PATIENCE} s")
-        try:
-            succeeded, result = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            raise Gone(f"the process ended with status {self.process.wait()}") from None
+        while True:
+            if not self.connection.poll(PATIENCE):
+                raise Gone(f"no answer within {PATIENCE} s")
+            try:
+                number, succeeded, result = self.connection.recv()
+            except (EOFError, ConnectionResetError):
+                raise Gone(f"the process ended with status {self.process.wait()}") from None
+            # Not the answer to an earlier call, which comes late where a process broke down after it had answered.
+            if number in (None, self.asked):
+                break
         if not succeeded:
             raise Failed(result)
         return result

@@ -71,28 +71,29 @@ class Worker:
 
 
 def serve(connection: Connection, device: str, threads: int) -> int:
-    """Answers until told to end: (True, result) or (False, what failed)."""
+    """Answers until told to end: the number of what was asked, and (True, result) or (False, what failed)."""
     worker: Worker | None = None
     while True:
         try:
-            name, *arguments = connection.recv()
+            number, name, *arguments = connection.recv()
         except EOFError:
             return ENDED
         if name == "renew":
             return RENEWED
         try:
             worker = worker or Worker(device, threads)
-            connection.send((True, getattr(worker, name)(*arguments)))
+            answer = True, getattr(worker, name)(*arguments)
         except Exception as error:
-            connection.send((False, described(error)))
+            answer = False, described(error)
+        connection.send((number, *answer))
 
 
 def main() -> None:
     connection, device, threads = Connection(int(sys.argv[1])), sys.argv[2], int(sys.argv[3])
     try:
-        connection.send((True, installation()))
-    except ImportError as error:
-        connection.send((False, described(error)))
+        connection.send((None, True, installation()))
+    except Exception as error:
+        connection.send((None, False, described(error)))
         return
     code = RENEWED
     while code != ENDED:
@@ -102,7 +103,7 @@ def main() -> None:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code not in (RENEWED, ENDED):
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
-            connection.send((False, f"the process ended with {how}"))
+            connection.send((None, False, f"the process ended with {how}"))
 
 
 if __name__ == "__main__":
