@@ -138,7 +138,7 @@ class BlurryState:
         """Key and value slots as they are; those of bfloat16 in float32, with the ones in flux in their place."""
         if self.flux is None:
             return self.key, self.value
-        self.__post_init__()  # an attribute may have been set since
+        self._check()  # an attribute may have been set since
         rows = _rows_in_flux(self.window, self.kv_heads, self.position)
         key, value = self.key.float(), self.value.float()
         key[rows], value[rows] = self.flux.split((key.shape[3], value.shape[3]), -1)
