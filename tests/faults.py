@@ -94,8 +94,8 @@ EXPORT = ("tests/test_export.py",)
 OPERATORS = ("tests/test_operators.py",)
 PACKAGING = ("tests/test_packaging.py", "-k", "build and not cuda_build")
 HUB = ("tests/test_transformers.py",)
-PIECES = ("tests/test_distributed.py", "-k", "pieces or number or length")
-DTENSORS = ("tests/test_distributed.py", "-k", "dtensors or share")
+PIECES = ("tests/test_distributed.py", "-k", "pieces or number or length or long_ago")
+DTENSORS = ("tests/test_distributed.py", "-k", "dtensor or share")
 LAYERS = ("tests/test_distributed.py", "-k", "layer_by_heads")
 FILES = ("tests/test_files.py",)
 LM = ("tests/test_lm.py",)
@@ -272,7 +272,7 @@ PYTHON = [
         "blurry_attn/window.py",
         ("window: heads not staggered", "resolutions[:head].count(resolution) * resolution //", "0 * resolution //",
          WINDOWS),
-        ("window: true taken for 1", "if not isinstance(value, bool):", "if True:", WINDOWS),
+        ("window: true taken for 1", "if not isinstance(value, bool) and ", "if ", WINDOWS),
         ("window: too many slots accepted", "if self.slots > MAX_SLOTS:", "if False:", WINDOWS),
         ("window: too long accepted", "if window // self.slots > MAX_RESOLUTION:", "if False:", REFUSALS),
         ("window: infinite sharpness accepted", "if not 1 <= self.sharpness <= sys.float_info.max:",
@@ -281,6 +281,12 @@ PYTHON = [
          "if not 0 <= phase <= window // self.slots:", WINDOWS),
         ("window: phases of part of the heads made anew", "self.sharpness, self.phases(kv_heads)[heads]",
          "self.sharpness, None", LAYERS),
+        ("window: an array of one number taken for it", ' and getattr(value, "ndim", 0) == 0', "", WINDOWS),
+        ("window: one resolution taken for a pyramid", """        if isinstance(entries, int):
+            raise TypeError(""", """        entries = BlurryWindow._entries(entries)
+        if isinstance(entries, int):
+            raise TypeError(""", WINDOWS),
+        ("window: equal whatever the phases", "            and self.phase == other.phase\n", "", WINDOWS),
         ("window: value_dim ignored in its size", "(head_dim if value_dim is None else value_dim))", "head_dim)",
          WINDOWS),
     ),
@@ -289,6 +295,8 @@ PYTHON = [
         ("ops: fewer kv heads without enable_gqa", "if query.shape[1] != key.shape[1] and not enable_gqa:", "if False:",
          ERRORS),
         ("ops: a given scale ignored", "return float(scale)", "return 1 / math.sqrt(max(head_dim, 1))", VALUES),
+        ("ops: a tensor taken for a scale", "or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat))",
+         'or not hasattr(scale, "__float__")', REFUSALS),
         ("ops: default scale of one over the head size", "return 1 / math.sqrt(max(head_dim, 1))",
          "return 1 / max(head_dim, 1)", VALUES),
         ("ops: state of another window taken", "state.window is not window and state.window != window", "False",
@@ -325,6 +333,12 @@ PYTHON = [
          "tensor.shape[3]) for tensor in (query, query, value))", OPERATORS),
     ),
     *faults(
+        "blurry_attn/flops.py",
+        ("flops: backward counted as the forward", "work = 5 * attend // 2 + 2 * write if backward else", "work =",
+         OPERATORS),
+        ("flops: one head counted for all", "for period in window:", "for period in window[:1]:", OPERATORS),
+    ),
+    *faults(
         "blurry_attn/reference.py",
         ("reference: opening not written whole", "row.append(1.0 if token == opens else math.nan)",
          "row.append(gate(token, slot, window, head_window, phase) if token == opens else math.nan)", REFERENCE),
@@ -340,10 +354,17 @@ PYTHON = [
         ("state: shut slots read", "known = torch.where(is_open, slots, 0.0)", "known = slots", STATE),
         ("state: oldest slot without the cell before the first", "oldest = [self.slots - 1 if phase > 0 else 0 for",
          "oldest = [0 for", STATE),
-        ("state: clone shares the value", "change(self.value), change", "self.value, change", STATE),
-        ("state: detach keeps the key's history", "BlurryState(change(self.key),", "BlurryState(self.key,", STATE),
-        ("state: index drops the positions", "change(self.position), self.window",
-         "self.position[: len(change(self.key))], self.window", DECODING),
+        ("state: clone shares the value", "change(getattr(self, name), *arguments) for name in _CHILDREN)",
+         'self.value if name == "value" else change(getattr(self, name), *arguments) for name in _CHILDREN)', STATE),
+        ("state: detach keeps the key's history", "change(getattr(self, name), *arguments) for name in _CHILDREN)",
+         'self.key if name == "key" else change(getattr(self, name), *arguments) for name in _CHILDREN)', STATE),
+        ("state: index drops the positions", "change(getattr(self, name), *arguments) for name in _CHILDREN)",
+         'change(self.position[:9] if name == "position" else getattr(self, name), *arguments[name == "position" :]) '
+         "for name in _CHILDREN)", DECODING),
+        ("state: an int from the end is the next one", "row %= self.batch_size", "row = abs(row)", DECODING),
+        ("state: tensors of a trace are kept", "        or is_in_torch_dispatch_mode()\n", "", EXPORT),
+        ("state: window of a state_dict on the default device", "dtype=torch.uint8, device=device)",
+         "dtype=torch.uint8)", STATE),
         ("state: positions shared between dtypes", "copy=copy or key is not self.key", "copy=copy", STATE),
         ("state: slots in flux rounded", "key[rows], value[rows] = self.flux", "_ = self.flux", DECODING),
         ("state: slots that come to rest not written", "[key, value, position, _flux(",
@@ -374,10 +395,12 @@ PYTHON = [
     ),
     *faults(
         "blurry_attn/modules.py",
-        ("modules: positions begin anew after a state", "tokens if state is None else tokens + state.position",
-         "tokens if state is None else tokens + 0 * state.position", MODULES),
-        ("modules: padded positions begin anew after a state", "positions = positions + state.position.unsqueeze(1)",
-         "positions = positions + 0 * state.position.unsqueeze(1)", MODULES),
+        ("modules: positions begin anew after a state", "return tokens + position.unsqueeze(1)", "return tokens",
+         MODULES),
+        ("modules: padded positions begin anew after a state", "positions = _after(state, packing.positions)",
+         "positions = packing.positions", MODULES),
+        ("modules: a traced mask fixes how many tokens there are", "keep_padding=not shapes_may_depend_on(",
+         "keep_padding=not bool(", RAGGED),
         ("modules: a step's position one late", "self._project(x, state.position.unsqueeze(1))",
          "self._project(x, state.position.unsqueeze(1) + 1)", MODULES),
         ("modules: key not rotated", "rotary(query, positions, self.rope_base), rotary(key, positions, self.rope_base)",
@@ -408,21 +431,28 @@ PYTHON = [
         ("swap: fast path stays on", "mha.set_fastpath_enabled(False)", "pass", SWAP),
         ("swap: fast path stays off", "            if cls.users == 0:\n                mha",
          "            if False:\n                mha", SWAP),
-        ("swap: FlexAttention let through", "if func is _FLEX:", "if False:", SWAP),
+        ("swap: FlexAttention let through", '    "flex_attention",\n', "", SWAP),
+        ("swap: varlen_attn let through", '    "_varlen_attn",\n', "", SWAP),
+        ("swap: overloads let through", 'for overload in ("", ".default", ".out", ".quantized")',
+         'for overload in ("",)', SWAP),
     ),
     *faults(
         "blurry_attn/distributed.py",
         ("distributed: rank's own piece counted", "lengths[: dist.get_rank(group)]",
          "lengths[: dist.get_rank(group) + 1]", PIECES),
-        ("distributed: decay of a piece ignored", "carried = piece[..., :-1] + _kept(piece[..., -1:], carried)",
+        ("distributed: decay of a piece ignored",
+         "carried = piece[..., :-1] + _kept(piece[..., -1:], carried, endless)",
          "carried = piece[..., :-1] + carried", PIECES),
+        ("distributed: what is not finite forgotten", "if skipped and any(echoes) and not _outweighs(",
+         "if False and not _outweighs(", PIECES),
+        ("distributed: an echo that underflows takes a NaN along", "(decay == 0) & ~endless", "decay == 0", PIECES),
+        ("distributed: laps that are skipped leave no echo less", "[echo**count for", "[echo**0 for", PIECES),
         ("distributed: gradient skips a rank", "for later in range(len(gathered) - 1, rank, -1):",
          "for later in range(len(gathered) - 1, rank + 1, -1):", PIECES),
-        ("distributed: echo cut off a lap early", "reach = max(reach, laps * period)",
-         "reach = max(reach, (laps - 1) * period)", PIECES),
+        ("distributed: echo cut off early", "math.ceil(2 * math.log(", "math.ceil(0.2 * math.log(", PIECES),
         ("distributed: the given state's positions ignored", "position = position + state.position", "pass", PIECES),
-        ("distributed: kept reads what is gone", "torch.where(decay == 0, 0.0, decay * slots)", "decay * slots",
-         PIECES),
+        ("distributed: kept reads what is gone", "torch.where((decay == 0) & ~endless, 0.0, decay * slots)",
+         "decay * slots", PIECES),
         ("distributed: every rank has the first heads' windows", "slice(rank * kv_heads, (rank + 1) * kv_heads)",
          "slice(0, kv_heads)", LAYERS),
     ),
@@ -435,6 +465,8 @@ PYTHON = [
         ("sharding: heads cut along tokens accepted", "if TOKENS in dims:", "if False:", DTENSORS),
         ("sharding: autograd does not see a step", "torch.autograd.graph.increment_version(", "tuple(", DTENSORS),
         ("sharding: uneven shards accepted", "if x.shape[dim] % parts[dim]:", "if False:", DTENSORS),
+        ("sharding: positions of sequences not cut", "if cut == SEQUENCES and positions.dim() == 2 else",
+         "if False else", DTENSORS),
         ("sharding: state keeps the window of a part",
          "results = (*results[:-1], _with_window(results[-1], window))", "pass", DTENSORS),
     ),

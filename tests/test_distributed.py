@@ -154,12 +154,16 @@ def long_ago(what: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], BlurryS
         return (query, key, value), state
     if what == "not finite":
         key[0, :, 100], value[:, 1, 250, 2] = math.nan, math.inf
+    elif what == "a first piece of other size":
+        value[:, :, :1000] *= 1e12
     else:
         value *= 10.0 ** (-3 * torch.arange(4000) / 48).clamp(min=-30).to(dtype).unsqueeze(1)
     return (query, key, value), None
 
 
-@pytest.mark.parametrize("what", ["a state", "not finite", "values that fall a thousandfold within a window"])
+@pytest.mark.parametrize(
+    "what", ["a state", "not finite", "a first piece of other size", "values that fall a thousandfold within a window"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_what_was_long_ago_counts_as_in_one_process(what: str, dtype: torch.dtype, world: World):
     whole, state = long_ago(what, dtype)
