@@ -234,6 +234,15 @@ def test_any_forgery_is_refused_in_one_line_or_a_model(folder: Path, header, mod
         (folder / FILE).write_bytes(whole)
 
 
+def test_a_file_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def safe_open(*_: object, **__: object) -> None:
+        raise PermissionError("Permission denied (os error 13)")  # as safetensors does, without number and name
+
+    monkeypatch.setattr(checkpoint, "safe_open", safe_open)
+    with pytest.raises(InputError, match=f"^{folder / FILE}: cannot be read .Permission denied"):
+        checkpoint.load(folder)
+
+
 def test_a_pickle_is_refused_and_not_run(folder: Path, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple:

@@ -36,6 +36,7 @@ except ModuleNotFoundError as error:
 PROGRAM, MODULE = "blurry-lm", "python -m blurry_attn.lm"
 RUNS = Path("runs")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OUTPUT = (*FULL, errno.EPIPE, errno.EIO)  # where no file is named: files are, when they are written
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,8 +58,8 @@ def _run(args: argparse.Namespace) -> int:
             print(end="", flush=True)
             return status
     except (InputError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            # It was standard output, and the interpreter's last flush would fail too.
+        if isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT:
+            error.filename = "standard output"  # of which the interpreter's last flush would fail too
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, BrokenPipeError):
                 return 0
@@ -75,9 +76,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _told(error: Exception) -> str:
     """What a user can do about an error, in one line; raises what is no user's concern."""
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.filename is not None:
         advice = "; make room there, and go on from what was saved" if error.errno in FULL else ""
-        return f"{error.filename or 'standard output'}: {error.strerror}{advice}"
+        return f"{error.filename}: {error.strerror}{advice}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
         return "out of memory; a smaller --batch, --context, --dim, --layers or --slots needs less"
     if isinstance(error, (InputError, OSError)):

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..files import naming, write_whole
+from ..files import write_whole
 from .data import VOCABULARY, InputError
 from .model import LanguageModel, ModelConfig
 from .parallel import rank
@@ -130,15 +130,14 @@ def load(folder: Path) -> Checkpoint:
     """Reads the checkpoint of a run, on the CPU. Nothing beyond the size of the file is made, and nothing in it is run.
 
     Raises:
-        InputError: there is none, or the file is not one, or not as it was written, or holds what no training writes;
-            the message names the file, and the entry if it is one.
-        OSError: the file cannot be read.
+        InputError: there is none, or the file cannot be read, is not one, is not as it was written or holds what no
+            training writes; the message names the file, and the entry if it is one.
     """
     path = folder / FILE
     if not path.is_file():
         raise InputError(f"{folder}: no checkpoint there ({FILE})")
     try:
-        with naming(path), safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
             kinds = {name: f"{entry.get_dtype()} {tuple(entry.get_shape())}" for name, entry in entries.items()}
@@ -154,6 +153,8 @@ def load(folder: Path) -> Checkpoint:
                 raise InputError(f"entry {name!r} holds {tensor.min():g}, less than {lowest:g}")
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({' '.join(str(error).split())})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return Checkpoint(*configs, header["digest"], int(header["step"]), tensors)

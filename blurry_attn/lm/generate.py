@@ -72,7 +72,7 @@ def generate(folder: Path, prompt: str, tokens: int, sampling: Sampling, device:
 
     Raises:
         InputError: no checkpoint in ``folder``, a state larger than memory, an empty prompt, or ``tokens`` < 1.
-        OSError: the checkpoint cannot be read, which is named, or ``out`` not written.
+        OSError: ``out`` cannot be written.
     """
     if tokens < 1:
         raise InputError(f"--tokens must be at least 1, got {tokens}")
@@ -87,16 +87,14 @@ def generate(folder: Path, prompt: str, tokens: int, sampling: Sampling, device:
     saved.restore(model)
     model.to(device).eval()
     spoken = prompt.encode(errors="surrogateescape")  # also what a terminal sent that is no UTF-8
-    out.write(spoken.decode(errors="replace"))
+    print(spoken.decode(errors="replace"), end="", file=out)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     states: list[Any] = []
     begin = time.perf_counter()
     for byte in continuation(model, spoken, tokens, sampling, states):
-        out.write(decoder.decode(bytes([byte])))
-        out.flush()
+        print(decoder.decode(bytes([byte])), end="", file=out, flush=True)
     seconds = time.perf_counter() - begin
-    out.write(decoder.decode(b"", final=True) + "\n")
-    out.flush()
+    print(decoder.decode(b"", final=True), file=out, flush=True)
     elements, size = state_size(states)
     growth = "and growing" if config.mixer == "full" else "however long the text"
     speed = f"{tokens} bytes in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
