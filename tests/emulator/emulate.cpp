@@ -526,33 +526,56 @@ struct Checks {
     }
   }
   // Half precision: an error is at most `times` that of plain PyTorch in the dtype, of the same tokens or as a part of
-  // all, or what is nothing beside numbers of size 1.
+  // all, or what is nothing beside numbers of size 1. The elements of a token err alike, so few tokens vary more.
   void against_plain(const std::string& name, const Numbers& got, const Numbers& want, const Numbers& plain,
                      int64_t heads, double times) {
-    const double nothing = (c.dtype == DType::bfloat16 ? 0x1p-7 : 0x1p-10) / 100;
-    const Numbers zeros(want.size());
-    const auto distance = [&](const Numbers& x, const Numbers& y, int64_t from, int64_t to) {
-      double sum = 0;
-      for (int64_t i = from; i < to; ++i) {
-        if (std::isfinite(plain[i]) && fits(want[i])) sum += (x[i] - y[i]) * (x[i] - y[i]);
-      }
-      return std::sqrt(sum);
-    };
-    const int64_t size = static_cast<int64_t>(want.size());
-    const double all = distance(want, zeros, 0, size), part = all > 0 ? distance(plain, want, 0, size) / all : 0;
+    const double part = part_of_all(want, plain);
     each_block(want, heads, [&](int64_t dim, int64_t first, int64_t count, const std::string& where) {
-      const int64_t from = first * dim, to = from + count * dim;
-      const double error = distance(got, want, from, to), own = distance(plain, want, from, to);
-      const double norm = distance(want, zeros, from, to), least = nothing * std::sqrt(static_cast<double>(to - from));
-      const double allowed = times * std::max({own, part * norm, least});
-      double& most = worst[std::string(name_of(c.dtype)) + " " + name + " against plain"];
-      if (std::isfinite(error)) most = std::max(most, error / allowed);
-      if (error <= allowed) return;
-      char text[200];
-      std::snprintf(text, sizeof text, ": error %.3g of %.3g, plain PyTorch's %.3g, allowed %.3g", error, norm, own,
-                    allowed);
-      fail(name + " at " + where + text);
+      block_against_plain(name, got, want, plain, first * dim, (first + count) * dim, part,
+                          times * (1 + 1 / static_cast<double>(count)), 0, where);
     });
+  }
+  // The same of gradients of slots, for every sequence and head.
+  void states_against_plain(const std::string& name, const Numbers& got, const Numbers& want, const Numbers& plain,
+                            double times, double least) {
+    const int64_t lanes = static_cast<int64_t>(c.p.sequences.size()) * c.p.kv_heads;
+    const int64_t size = static_cast<int64_t>(want.size()) / std::max<int64_t>(lanes, 1);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      block_against_plain(
+          name, got, want, plain, lane * size, (lane + 1) * size, part_of_all(want, plain), times, least,
+          "sequence " + std::to_string(lane / c.p.kv_heads) + " head " + std::to_string(lane % c.p.kv_heads));
+    }
+  }
+  // Of the elements that the dtype, and plain PyTorch, can hold.
+  double distance(const Numbers& x, const Numbers* y, const Numbers& want, const Numbers& plain, int64_t from,
+                  int64_t to) const {
+    double sum = 0;
+    for (int64_t i = from; i < to; ++i) {
+      const double apart = y ? x[i] - (*y)[i] : x[i];
+      if (std::isfinite(plain[i]) && fits(want[i])) sum += apart * apart;
+    }
+    return std::sqrt(sum);
+  }
+  double part_of_all(const Numbers& want, const Numbers& plain) const {
+    const int64_t size = static_cast<int64_t>(want.size());
+    const double all = distance(want, nullptr, want, plain, 0, size);
+    return all > 0 ? distance(plain, &want, want, plain, 0, size) / all : 0;
+  }
+  void block_against_plain(const std::string& name, const Numbers& got, const Numbers& want, const Numbers& plain,
+                           int64_t from, int64_t to, double part, double times, double least,
+                           const std::string& where) {
+    const double nothing = std::max(least, (c.dtype == DType::bfloat16 ? 0x1p-7 : 0x1p-10) / 100);
+    const double error = distance(got, &want, want, plain, from, to),
+                 own = distance(plain, &want, want, plain, from, to);
+    const double norm = distance(want, nullptr, want, plain, from, to);
+    const double allowed = times * std::max({own, part * norm, nothing * std::sqrt(static_cast<double>(to - from))});
+    double& most = worst[std::string(name_of(c.dtype)) + " " + name + " against plain"];
+    if (std::isfinite(error)) most = std::max(most, error / allowed);
+    if (error <= allowed) return;
+    char text[200];
+    std::snprintf(text, sizeof text, ": error %.3g of %.3g, plain PyTorch's %.3g, allowed %.3g", error, norm, own,
+                  allowed);
+    fail(name + " at " + where + text);
   }
   // What belongs to no sequence is not written.
   void untouched(const std::string& name, const Numbers& got, int64_t heads) {
@@ -813,16 +836,20 @@ void run_attention(Case& c, Checks& checks) {
   if (!p.given) return;
   // Of the gradient of the state at the end walks leave out what the echo makes less than a rounding.
   const double left_out = c.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14;
-  const auto compare_state = [&](const char* name, Tensor& got, const Numbers& numbers, const Numbers& end,
-                                 int64_t dim) {
-    const double floor = backward_window && c.with_grad_state ? left_out * Checks::rms(end) : 0;
-    if (c.in_order)
-      checks.states(name, got.numbers(), numbers, dim, backward_limit,
-                    std::max({.3 * Checks::rms(numbers), parts, floor}), true, open_before);
+  const auto compare_state = [&](const char* name, Tensor& got, const Numbers& numbers, const Numbers& rounded,
+                                 const Numbers& end, int64_t dim) {
     if (!got.buffer.guarded()) checks.fail(std::string(name) + " was written out of bounds");
+    if (!c.in_order) return;
+    const double floor = backward_window && c.with_grad_state ? left_out * Checks::rms(end) : 0;
+    const Numbers found = got.numbers();
+    if (plain_alone) checks.states_against_plain(name, found, numbers, rounded, 3, floor);
+    checks.states(name, found, numbers, dim, plain_alone ? INFINITY : backward_limit,
+                  std::max({.3 * Checks::rms(numbers), parts, floor}), true, open_before);
   };
-  compare_state("grad_state_key", grad_given_key, want.grad_given_key, p.grad_state_key, p.key_dim);
-  compare_state("grad_state_value", grad_given_value, want.grad_given_value, p.grad_state_value, p.value_dim);
+  compare_state("grad_state_key", grad_given_key, want.grad_given_key, plain.grad_given_key, p.grad_state_key,
+                p.key_dim);
+  compare_state("grad_state_value", grad_given_value, want.grad_given_value, plain.grad_given_value, p.grad_state_value,
+                p.value_dim);
 }
 
 // The case's query, turned by positions of each batch entry or of all, or back.
