@@ -10,8 +10,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from blurry_attn.files import claimed, write_whole
-
 
 def command_line(name: str, given: Sequence[str]) -> str:
     """How a benchmark was called, but for where its results went."""
@@ -27,6 +25,8 @@ def now() -> str:
 @contextmanager
 def results_in(folder: Path, *names: str, parser: argparse.ArgumentParser) -> Iterator[None]:
     """Keeps the files ``names`` of ``--out`` to this process; what stands against that is told before a measurement."""
+    from blurry_attn.files import claimed  # benchmarks.guard measures packages that may lack it
+
     with ExitStack() as claim:
         try:
             claim.enter_context(claimed(folder, *names))
@@ -37,6 +37,8 @@ def results_in(folder: Path, *names: str, parser: argparse.ArgumentParser) -> It
 
 def write_json(path: Path, content: Any) -> None:
     """Writes the file whole or not at all."""
+    from blurry_attn.files import write_whole
+
     write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
 
 
