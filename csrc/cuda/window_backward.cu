@@ -59,7 +59,7 @@ struct BackLayout {
   // tokens; where two warps share a patch, some that nobody reads.
   int piece_started, piece_tokens, piece_spare, piece_rows;
   uint32_t ring, started, side_bytes, tokens, grads, grads_started, sums, pieces, gates, weights, decays, patches,
-      places, shared_weights, shared_deltas, barriers, bytes;
+      places, shared_weights, shared_sums, barriers, bytes;
 
   template <typename config>
   __host__ __device__ static BackLayout make(int slots, int resolution, int group) {
@@ -103,8 +103,8 @@ struct BackLayout {
     at += config::kSelecting ? 0 : config::kPatches * sizeof(FluxPlaces<config::kFlux>);
     l.shared_weights = at;  // between the warps of a patch: [patch][16 columns, in the end the tokens][lane][4]
     at += config::kSharing > 1 ? config::kPatches * (config::kColumns / 16 + 1) * kWarp * 16 : 0;
-    l.shared_deltas = at;  // float: [patch][warp][token]
-    at += config::kSharing > 1 ? config::kPatches * config::kSharing * kPatch * 4 : 0;
+    l.shared_sums = at;  // of probabilities, and of probability * gradient: [patch][warp][token]
+    at += config::kSharing > 1 ? config::kPatches * config::kSharing * kPatch * 8 : 0;
     l.barriers = at;
     at += kMeetings + 8 * config::kPatches;
     l.bytes = (at + 15) / 16 * 16;
@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const uint32_t of_values = kPatches * layout.piece_rows * 32;
     [[maybe_unused]] const uint32_t shared_weights =
         shared + layout.shared_weights + (patch * (kColumns / 16 + 1) * kWarp + lane) * sizeof(uint4);
-    float* const deltas = reinterpret_cast<float*>(shared_memory + layout.shared_deltas) + 2 * patch * kPatch;
+    float2* const sums = reinterpret_cast<float2*>(shared_memory + layout.shared_sums) + 2 * patch * kPatch;
     const float factor = score_factor(p.scale);
     const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;
     // The warps of a patch wait for each other.
@@ -500,7 +500,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           attend.take_rows(query_rows, query_sign);
           if constexpr (kAhead) fetch_grad(tile, i);
           const int64_t scalar = (walk.batch * p.query_heads + query_head) * p.tokens + row + g;
-          float lse[2], grad_lse[2], delta[2];
+          float lse[2], grad_lse[2], total[2], delta[2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half;
@@ -526,25 +526,34 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half;
             const bool valid = token >= from && token < until;
-            float sum = 0.f;
+            float all = 0.f, sum = 0.f;
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
               for (int e = 2 * half; e < 2 * half + 2; ++e) {
                 score[tile][e] = valid ? exp2_fast(score[tile][e] * factor - lse[half]) : 0.f;
+                all += score[tile][e];
                 sum += score[tile][e] * grad[tile][e];
               }
             }
+            all += __shfl_xor_sync(kAllLanes, all, 1);
             sum += __shfl_xor_sync(kAllLanes, sum, 1);
+            all += __shfl_xor_sync(kAllLanes, all, 2);
             sum += __shfl_xor_sync(kAllLanes, sum, 2);
+            total[half] = all;
             delta[half] = sum;
-            if (!kAlone && q == 0) deltas[(kFirst ? 0 : kPatch) + token] = sum;
+            if (!kAlone && q == 0) sums[(kFirst ? 0 : kPatch) + token] = make_float2(all, sum);
           }
           meet();
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            if constexpr (!kAlone) delta[half] += deltas[(kFirst ? kPatch : 0) + g + 8 * half];
-            delta[half] -= grad_lse[half];
+            if constexpr (!kAlone) {
+              const float2 other = sums[(kFirst ? kPatch : 0) + g + 8 * half];
+              total[half] += other.x;
+              delta[half] += other.y;
+            }
+            // Probabilities sum to one but for the rounding of lse, of which gradients that cancel would leave a rest.
+            delta[half] = (total[half] > 0.f ? __fdividef(delta[half], total[half]) : 0.f) - grad_lse[half];
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -721,10 +730,12 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   // Leaves the gradients of what slots held where a tile begins, at a seam.
   const auto note_gradients = [&](int64_t seam, bool warmed_up, int tile) {
     if (kSelecting || seam < 0) return;
+    __syncwarp();  // other lanes wrote some of them
     const int64_t row_count = p.slots + 2;
     const int64_t row = Seams::row(seam, heads.count, blockIdx.x % heads.count, warmed_up, side, row_count);
     float* const to = static_cast<float*>(seams.rows) + row * config::kDim + first_element + lane;
     for (int n = 0; n < row_count; ++n) to[n * config::kDim] = all_grads[at_lane((oldest(tile) + n) % grad_rows)];
+    __syncwarp();
   };
   const View& rows_view = side ? gradients.grad_out : p.query;
   const View& to_view = side ? gradients.value : gradients.key;
