@@ -294,7 +294,7 @@ class Kernels : public testing::TestWithParam<std::tuple<const char*, at::Scalar
 TEST_P(Kernels, AgreeWithFloat64) {
   const Inputs exact = inputs();
   const std::vector<at::Tensor> expected = run(exact), actual = run(strided(exact));
-  // Of half precision, what rounding the results and the output that the backward reads costs.
+  // Of half precision, what rounding the results costs.
   const double bound = type == at::kDouble ? 1e-12 : type == at::kFloat ? 1e-4 : type == at::kHalf ? 5e-3 : 4e-2;
   for (size_t i = 0; i < expected.size(); ++i) EXPECT_LE(error(actual[i], expected[i]), bound) << "result " << i;
 }
