@@ -238,7 +238,8 @@ def blurry_window_step(
         out (B, Hq, 1, Dv) in query's dtype.
 
     Raises:
-        TypeError, ValueError: as :func:`blurry_window_attention`.
+        TypeError, ValueError: as :func:`blurry_window_attention`; memory that is shared; inference tensors in the state
+            outside inference mode.
         NotImplementedError: an input requires a gradient and gradients are enabled (use ``torch.no_grad()``).
     """
     if not isinstance(state, BlurryState):
