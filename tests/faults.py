@@ -375,7 +375,7 @@ PYTHON = [
          "position.clamp(min=0).unsqueeze(1) - 0 * phase", DECODING),
         ("state: expanded bfloat16 state written", "_C.check_is_writable(written, list(read.items()))", "pass",
          REFUSALS),
-        ("state: a bfloat16 state's attributes not looked at again", "self.__post_init__()  # an attribute",
+        ("state: a bfloat16 state's attributes not looked at again", "self._check()  # an attribute",
          "pass  # an attribute", ERRORS),
         ("state: unlike dtypes joined", "if state.key.dtype != states[0].key.dtype:", "if False:", REFUSALS),
         ("state: unlike windows joined", "if state.window != states[0].window:", "if False:", REFUSALS),
