@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def test_the_reference_is_what_the_docstrings_say() -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("transformers")
     command = [sys.executable, str(ROOT / "docs" / "api.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # an installed package may be of other sources
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
