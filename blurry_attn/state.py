@@ -129,10 +129,10 @@ class BlurryState:
         return state
 
     def _each(self, change: Callable[..., Tensor], *arguments: Any) -> BlurryState:
-        """``change`` of each tensor; ``arguments`` are not left in a closure, where torch.compile would fix sizes."""
+        """``change`` of each tensor; torch.compile would fix sizes among ``arguments`` in a closure or a generator."""
         flux = None if self.flux is None else change(self.flux, *arguments)
-        key, value, position = (change(getattr(self, name), *arguments) for name in _CHILDREN)
-        return BlurryState(key, value, position, self.window, flux)
+        key, value = change(self.key, *arguments), change(self.value, *arguments)
+        return BlurryState(key, value, change(self.position, *arguments), self.window, flux)
 
     def _contents(self) -> tuple[Tensor, Tensor]:
         """Key and value slots as they are; those of bfloat16 in float32, with the ones in flux in their place."""

@@ -33,6 +33,11 @@ def _per_head(name: str, value: object) -> int | tuple[int, ...]:
     return integer(name, value)
 
 
+def _count(entries: tuple[int, ...], entry: int) -> int:
+    """``entries.count(entry)``, which torch 2.11 does not compile where entries are symbols."""
+    return sum(1 for other in entries if other == entry)
+
+
 @dataclass(frozen=True)
 class BlurryWindow:
     """N slots that hold a blurred history of P tokens, for every key/value head.
@@ -178,7 +183,7 @@ class BlurryWindow:
             return phases
         resolutions = self.resolutions(kv_heads)
         return tuple(
-            resolutions[:head].count(resolution) * resolution // resolutions.count(resolution)
+            _count(resolutions[:head], resolution) * resolution // _count(resolutions, resolution)
             for head, resolution in enumerate(resolutions)
         )
 
