@@ -270,7 +270,7 @@ CPU = [
 PYTHON = [
     *faults(
         "blurry_attn/window.py",
-        ("window: heads not staggered", "resolutions[:head].count(resolution) * resolution //", "0 * resolution //",
+        ("window: heads not staggered", "_count(resolutions[:head], resolution) * resolution //", "0 * resolution //",
          WINDOWS),
         ("window: true taken for 1", "if not isinstance(value, bool) and ", "if ", WINDOWS),
         ("window: too many slots accepted", "if self.slots > MAX_SLOTS:", "if False:", WINDOWS),
@@ -354,13 +354,12 @@ PYTHON = [
         ("state: shut slots read", "known = torch.where(is_open, slots, 0.0)", "known = slots", STATE),
         ("state: oldest slot without the cell before the first", "oldest = [self.slots - 1 if phase > 0 else 0 for",
          "oldest = [0 for", STATE),
-        ("state: clone shares the value", "change(getattr(self, name), *arguments) for name in _CHILDREN)",
-         'self.value if name == "value" else change(getattr(self, name), *arguments) for name in _CHILDREN)', STATE),
-        ("state: detach keeps the key's history", "change(getattr(self, name), *arguments) for name in _CHILDREN)",
-         'self.key if name == "key" else change(getattr(self, name), *arguments) for name in _CHILDREN)', STATE),
-        ("state: index drops the positions", "change(getattr(self, name), *arguments) for name in _CHILDREN)",
-         'change(self.position[:9] if name == "position" else getattr(self, name), *arguments[name == "position" :]) '
-         "for name in _CHILDREN)", DECODING),
+        ("state: clone shares the value", "change(self.key, *arguments), change(self.value, *arguments)",
+         "change(self.key, *arguments), self.value", STATE),
+        ("state: detach keeps the key's history", "change(self.key, *arguments), change(self.value, *arguments)",
+         "self.key, change(self.value, *arguments)", STATE),
+        ("state: index drops the positions", "BlurryState(key, value, change(self.position, *arguments),",
+         "BlurryState(key, value, self.position[: len(key)],", DECODING),
         ("state: an int from the end is the next one", "row %= self.batch_size", "row = abs(row)", DECODING),
         ("state: tensors of a trace are kept", "        or is_in_torch_dispatch_mode()\n", "", EXPORT),
         ("state: window of a state_dict on the default device", "dtype=torch.uint8, device=device)",
