@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cases", type=lambda text: text.split(","), default=["*"], metavar="A,B,..", help="only cases of these names"
     )
     parser.add_argument("--limit", type=float, default=3.0, metavar="PERCENT", help="what is let pass (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=40, help="at most so many for a case (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=60, help="at most so many for a case (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny cases: does everything run?")
     parser.add_argument("--out", type=Path, metavar="FILE", help="for the result as JSON")
     given = list(sys.argv[1:] if arguments is None else arguments)
