@@ -70,10 +70,10 @@ def test_against_the_reference(device, call, dtype, layouts, seed):
         state = make_state(window, positions, **sizes, dtype=dtype, seed=seed + 1)
     differentiable = shape["batch"] > 0 and shape["tokens"] > 0
     expected = run(reference.blurry_window_attention, *(x.to(exact) for x in inputs), window,
-                   state=state and state.to(exact), gradients=differentiable, **options)  # fmt: skip
+                   state=None if state is None else state.to(exact), gradients=differentiable, **options)  # fmt: skip
     moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     inputs = [x.to(device) for x in inputs]
-    actual = run(blurry_window_attention, *inputs, window, state=state and state.to(device),
+    actual = run(blurry_window_attention, *inputs, window, state=None if state is None else state.to(device),
                  gradients=differentiable, **moved)  # fmt: skip
     if dtype not in HALVES:
         assert_accurate(actual, expected, dtype, window)
