@@ -35,6 +35,13 @@ def test_it_is_a_value(window):
         window.slots = 5
 
 
+def test_windows_that_differ_in_one_field_are_unlike():
+    window = BlurryWindow(4, 8, "fejer", 3.0, 0)
+    for change in ({"window": 16}, {"kernel": "dirichlet", "sharpness": None}, {"sharpness": 4.0}, {"phase": 1}):
+        assert window != dataclasses.replace(window, **change)
+    assert window != (4, 8, "fejer", 3.0, 0) and window == dataclasses.replace(window)
+
+
 def test_sequences_become_tuples():
     assert BlurryWindow(4, [4, 8]) == BlurryWindow(4, (4, 8))
     assert BlurryWindow(4, 8, phase=[0, 1]).phase == (0, 1)
