@@ -626,6 +626,13 @@ def test_the_guard_names_what_got_worse(tmp_path: Path, monkeypatch, capsys) -> 
     }
 
 
+def test_the_guard_needs_torch_alone() -> None:
+    """Not even the package beside it, which may not be built; its sides import what they are given."""
+    missing = "import sys; sys.modules |= dict.fromkeys(['blurry_attn', 'matplotlib', 'numpy']); "
+    code = missing + "import benchmarks.guard.__main__, benchmarks.guard.worker"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_guard_outlives_its_processes(tmp_path: Path) -> None:
     subject = "fejer", Case(length=64, heads=1), FORWARD
     with closing(Side(pretended_package(tmp_path / "package"), tmp_path, "cpu", 1)) as side:
@@ -691,6 +698,8 @@ def test_the_guard_has_cases_that_can_be_called(device: str) -> None:
         (["broken", "broken"], "broken: ImportError: it is broken"),
         ([".", ".", "--cases", "fejer-r8,fejr"], "--cases: no case is named 'fejr'; there are fejer-r1, "),
         ([".", ".", "--limit", "0"], "--limit must be between 0 and 100 percent, got 0"),
+        ([".", ".", "--out", "tests"], "--out tests: the result cannot be written there (Is a directory)"),
+        ([".", ".", "--out", "file/x"], "--out file/x: the result cannot be written there (File exists)"),
         ([".", ".", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         *([] if torch.cuda.is_available() else [([".", ".", "--device", "cuda"], "no CUDA device is available")]),
     ],
@@ -698,6 +707,7 @@ def test_the_guard_has_cases_that_can_be_called(device: str) -> None:
 def test_a_guard_that_cannot_compare_says_so(arguments, message, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").mkdir()
+    (tmp_path / "file").touch()
     (tmp_path / "broken-1-py3-none-any.whl").write_text("no archive")
     for name, text in (("broken", "raise ImportError('it is broken')"), ("liar", f"__file__ = {str(ROOT / 'x/y')!r}")):
         package = pretended_package(tmp_path / name) / "blurry_attn" / "__init__.py"

@@ -9,7 +9,9 @@ are within it, 1 if one is not or fails, 2 if nothing could be compared.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -52,6 +54,19 @@ def compared(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:
         }
 
 
+def check_writable(file: Path) -> None:
+    """Makes the file's folder.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=file.parent):
+        pass
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -82,13 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         suite = chosen(quick(suite) if args.quick else suite, args.cases)
     except ValueError as error:
         parser.error(f"--cases: {error}")
+    if args.out:
+        try:
+            check_writable(args.out)
+        except OSError as error:
+            parser.error(f"--out {args.out}: the result cannot be written there ({error.strerror})")
 
     try:
         result = {"command": command_line("guard", given), "date": now()} | compared(args, suite)
     except Unusable as error:
         parser.error(str(error))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     return status(result["rows"])
