@@ -67,7 +67,8 @@ struct WalkPlan {
   int64_t patches;  // stretches begin at multiples of so many
   bool backward;
   bool packed;
-  int64_t count;  // of stretches, those included that hold no token
+  int64_t count;       // of stretches, those included that hold no token
+  int64_t seam_count;  // of numbers of seams, those included that are none
 
   __host__ __device__ int64_t stretches(int64_t tokens) const {
     return tokens > length ? (tokens + length - 1) / length : tokens >= halved ? 2 : 1;
@@ -80,24 +81,22 @@ struct WalkPlan {
     return Sequence::boundary(problem, sequence) / unit() + sequence + i;
   }
   __device__ int64_t sequence_of(const Problem& problem, int64_t x) const {
-    if (!packed) return x % problem.sequences;
-    int64_t low = 0, high = problem.sequences;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      (index(problem, middle, 0) <= x ? low : high) = middle;
-    }
-    return low;
+    return packed ? last_up_to(problem, x, [&](int64_t s) { return index(problem, s, 0); }) : x % problem.sequences;
   }
   __device__ int64_t number_of(const Problem& problem, int64_t sequence, int64_t x) const {
     return packed ? x - index(problem, sequence, 0) : x / problem.sequences;
   }
-  // Number, in a launch, of the seam where a sequence's i-th stretch begins, i > 0; and how many numbers there are.
+  // Number, in a launch, of the seam where a sequence's i-th stretch begins, i > 0; whose seam a number is, and
+  // which of the sequence's.
   __device__ int64_t seam(const Problem& problem, int64_t sequence, int64_t i) const {
     if (!packed) return (i - 1) * problem.sequences + sequence;
     return Sequence::boundary(problem, sequence) / unit() + i - 1;
   }
-  int64_t seams(const Problem& problem) const {
-    return packed ? problem.tokens / unit() : (stretches(problem.tokens) - 1) * problem.sequences;
+  __device__ int64_t sequence_of_seam(const Problem& problem, int64_t x) const {
+    return packed ? last_up_to(problem, x, [&](int64_t s) { return seam(problem, s, 1); }) : x % problem.sequences;
+  }
+  __device__ int64_t number_of_seam(const Problem& problem, int64_t sequence, int64_t x) const {
+    return packed ? x - seam(problem, sequence, 1) + 1 : x / problem.sequences + 1;
   }
   // The same walk with one stretch for each sequence.
   WalkPlan whole(const Problem& problem) const {
@@ -109,10 +108,21 @@ struct WalkPlan {
   void count_stretches(const Problem& problem) {
     packed = problem.cu_seqlens;
     count = packed ? problem.tokens / unit() + problem.sequences : stretches(problem.tokens) * problem.sequences;
-    if (problem.sequences == 0) count = 0;
+    seam_count = packed ? problem.tokens / unit() : (stretches(problem.tokens) - 1) * problem.sequences;
+    if (problem.sequences == 0) count = seam_count = 0;
   }
 
  private:
+  // The last sequence of which `first`(sequence) is at most x; it grows with the sequence.
+  template <typename first_type>
+  __device__ static int64_t last_up_to(const Problem& problem, int64_t x, const first_type& first) {
+    int64_t low = 0, high = problem.sequences;
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (first(middle) <= x ? low : high) = middle;
+    }
+    return low;
+  }
   __host__ __device__ int64_t unit() const { return length < halved ? length : halved; }
 };
 
@@ -147,22 +157,41 @@ struct Stretch {
 
 // What the two walks that meet at a seam, one from either side, hold there. One of them began with nothing at its
 // warm-up, and lacks an echo of what came before it. That is less than a rounding, unless sizes change much along the
-// sequence: then the two differ, and the sequence is walked once more, whole.
+// sequence: then the two differ, and the sequence is walked once more, whole. A launch after the walks has a block for
+// every seam and head; the first that finds a difference in a sequence walks it.
 struct Seams {
-  void* rows = nullptr;   // [seam][head][exact, warmed up][side][row][element]; null: no echo is left after a warm-up
+  void* rows = nullptr;   // [seam][head][exact, warmed up][side][row][element]; null: a warm-up leaves no echo
+  int* found = nullptr;   // whether a difference was found: [sequence][head]
   WalkPlan plan;          // that cut time
-  bool is_again = false;  // whether sequences are walked for the second time, those that differ at a seam
+  bool is_again = false;  // whether sequences are walked for the second time
+  int64_t row_count;      // of a side
 
-  // Bytes for the heads of one class, `row_count` rows of both sides at a seam.
+  // Memory for the heads of a launch, of `bytes()`; none where it is 0.
+  Seams(const Problem& p, const WalkPlan& plan, const HeadList& heads, int64_t row_count, int64_t bytes, void* memory)
+      : plan(plan), row_count(row_count) {
+    if (bytes == 0) return;
+    rows = memory;
+    found = reinterpret_cast<int*>(static_cast<unsigned char*>(memory) + bytes - found_bytes(p, heads));
+  }
   static int64_t bytes(const Problem& p, const WalkPlan& plan, const HeadList& heads, double echo, int64_t row_count,
                        int64_t element_size) {
-    if (echo == 0) return 0;
-    return plan.seams(p) * heads.count * 2 * 2 * row_count * (is_wide(p) ? 128 : 64) * element_size;
+    if (echo == 0 || plan.seam_count == 0) return 0;
+    return plan.seam_count * heads.count * 2 * 2 * row_count * (is_wide(p) ? 128 : 64) * element_size +
+           found_bytes(p, heads);
+  }
+  Seams again() const {
+    Seams seams = *this;
+    seams.is_again = true;
+    return seams;
   }
   // The first of a side's rows.
-  __device__ __forceinline__ static int64_t row(int64_t seam, int heads, int head_index, bool warmed_up, int side,
-                                                int64_t row_count) {
+  __device__ __forceinline__ int64_t row(int64_t seam, int heads, int head_index, bool warmed_up, int side) const {
     return (((seam * heads + head_index) * 2 + warmed_up) * 2 + side) * row_count;
+  }
+
+ private:
+  static int64_t found_bytes(const Problem& p, const HeadList& heads) {
+    return (p.sequences * heads.count * static_cast<int64_t>(sizeof(int)) + 15) / 16 * 16;
   }
 };
 

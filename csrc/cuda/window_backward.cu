@@ -146,12 +146,12 @@ struct WalkBack {
 
   WalkBack() = default;
   __device__ WalkBack(const Problem& p, const Contents& contents, const WalkPlan& plan, const HeadList& heads,
-                      int tile_tokens)
+                      int64_t stretch, int tile_tokens)
       : tile(tile_tokens) {
     const int head_index = blockIdx.x % heads.count;
     head = heads.head[head_index];
     cells = p.laws[head].cells;
-    const Stretch own(p, plan, cells, blockIdx.x / heads.count);
+    const Stretch own(p, plan, cells, stretch);
     const Sequence& s = own.sequence;
     group = static_cast<int>(p.query_heads / p.kv_heads);
     slots = static_cast<int>(cells.slots);
@@ -207,57 +207,57 @@ inline int64_t grad_seam_bytes(const Problem& p, const WalkPlan& plan, const Flu
   return Seams::bytes(p, plan, c.heads, c.echo, grad_seam_rows(p), sizeof(float));
 }
 
-// Whether, at one of a sequence's seams, gradients of cells differ by more than a rounding of the gradients of tokens
-// before it that they are handed on to, 64 tokens at a time.
+// Whether gradients of cells at a seam differ by more than a rounding of the gradients of tokens before it that they
+// are handed on to, 64 tokens at a time.
 template <typename config>
 __device__ bool gradients_differ(const Problem& p, const Gradients& gradients, const Seams& seams,
-                                 const HeadList& heads) {
+                                 const HeadList& heads, int64_t seam, const Stretch& before) {
   using storage = typename config::storage;
   constexpr int kChunks = config::kDim / 8, kRowsAtOnce = kWarp / kChunks, kBlock = 64;
   const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const Cells cells = p.laws[head].cells;
-  const Sequence s(p, blockIdx.x / heads.count);
-  const int64_t row_count = p.slots + 2, reach = cells.window() + 2 * cells.resolution;
+  const Sequence& s = before.sequence;
+  const int64_t end = before.end, first_cell = cells.trailing(end) - p.slots;
+  const int blocks = static_cast<int>((cells.window() + 2 * cells.resolution + kBlock - 1) / kBlock);
   bool differ = false;
-  for (int64_t i = 1; i < seams.plan.stretches(s.length); ++i) {
-    const Stretch before(p, seams.plan, cells, seams.plan.index(p, s.index, i - 1));
-    const int64_t end = before.end, seam = seams.plan.seam(p, s.index, i), first_cell = cells.trailing(end) - p.slots;
-    if (WalkBack::begins_at_end(before, seams.plan)) continue;
-    for (int64_t n = warp; n < 2 * ((reach + kBlock - 1) / kBlock); n += config::kThreads / kWarp) {
-      const int side = n % 2;
-      const int64_t until = end - n / 2 * kBlock, from = until - kBlock > s.position ? until - kBlock : s.position;
-      if (from >= until) break;
-      const auto row_at = [&](int64_t cell, bool exact) {
-        return static_cast<const float*>(seams.rows) +
-               (Seams::row(seam, heads.count, head_index, !exact, side, row_count) + cell - first_cell) * config::kDim;
-      };
-      float difference = 0.f, size = 0.f;
-      const int64_t oldest = cells.trailing(from), newest = cells.trailing(until - 1) + 1;
-      for (int64_t cell = oldest > first_cell ? oldest : first_cell; cell <= newest; ++cell) {
-        for (int d = lane; d < config::kDim; d += kWarp) {
-          const float apart = row_at(cell, true)[d] - row_at(cell, false)[d];
-          difference += apart * apart;
-        }
-      }
-      const View& view = side ? gradients.value : gradients.key;
-      const int chunk = lane % kChunks;
-      if (chunk * 8 < (side ? p.value_dim : p.key_dim)) {
+  for (int n = warp; n < 2 * blocks; n += config::kThreads / kWarp) {
+    const int side = n % 2;
+    const int64_t until = end - n / 2 * kBlock, from = until - kBlock > s.position ? until - kBlock : s.position;
+    if (from >= until) break;
+    const auto row_of_cells = [&](bool warmed_up) {
+      return static_cast<const float*>(seams.rows) +
+             (seams.row(seam, heads.count, head_index, warmed_up, side) - first_cell) * config::kDim + lane;
+    };
+    const float *const exact = row_of_cells(false), *const warmed_up = row_of_cells(true);
+    float difference = 0.f, size = 0.f;
+    const int64_t oldest = cells.trailing(from), newest = cells.trailing(until - 1) + 1;
 #pragma unroll 4
-        for (int64_t t = from + lane / kChunks; t < until; t += kRowsAtOnce) {
-          const storage* const at = row_of<const storage>(view, s.batch, head, s.row + t - s.position) + chunk * 8;
-          const uint4 words = load_global(at);
-          for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
-            const float2 pair = unpack<storage>(word);
-            size += pair.x * pair.x + pair.y * pair.y;
-          }
+    for (int64_t cell = oldest > first_cell ? oldest : first_cell; cell <= newest; ++cell) {
+#pragma unroll
+      for (int d = 0; d < config::kDim; d += kWarp) {
+        const float apart = exact[cell * config::kDim + d] - warmed_up[cell * config::kDim + d];
+        difference += apart * apart;
+      }
+    }
+    const View& view = side ? gradients.value : gradients.key;
+    const int chunk = lane % kChunks;
+    if (chunk * 8 < (side ? p.value_dim : p.key_dim)) {
+#pragma unroll 8
+      for (int64_t t = from + lane / kChunks; t < until; t += kRowsAtOnce) {
+        const uint4 words = load_global(row_of<const storage>(view, s.batch, head, s.row + t - s.position) + chunk * 8);
+        const uint32_t x[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = unpack<storage>(x[i]);
+          size += pair.x * pair.x + pair.y * pair.y;
         }
       }
-      constexpr float kMost = kSeamTolerance<storage> * kSeamTolerance<storage>;
-      differ = differ || !(warp_sum(difference) <= kMost * warp_sum(size));
     }
+    constexpr float kMost = kSeamTolerance<storage> * kSeamTolerance<storage>;
+    differ = differ || !(warp_sum(difference) <= kMost * warp_sum(size));
   }
-  return __syncthreads_or(differ);
+  return differ;
 }
 
 // Some warps attend, one per patch of a tile, or two that divide its columns, and leave weights: of what the slots held
@@ -268,8 +268,15 @@ template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads, Seams seams) {
   wait_for_grid_before();
-  if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
-  if (!config::kSelecting && seams.is_again && !gradients_differ<config>(p, gradients, seams, heads)) return;
+  if (blockIdx.x >= (seams.is_again ? seams.plan.seam_count : plan.count) * heads.count) return;  // one more, for pairs
+  int64_t stretch = blockIdx.x / heads.count;
+  if (!config::kSelecting && seams.is_again) {
+    stretch = sequence_to_walk(p, seams, heads, [&](int64_t seam, const Stretch& before, const Stretch&) {
+      return !WalkBack::begins_at_end(before, seams.plan) &&
+             gradients_differ<config>(p, gradients, seams, heads, seam, before);
+    });
+    if (stretch < 0) return;
+  }
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   using Weights = PatchWeights<storage, config::kFlux>;
@@ -280,7 +287,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __shared__ WalkBack walk;
   __shared__ BackLayout layout;
   if (threadIdx.x == 0) {
-    walk = WalkBack(p, contents, plan, heads, config::kTile);
+    walk = WalkBack(p, contents, plan, heads, stretch, config::kTile);
+    if (seams.found && !seams.is_again) seams.found[walk.sequence * heads.count + blockIdx.x % heads.count] = 0;
     layout = BackLayout::make<config>(walk.slots, walk.resolution, walk.group);
     barrier_init(shared_address(shared_memory) + layout.barriers, config::kAttending);
     barrier_init(shared_address(shared_memory) + layout.barriers + BackLayout::kCellsRead, config::kSumming);
@@ -731,10 +739,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const auto note_gradients = [&](int64_t seam, bool warmed_up, int tile) {
     if (kSelecting || seam < 0) return;
     __syncwarp();  // other lanes wrote some of them
-    const int64_t row_count = p.slots + 2;
-    const int64_t row = Seams::row(seam, heads.count, blockIdx.x % heads.count, warmed_up, side, row_count);
+    const int64_t row = seams.row(seam, heads.count, blockIdx.x % heads.count, warmed_up, side);
     float* const to = static_cast<float*>(seams.rows) + row * config::kDim + first_element + lane;
-    for (int n = 0; n < row_count; ++n) to[n * config::kDim] = all_grads[at_lane((oldest(tile) + n) % grad_rows)];
+    for (int n = 0; n < seams.row_count; ++n) to[n * config::kDim] = all_grads[at_lane((oldest(tile) + n) % grad_rows)];
     __syncwarp();
   };
   const View& rows_view = side ? gradients.grad_out : p.query;
@@ -1051,13 +1058,14 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
       }
       const uint32_t bytes = shared_memory_of<window_back<config>>(
           p, heads, [&](int resolution) { return back_bytes<config>(p, resolution); });
-      const auto walk = [&](const WalkPlan& plan, const Seams& seams) {
-        launch_early<kPair>("window_back", window_back<config>, plan.count * heads.count, config::kThreads, bytes,
+      const int64_t seam_bytes = grad_seam_bytes(p, back, c);
+      const Seams seams(p, back, heads, grad_seam_rows(p), seam_bytes, seam_rows);
+      const auto walk = [&](int64_t stretches, const WalkPlan& plan, const Seams& seams) {
+        launch_early<kPair>("window_back", window_back<config>, stretches * heads.count, config::kThreads, bytes,
                             problem.stream, problem, gradients, contents, plan, heads, seams);
       };
-      const int64_t seam_bytes = grad_seam_bytes(p, back, c);
-      walk(back, {seam_bytes > 0 ? seam_rows : nullptr, back});
-      if (seam_bytes > 0) walk(back.whole(p), {seam_rows, back, /*is_again=*/true});
+      walk(back.count, back, seams);
+      if (seams.rows) walk(back.seam_count, back.whole(p), seams.again());
       seam_rows += seam_bytes;
     });
   });

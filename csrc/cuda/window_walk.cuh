@@ -86,34 +86,59 @@ __device__ __forceinline__ void prepare(const Problem& p, int head) {
   }
 }
 
-// Whether the two walks at one of a sequence's seams found the cells unlike that ended in the lap before it.
+// Whether two walks found the cells unlike that ended in the lap before a seam.
 template <typename config>
-__device__ bool cells_differ(const Problem& p, const Seams& seams, const HeadList& heads) {
+__device__ bool cells_differ(const Problem& p, const Seams& seams, const HeadList& heads, int64_t seam) {
   using storage = typename config::storage;
-  const int head_index = blockIdx.x % heads.count, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int slots = static_cast<int>(p.slots);
-  const Sequence s(p, blockIdx.x / heads.count);
+  constexpr int kChunks = config::kDim / 8;
+  const int items = 2 * static_cast<int>(p.slots) * kChunks;  // of both sides
+  const auto chunks = [&](bool warmed_up) {
+    return static_cast<const uint4*>(seams.rows) +
+           seams.row(seam, heads.count, blockIdx.x % heads.count, warmed_up, 0) * kChunks;
+  };
+  const uint4 *const exact = chunks(false), *const warmed_up = chunks(true);
   bool differ = false;
-  for (int64_t i = 1; i < seams.plan.stretches(s.length); ++i) {
-    const Stretch own(p, seams.plan, p.laws[heads.head[head_index]].cells, seams.plan.index(p, s.index, i));
-    if (!own.exists || own.begin - s.position <= seams.plan.warm_up) continue;
-    const int64_t seam = seams.plan.seam(p, s.index, i);
-    for (int n = warp; n < 2 * slots; n += config::kWarps) {  // rows of both sides
-      const auto row_at = [&](bool warmed_up) {
-        return static_cast<const storage*>(seams.rows) +
-               (Seams::row(seam, heads.count, head_index, warmed_up, 0, slots) + n) * config::kDim;
-      };
-      float difference = 0.f, size = 0.f;
-      for (int d = lane; d < config::kDim; d += kWarp) {
-        const float exact = to_compute<float>(row_at(false)[d]), apart = to_compute<float>(row_at(true)[d]) - exact;
-        difference += apart * apart;
-        size += exact * exact;
-      }
-      constexpr float kMost = kSeamTolerance<storage> * kSeamTolerance<storage>;
-      differ = differ || !(warp_sum(difference) <= kMost * warp_sum(size));
+#pragma unroll 4
+  for (int first = 0; first < items; first += config::kThreads) {
+    const bool exists = first + static_cast<int>(threadIdx.x) < items;
+    const int item = exists ? first + static_cast<int>(threadIdx.x) : 0;
+    const uint4 a = load_global(exact + item), b = load_global((exists ? warmed_up : exact) + item);
+    const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+    float difference = 0.f, size = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 known = unpack<storage>(x[i]), other = unpack<storage>(y[i]);
+      difference += (other.x - known.x) * (other.x - known.x) + (other.y - known.y) * (other.y - known.y);
+      size += known.x * known.x + known.y * known.y;
     }
+#pragma unroll
+    for (int i = 1; i < kChunks; i *= 2) {
+      difference += __shfl_xor_sync(kAllLanes, difference, i);
+      size += __shfl_xor_sync(kAllLanes, size, i);
+    }
+    constexpr float kMost = kSeamTolerance<storage> * kSeamTolerance<storage>;
+    differ = differ || !(difference <= kMost * size);
   }
-  return __syncthreads_or(differ);
+  return differ;
+}
+
+// In a launch for seams: the sequence that the block is to walk, or -1. `differs`(seam, its stretch before, the one
+// after) is asked of all threads.
+template <typename differs_type>
+__device__ int64_t sequence_to_walk(const Problem& p, const Seams& seams, const HeadList& heads,
+                                    const differs_type& differs) {
+  const int head_index = blockIdx.x % heads.count;
+  const int64_t seam = blockIdx.x / heads.count, sequence = seams.plan.sequence_of_seam(p, seam);
+  const int64_t number = seams.plan.number_of_seam(p, sequence, seam);
+  const Cells cells = p.laws[heads.head[head_index]].cells;
+  const Stretch after(p, seams.plan, cells, seams.plan.index(p, sequence, number));
+  if (!after.exists || after.sequence.index != sequence || number >= seams.plan.stretches(after.sequence.length)) {
+    return -1;  // a number without a seam
+  }
+  const Stretch before(p, seams.plan, cells, seams.plan.index(p, sequence, number - 1));
+  if (!__syncthreads_or(differs(seam, before, after))) return -1;
+  int* const found = &seams.found[sequence * heads.count + head_index];
+  return __syncthreads_or(threadIdx.x == 0 && atomicExch(found, 1) == 0) ? sequence : -1;
 }
 
 template <typename config>
@@ -121,8 +146,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, Seams seams,
                 uint8_t* unsound) {
   wait_for_grid_before();
-  if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
-  if (!config::kSelecting && seams.is_again && !cells_differ<config>(p, seams, heads)) return;
+  if (blockIdx.x >= (seams.is_again ? seams.plan.seam_count : plan.count) * heads.count) return;  // one more, for pairs
+  int64_t stretch = blockIdx.x / heads.count;
+  if (!config::kSelecting && seams.is_again) {
+    stretch = sequence_to_walk(p, seams, heads, [&](int64_t seam, const Stretch&, const Stretch& after) {
+      return after.begin - after.sequence.position > plan.warm_up && cells_differ<config>(p, seams, heads, seam);
+    });
+    if (stretch < 0) return;
+  }
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   constexpr int kDim = config::kDim, kFlux = config::kFlux, kWarps = config::kWarps, kTile = config::kTile;
@@ -136,7 +167,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __shared__ int64_t cell_row, started_row;
   const bool keeps = config::kContents || (!config::kMore && contents.cells);
   if (threadIdx.x == 0) {
-    walk = Walk(p, plan, blockIdx.x / heads.count, head);
+    walk = Walk(p, plan, stretch, head);
+    if (seams.found && !seams.is_again) seams.found[walk.sequence * heads.count + head_index] = 0;
     if (unsound) unsound[walk.stretch * p.kv_heads + head] = 0;
     if (keeps) {
       cell_row = heads.cell_rows[head_index] - walk.trailing_at_begin +
@@ -234,7 +266,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const auto note_cell = [&](int ended, int side, int chunk, const uint4& words) {
     const auto note_at = [&](int64_t seam, bool warmed_up, int back) {
       if (seam < 0 || back < 0 || back >= slots * resolution) return;
-      const int64_t row = Seams::row(seam, heads.count, head_index, warmed_up, side, slots) + back / resolution;
+      const int64_t row = seams.row(seam, heads.count, head_index, warmed_up, side) + back / resolution;
       store_row(seams.rows, row, chunk, words);
     };
     note_at(walk.seam_after, false, walk.own_end - 1 - ended);
@@ -566,13 +598,13 @@ void launch_walk(const char* name, const Problem& p, const Outputs& outputs, con
   const HeadList& heads = c.heads;
   const uint32_t bytes = shared_memory_of<window_walk<config>>(
       p, heads, [&](int resolution) { return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes; });
-  const auto walk = [&](const WalkPlan& plan, const Seams& seams, uint8_t* unsound) {
-    launch_early<kPair>(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
+  const Seams seams(p, plan, heads, p.slots, cell_seam_bytes(p, plan, c), seam_rows);
+  const auto walk = [&](int64_t stretches, const WalkPlan& plan, const Seams& seams, uint8_t* unsound) {
+    launch_early<kPair>(name, window_walk<config>, stretches * heads.count, config::kThreads, bytes, p.stream, p,
                         outputs, contents, plan, heads, seams, unsound);
   };
-  if (cell_seam_bytes(p, plan, c) == 0) return walk(plan, {nullptr, plan}, unsound);
-  walk(plan, {seam_rows, plan}, unsound);
-  walk(plan.whole(p), {seam_rows, plan, /*is_again=*/true}, nullptr);  // what is not finite was seen before
+  walk(plan.count, plan, seams, unsound);
+  if (seams.rows) walk(plan.seam_count, plan.whole(p), seams.again(), nullptr);  // not finite: that was seen before
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <tuple>
+#include <utility>
 
 #include "../emulator.h"
 #include "cuda_runtime_api.h"
@@ -50,6 +51,8 @@ inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float __fdividef(float a, float b) { return a / b; }
+// Not instrumented: it orders what other blocks do.
+__attribute__((no_sanitize("thread"), noinline)) inline int atomicExch(int* at, int x) { return std::exchange(*at, x); }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 
