@@ -223,6 +223,19 @@ def test_half_gradients_of_a_sharp_softmax(kernel, dtype, tokens, scale, device)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_values_that_agree_give_queries_and_keys_no_gradient(kernel, device):
+    """Logits of hundreds, whose log-sum-exp is rounded by 1e-5: nothing of that is left where gradients cancel."""
+    window, scale = BlurryWindow(6, 24, kernel), 30.0
+    query, key, value = make_inputs(2, 2, None, 100, 16, dtype=torch.float32, device=device)
+    value, grad = value[:, :, :1].expand_as(value), randn(*query.shape, dtype=torch.float32, device=device, seed=7)
+    leaves = [x.clone().requires_grad_() for x in (query, key)]
+    out = blurry_window_attention(*leaves, value, window, scale=scale)
+    parts = scale * (grad * value).sum(-1).abs().max()  # what cancels, but for the other factor
+    for found, other in zip(torch.autograd.grad(out, leaves, grad), (key, query), strict=True):
+        assert found.abs().max() <= 5e-7 * parts * other.abs().max()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_half_gradients_of_slots_beyond_float16(kernel, side, device):
     """Slots of float32 that float16 cannot hold, whose gradients it can."""
