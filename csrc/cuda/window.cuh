@@ -241,7 +241,7 @@ struct Walk {
     own_begin = since(own.begin);
     own_end = own.exists ? since(own.end) : own_begin;
     seam_before = from_begin ? -1 : plan.seam(p, s.index, own.number);
-    seam_after = own.last ? -1 : plan.seam(p, s.index, own.number + 1);
+    seam_after = own.last || own.end - s.position <= plan.warm_up ? -1 : plan.seam(p, s.index, own.number + 1);
     first_patch = (first_time - own.grid) / kPatch;
     trailing_at_begin = cells.trailing(s.position) - cell;
     offset = static_cast<int>(first_time - cells.centre(cell));

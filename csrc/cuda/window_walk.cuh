@@ -262,15 +262,16 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const auto store_row = [](void* rows, int64_t row, int chunk, const uint4& words) {
     store_global(static_cast<uint4*>(rows) + row * Row::kChunks + chunk, words);
   };
-  // Leaves a cell that ended at `ended` where it lies in the lap before a seam.
-  const auto note_cell = [&](int ended, int side, int chunk, const uint4& words) {
-    const auto note_at = [&](int64_t seam, bool warmed_up, int back) {
-      if (seam < 0 || back < 0 || back >= slots * resolution) return;
-      const int64_t row = seams.row(seam, heads.count, head_index, warmed_up, side) + back / resolution;
-      store_row(seams.rows, row, chunk, words);
-    };
-    note_at(walk.seam_after, false, walk.own_end - 1 - ended);
-    note_at(walk.seam_before, true, walk.own_begin - 1 - ended);
+  // Leaves, from the last one on, the cells that ended in the lap before `until`, where a seam is.
+  const auto note_cells = [&](int64_t seam, bool warmed_up, int until) {
+    if (config::kSelecting || seam < 0) return;
+    const int last = (until + walk.offset) / resolution - 1;
+    for (int item = threadIdx.x; item < 2 * slots * Row::kChunks; item += config::kThreads) {
+      const int chunk = item % Row::kChunks, n = item / Row::kChunks % slots, side = item / Row::kChunks / slots;
+      const uint32_t ring = shared + layout.ring + side * side_bytes;
+      store_row(seams.rows, seams.row(seam, heads.count, head_index, warmed_up, side) + n, chunk,
+                load_shared(Row::at(ring, (last - n + slots) % ring_rows, chunk)));
+    }
   };
   for (int side = 0; side < 2; ++side) fetch(warp * kPatch, 0, side);
   __syncthreads();  // the ring and the table are there
@@ -431,12 +432,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             if (keeps && last < kTile && owns(time + last)) {
               store_row(contents.cells, 2 * (cell_row + c) + side, chunk, words);
             }
-            if (seams.rows && last < kTile) note_cell(time + last, side, chunk, words);
           }
         }
       }
     }
     __syncthreads();
+    if (seams.rows && time < walk.own_begin && walk.own_begin <= time + kTile) {
+      note_cells(walk.seam_before, true, walk.own_begin);
+    }
 
     // Attend.
     attend.row = wrap(tile_row + cell - tile_cell, ring_rows);
@@ -558,6 +561,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
     }
   }
+  if (seams.rows) note_cells(walk.seam_after, false, walk.own_end);
 }
 
 // What the slots of a given state hold, as if cells held it that ended before the sequence.
