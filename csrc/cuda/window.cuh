@@ -64,7 +64,7 @@ struct WalkPlan {
   int64_t halved;  // a sequence of so many tokens is cut in two, though it is not longer than `length`; above: none is
   int64_t warm_up;
   int64_t extra;
-  int64_t patches;  // stretches begin at multiples of so many
+  int patches;  // stretches begin at multiples of so many
   bool backward;
   bool packed;
   int64_t count;       // of stretches, those included that hold no token
@@ -86,17 +86,19 @@ struct WalkPlan {
   __device__ int64_t number_of(const Problem& problem, int64_t sequence, int64_t x) const {
     return packed ? x - index(problem, sequence, 0) : x / problem.sequences;
   }
-  // Number, in a launch, of the seam where a sequence's i-th stretch begins, i > 0; whose seam a number is, and
-  // which of the sequence's.
-  __device__ int64_t seam(const Problem& problem, int64_t sequence, int64_t i) const {
-    if (!packed) return (i - 1) * problem.sequences + sequence;
-    return Sequence::boundary(problem, sequence) / unit() + i - 1;
+  // Number, in a launch, of the seam where a sequence's stretch begins that is not its first, and of the one where the
+  // stretch ends; whose seam a number is, and which of the sequence's.
+  __device__ int64_t seam(const Problem& problem, int64_t sequence, int64_t stretch) const {
+    return stretch - (packed ? sequence + 1 : problem.sequences);
+  }
+  __device__ int64_t seam_after(const Problem& problem, int64_t sequence, int64_t stretch) const {
+    return seam(problem, sequence, stretch) + (packed ? 1 : problem.sequences);
   }
   __device__ int64_t sequence_of_seam(const Problem& problem, int64_t x) const {
-    return packed ? last_up_to(problem, x, [&](int64_t s) { return seam(problem, s, 1); }) : x % problem.sequences;
+    return packed ? last_up_to(problem, x, [&](int64_t s) { return index(problem, s, 0) - s; }) : x % problem.sequences;
   }
   __device__ int64_t number_of_seam(const Problem& problem, int64_t sequence, int64_t x) const {
-    return packed ? x - seam(problem, sequence, 1) + 1 : x / problem.sequences + 1;
+    return packed ? x - index(problem, sequence, 0) + sequence + 1 : x / problem.sequences + 1;
   }
   // The same walk with one stretch for each sequence.
   WalkPlan whole(const Problem& problem) const {
@@ -145,7 +147,7 @@ struct Stretch {
     const int64_t count = plan.stretches(sequence.length), extra = plan.extra < sequence.length ? plan.extra : 0;
     const auto begin_of = [&](int64_t i) {
       const int64_t even = (plan.backward ? 0 : extra) + i * (sequence.length - extra) / count;
-      const int64_t unit = plan.patches * kPatch, units = (sequence.position - grid + even) / unit;
+      const int unit = plan.patches * kPatch, units = static_cast<int>(sequence.position - grid + even) / unit;
       return grid + (units > i ? units : i) * unit;
     };
     last = number + 1 >= count;
@@ -154,50 +156,6 @@ struct Stretch {
     exists = number >= 0 && number < count && begin < end;  // below zero only where cu_seqlens is wrong
   }
 };
-
-// What the two walks that meet at a seam, one from either side, hold there. One of them began with nothing at its
-// warm-up, and lacks an echo of what came before it. That is less than a rounding, unless sizes change much along the
-// sequence: then the two differ, and the sequence is walked once more, whole. A launch after the walks has a block for
-// every seam and head; the first that finds a difference in a sequence walks it.
-struct Seams {
-  void* rows = nullptr;   // [seam][head][exact, warmed up][side][row][element]; null: a warm-up leaves no echo
-  int* found = nullptr;   // whether a difference was found: [sequence][head]
-  WalkPlan plan;          // that cut time
-  bool is_again = false;  // whether sequences are walked for the second time
-  int64_t row_count;      // of a side
-
-  // Memory for the heads of a launch, of `bytes()`; none where it is 0.
-  Seams(const Problem& p, const WalkPlan& plan, const HeadList& heads, int64_t row_count, int64_t bytes, void* memory)
-      : plan(plan), row_count(row_count) {
-    if (bytes == 0) return;
-    rows = memory;
-    found = reinterpret_cast<int*>(static_cast<unsigned char*>(memory) + bytes - found_bytes(p, heads));
-  }
-  static int64_t bytes(const Problem& p, const WalkPlan& plan, const HeadList& heads, double echo, int64_t row_count,
-                       int64_t element_size) {
-    if (echo == 0 || plan.seam_count == 0) return 0;
-    return plan.seam_count * heads.count * 2 * 2 * row_count * (is_wide(p) ? 128 : 64) * element_size +
-           found_bytes(p, heads);
-  }
-  Seams again() const {
-    Seams seams = *this;
-    seams.is_again = true;
-    return seams;
-  }
-  // The first of a side's rows.
-  __device__ __forceinline__ int64_t row(int64_t seam, int heads, int head_index, bool warmed_up, int side) const {
-    return (((seam * heads + head_index) * 2 + warmed_up) * 2 + side) * row_count;
-  }
-
- private:
-  static int64_t found_bytes(const Problem& p, const HeadList& heads) {
-    return (p.sequences * heads.count * static_cast<int64_t>(sizeof(int)) + 15) / 16 * 16;
-  }
-};
-
-// By how much, as a part of their size, what two walks hold may differ: roundings of both add up.
-template <typename storage>
-constexpr float kSeamTolerance = std::is_same<storage, __half>::value ? 0x1p-10f : 0x1p-7f;
 
 // One block's walk: a stretch of one sequence and head. Tokens ("times") are counted from the first tile's first, cells
 // from the one that trails there, both as plain ints.
@@ -215,8 +173,9 @@ struct Walk {
   int offset, resolution;     // of time 0 from the first cell's centre
   int first;                  // the first cell of all, or a bound below it
   int given;                  // the trailing cell when the contents that the walk begins with were left, in ring rows
-  int64_t seam_before, seam_after;  // where another walk knows what this one warms up for, and the reverse; -1: none
   bool from_begin;
+  // Whether another walk knows what this one warms up for, and the reverse.
+  bool seam_before, seam_after;
 
   Walk() = default;
   __device__ Walk(const Problem& p, const WalkPlan& plan, int64_t x, int head) : stretch(x) {
@@ -240,8 +199,8 @@ struct Walk {
     end = since(s.end());
     own_begin = since(own.begin);
     own_end = own.exists ? since(own.end) : own_begin;
-    seam_before = from_begin ? -1 : plan.seam(p, s.index, own.number);
-    seam_after = own.last || own.end - s.position <= plan.warm_up ? -1 : plan.seam(p, s.index, own.number + 1);
+    seam_before = !from_begin;
+    seam_after = !own.last && own.end - s.position > plan.warm_up;
     first_patch = (first_time - own.grid) / kPatch;
     trailing_at_begin = cells.trailing(s.position) - cell;
     offset = static_cast<int>(first_time - cells.centre(cell));

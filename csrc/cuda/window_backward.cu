@@ -140,8 +140,7 @@ struct WalkBack {
   int given_last;                    // the last token of its lobe
   int first;                         // the first cell of all
   int ended;                         // the first cell that does not end in this call
-  int64_t seam_before, seam_after;   // numbers of the seams that the stretch begins and ends at; -1: none
-  int seam_tile;                     // the one that begins at seam_after
+  int end_tile;                      // the one that begins where the stretch ends
   bool from_begin, to_end;           // of the sequence
 
   WalkBack() = default;
@@ -170,9 +169,7 @@ struct WalkBack {
     own_begin = static_cast<int>(own.begin - position);
     own_end = static_cast<int>(own.end - position);
     walk_end = static_cast<int>(to - position);
-    seam_before = from_begin ? -1 : plan.seam(p, sequence, own.number);
-    seam_after = to_end ? -1 : plan.seam(p, sequence, own.number + 1);
-    seam_tile = (own_end - lead) / tile;
+    end_tile = (own_end - lead) / tile;
     base = cells.trailing(token) - slots;
     first_offset = static_cast<int>(token - cells.centre(base + slots));
     const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
@@ -207,57 +204,60 @@ inline int64_t grad_seam_bytes(const Problem& p, const WalkPlan& plan, const Flu
   return Seams::bytes(p, plan, c.heads, c.echo, grad_seam_rows(p), sizeof(float));
 }
 
-// Whether gradients of cells at a seam differ by more than a rounding of the gradients of tokens before it that they
-// are handed on to, 64 tokens at a time.
-template <typename config>
-__device__ bool gradients_differ(const Problem& p, const Gradients& gradients, const Seams& seams,
-                                 const HeadList& heads, int64_t seam, const Stretch& before) {
-  using storage = typename config::storage;
-  constexpr int kChunks = config::kDim / 8, kRowsAtOnce = kWarp / kChunks, kBlock = 64;
-  const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const Cells cells = p.laws[head].cells;
-  const Sequence& s = before.sequence;
-  const int64_t end = before.end, first_cell = cells.trailing(end) - p.slots;
-  const int blocks = static_cast<int>((cells.window() + 2 * cells.resolution + kBlock - 1) / kBlock);
-  bool differ = false;
-  for (int n = warp; n < 2 * blocks; n += config::kThreads / kWarp) {
-    const int side = n % 2;
-    const int64_t until = end - n / 2 * kBlock, from = until - kBlock > s.position ? until - kBlock : s.position;
-    if (from >= until) break;
+// Finds the sequences whose walks found gradients of cells at a seam unlike, by more than a rounding of the gradients
+// of tokens before it that they go into, 64 tokens at a time.
+template <typename storage, int dim>
+__global__ void __launch_bounds__(kSeamThreads)
+    window_back_seams(Problem p, Gradients gradients, HeadList heads, Seams seams) {
+  seams.compare(p, heads, [&](const SeamBlock& block, const Stretch& before) {
+    if (WalkBack::begins_at_end(before, seams.plan)) return false;
+    constexpr int kChunks = dim / 8, kRowsAtOnce = kWarp / kChunks, kBlock = 64;
+    const int head = heads.head[block.head_index], warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const Cells cells = p.laws[head].cells;
+    const Sequence& s = before.sequence;
+    const int64_t first_cell = cells.trailing(before.end) - p.slots;
+    const int blocks = static_cast<int>((cells.window() + 2 * cells.resolution + kBlock - 1) / kBlock);
     const auto row_of_cells = [&](bool warmed_up) {
       return static_cast<const float*>(seams.rows) +
-             (seams.row(seam, heads.count, head_index, warmed_up, side) - first_cell) * config::kDim + lane;
+             (seams.row(block.seam, heads.count, block.head_index, warmed_up, block.side) - first_cell) * dim + lane;
     };
     const float *const exact = row_of_cells(false), *const warmed_up = row_of_cells(true);
-    float difference = 0.f, size = 0.f;
-    const int64_t oldest = cells.trailing(from), newest = cells.trailing(until - 1) + 1;
+    bool differ = false;
+    for (int n = warp; n < blocks; n += kSeamThreads / kWarp) {
+      const int64_t until = before.end - n * kBlock, from = until - kBlock > s.position ? until - kBlock : s.position;
+      if (from >= until) break;
+      float difference = 0.f, size = 0.f;
+      const int64_t oldest = cells.trailing(from), newest = cells.trailing(until - 1) + 1;
 #pragma unroll 4
-    for (int64_t cell = oldest > first_cell ? oldest : first_cell; cell <= newest; ++cell) {
+      for (int64_t cell = oldest > first_cell ? oldest : first_cell; cell <= newest; ++cell) {
 #pragma unroll
-      for (int d = 0; d < config::kDim; d += kWarp) {
-        const float apart = exact[cell * config::kDim + d] - warmed_up[cell * config::kDim + d];
-        difference += apart * apart;
-      }
-    }
-    const View& view = side ? gradients.value : gradients.key;
-    const int chunk = lane % kChunks;
-    if (chunk * 8 < (side ? p.value_dim : p.key_dim)) {
-#pragma unroll 8
-      for (int64_t t = from + lane / kChunks; t < until; t += kRowsAtOnce) {
-        const uint4 words = load_global(row_of<const storage>(view, s.batch, head, s.row + t - s.position) + chunk * 8);
-        const uint32_t x[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 pair = unpack<storage>(x[i]);
-          size += pair.x * pair.x + pair.y * pair.y;
+        for (int d = 0; d < dim; d += kWarp) {
+          const float known = exact[cell * dim + d], apart = known - warmed_up[cell * dim + d];
+          difference += apart * apart;
+          size += known * known;
         }
       }
+      difference = warp_sum(difference);
+      if (within_rounding<storage>(difference, warp_sum(size))) continue;  // nor do tokens' gradients differ by more
+      size = 0.f;
+      const View& view = block.side ? gradients.value : gradients.key;
+      const int chunk = lane % kChunks;
+      if (chunk * 8 < (block.side ? p.value_dim : p.key_dim)) {
+        for (int64_t t = from + lane / kChunks; t < until; t += kRowsAtOnce) {
+          const uint4 words =
+              load_global(row_of<const storage>(view, s.batch, head, s.row + t - s.position) + chunk * 8);
+          const uint32_t x[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 pair = unpack<storage>(x[i]);
+            size += pair.x * pair.x + pair.y * pair.y;
+          }
+        }
+      }
+      differ = differ || !within_rounding<storage>(difference, warp_sum(size));
     }
-    constexpr float kMost = kSeamTolerance<storage> * kSeamTolerance<storage>;
-    differ = differ || !(warp_sum(difference) <= kMost * warp_sum(size));
-  }
-  return differ;
+    return differ;
+  });
 }
 
 // Some warps attend, one per patch of a tile, or two that divide its columns, and leave weights: of what the slots held
@@ -268,15 +268,8 @@ template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads, Seams seams) {
   wait_for_grid_before();
-  if (blockIdx.x >= (seams.is_again ? seams.plan.seam_count : plan.count) * heads.count) return;  // one more, for pairs
-  int64_t stretch = blockIdx.x / heads.count;
-  if (!config::kSelecting && seams.is_again) {
-    stretch = sequence_to_walk(p, seams, heads, [&](int64_t seam, const Stretch& before, const Stretch&) {
-      return !WalkBack::begins_at_end(before, seams.plan) &&
-             gradients_differ<config>(p, gradients, seams, heads, seam, before);
-    });
-    if (stretch < 0) return;
-  }
+  if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
+  if (seams.is_again && !seams.found[blockIdx.x]) return;
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   using Weights = PatchWeights<storage, config::kFlux>;
@@ -287,8 +280,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __shared__ WalkBack walk;
   __shared__ BackLayout layout;
   if (threadIdx.x == 0) {
-    walk = WalkBack(p, contents, plan, heads, stretch, config::kTile);
-    if (seams.found && !seams.is_again) seams.found[walk.sequence * heads.count + blockIdx.x % heads.count] = 0;
+    walk = WalkBack(p, contents, plan, heads, blockIdx.x / heads.count, config::kTile);
+    if (seams.rows && walk.from_begin) seams.found[walk.sequence * heads.count + blockIdx.x % heads.count] = 0;
     layout = BackLayout::make<config>(walk.slots, walk.resolution, walk.group);
     barrier_init(shared_address(shared_memory) + layout.barriers, config::kAttending);
     barrier_init(shared_address(shared_memory) + layout.barriers + BackLayout::kCellsRead, config::kSumming);
@@ -736,12 +729,18 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __syncwarp();
 
   // Leaves the gradients of what slots held where a tile begins, at a seam.
-  const auto note_gradients = [&](int64_t seam, bool warmed_up, int tile) {
-    if (kSelecting || seam < 0) return;
+  const auto leave_gradients = [&](bool warmed_up, int tile) {
     __syncwarp();  // other lanes wrote some of them
+    const int64_t seam = warmed_up
+                             ? seams.plan.seam_after(p, walk.sequence, static_cast<int64_t>(blockIdx.x / heads.count))
+                             : seams.plan.seam(p, walk.sequence, static_cast<int64_t>(blockIdx.x / heads.count));
     const int64_t row = seams.row(seam, heads.count, blockIdx.x % heads.count, warmed_up, side);
     float* const to = static_cast<float*>(seams.rows) + row * config::kDim + first_element + lane;
-    for (int n = 0; n < seams.row_count; ++n) to[n * config::kDim] = all_grads[at_lane((oldest(tile) + n) % grad_rows)];
+    int place = oldest(tile) % grad_rows;
+#pragma unroll 2
+    for (int n = 0; n < static_cast<int>(seams.row_count); ++n, place = wrap(place + 1, grad_rows)) {
+      to[n * config::kDim] = all_grads[at_lane(place)];
+    }
     __syncwarp();
   };
   const View& rows_view = side ? gradients.grad_out : p.query;
@@ -927,9 +926,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       if (!is_end) barrier_arrive(all_read);
     }
-    if (seams.rows && tile == walk.seam_tile) note_gradients(walk.seam_after, true, tile);
+    const bool warmed_up = tile > 0;
+    if (!kSelecting && seams.rows && (warmed_up ? tile == walk.end_tile && !walk.to_end : !walk.from_begin)) {
+      leave_gradients(warmed_up, tile);
+    }
   }
-  if (seams.rows) note_gradients(walk.seam_before, false, 0);
 
   if (!walk.from_begin || !grad_given || !has_element) return;
   if constexpr (!kSelecting) {
@@ -1060,13 +1061,16 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
           p, heads, [&](int resolution) { return back_bytes<config>(p, resolution); });
       const int64_t seam_bytes = grad_seam_bytes(p, back, c);
       const Seams seams(p, back, heads, grad_seam_rows(p), seam_bytes, seam_rows);
-      const auto walk = [&](int64_t stretches, const WalkPlan& plan, const Seams& seams) {
-        launch_early<kPair>("window_back", window_back<config>, stretches * heads.count, config::kThreads, bytes,
+      const auto walk = [&](const WalkPlan& plan, const Seams& seams) {
+        launch_early<kPair>("window_back", window_back<config>, plan.count * heads.count, config::kThreads, bytes,
                             problem.stream, problem, gradients, contents, plan, heads, seams);
       };
-      walk(back.count, back, seams);
-      if (seams.rows) walk(back.seam_count, back.whole(p), seams.again());
+      walk(back, seams);
       seam_rows += seam_bytes;
+      if (!seams.rows) return;
+      launch_early("window_back at seams", window_back_seams<typename config::storage, config::kDim>,
+                   seams.blocks(heads), kSeamThreads, 0, problem.stream, problem, gradients, heads, seams);
+      walk(back.whole(p), seams.again());
     });
   });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "window_attend.cuh"
+#include "window_seams.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
@@ -86,59 +87,82 @@ __device__ __forceinline__ void prepare(const Problem& p, int head) {
   }
 }
 
-// Whether two walks found the cells unlike that ended in the lap before a seam.
-template <typename config>
-__device__ bool cells_differ(const Problem& p, const Seams& seams, const HeadList& heads, int64_t seam) {
-  using storage = typename config::storage;
-  constexpr int kChunks = config::kDim / 8;
-  const int items = 2 * static_cast<int>(p.slots) * kChunks;  // of both sides
-  const auto chunks = [&](bool warmed_up) {
-    return static_cast<const uint4*>(seams.rows) +
-           seams.row(seam, heads.count, blockIdx.x % heads.count, warmed_up, 0) * kChunks;
-  };
-  const uint4 *const exact = chunks(false), *const warmed_up = chunks(true);
-  bool differ = false;
-#pragma unroll 4
-  for (int first = 0; first < items; first += config::kThreads) {
-    const bool exists = first + static_cast<int>(threadIdx.x) < items;
-    const int item = exists ? first + static_cast<int>(threadIdx.x) : 0;
-    const uint4 a = load_global(exact + item), b = load_global((exists ? warmed_up : exact) + item);
-    const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-    float difference = 0.f, size = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 known = unpack<storage>(x[i]), other = unpack<storage>(y[i]);
-      difference += (other.x - known.x) * (other.x - known.x) + (other.y - known.y) * (other.y - known.y);
-      size += known.x * known.x + known.y * known.y;
+// Where a walk leaves the cells of its seams for the comparison, and marks that something is not finite; null: nowhere.
+struct WalkMarks {
+  uint4 *at_begin = nullptr, *at_end = nullptr;
+  uint8_t* unsound = nullptr;
+
+  WalkMarks() = default;
+  __device__ WalkMarks(const Problem& p, const Walk& walk, const HeadList& heads, const Seams& seams, int chunks,
+                       uint8_t* marks) {
+    const int head_index = blockIdx.x % heads.count;
+    if (seams.is_again) {  // what is not finite was seen before, and nobody reads this
+      unsound = reinterpret_cast<uint8_t*>(seams.found + blockIdx.x);
+    } else if (marks) {
+      unsound = marks + walk.stretch * p.kv_heads + heads.head[head_index];
+      *unsound = 0;
     }
-#pragma unroll
-    for (int i = 1; i < kChunks; i *= 2) {
-      difference += __shfl_xor_sync(kAllLanes, difference, i);
-      size += __shfl_xor_sync(kAllLanes, size, i);
-    }
-    constexpr float kMost = kSeamTolerance<storage> * kSeamTolerance<storage>;
-    differ = differ || !(difference <= kMost * size);
+    if (!seams.rows) return;
+    if (walk.own_begin == walk.begin) seams.found[walk.sequence * heads.count + head_index] = 0;  // its first stretch
+    const auto rows = [&](int64_t seam, bool warmed_up) {
+      return static_cast<uint4*>(seams.rows) + seams.row(seam, heads.count, head_index, warmed_up, 0) * chunks;
+    };
+    if (walk.seam_before) at_begin = rows(seams.plan.seam(p, walk.sequence, walk.stretch), true);
+    if (walk.seam_after) at_end = rows(seams.plan.seam_after(p, walk.sequence, walk.stretch), false);
   }
-  return differ;
+};
+
+// Leaves the cells of both sides that ended in the lap before a time, from the last back. It is a call, so that no
+// register of the walk waits for what is done once or twice.
+template <typename config>
+__device__ __noinline__ void leave_cells(const Walk& walk, int slots, int until, uint4* to) {
+  using Row = Rows<config::kDim>;
+  const Layout layout = Layout::make<config>(slots, walk.resolution);
+  const int newest = ((until + walk.offset) / walk.resolution - 1 + slots) % layout.ring_rows;
+  for (int item = threadIdx.x; item < 2 * slots * Row::kChunks; item += config::kThreads) {
+    const int chunk = item % Row::kChunks, n = item / Row::kChunks, side = n >= slots, back = n - side * slots;
+    const int row = newest - back < 0 ? newest - back + layout.ring_rows : newest - back;
+    const uint32_t ring = shared_address(shared_memory) + layout.ring + side * layout.side_bytes;
+    store_global(to + item, load_shared(Row::at(ring, row, chunk)));
+  }
 }
 
-// In a launch for seams: the sequence that the block is to walk, or -1. `differs`(seam, its stretch before, the one
-// after) is asked of all threads.
-template <typename differs_type>
-__device__ int64_t sequence_to_walk(const Problem& p, const Seams& seams, const HeadList& heads,
-                                    const differs_type& differs) {
-  const int head_index = blockIdx.x % heads.count;
-  const int64_t seam = blockIdx.x / heads.count, sequence = seams.plan.sequence_of_seam(p, seam);
-  const int64_t number = seams.plan.number_of_seam(p, sequence, seam);
-  const Cells cells = p.laws[heads.head[head_index]].cells;
-  const Stretch after(p, seams.plan, cells, seams.plan.index(p, sequence, number));
-  if (!after.exists || after.sequence.index != sequence || number >= seams.plan.stretches(after.sequence.length)) {
-    return -1;  // a number without a seam
-  }
-  const Stretch before(p, seams.plan, cells, seams.plan.index(p, sequence, number - 1));
-  if (!__syncthreads_or(differs(seam, before, after))) return -1;
-  int* const found = &seams.found[sequence * heads.count + head_index];
-  return __syncthreads_or(threadIdx.x == 0 && atomicExch(found, 1) == 0) ? sequence : -1;
+// Finds the sequences whose walks found cells unlike that ended in the lap before a seam. A row is as wide as a few
+// neighbouring threads' chunks.
+template <typename storage, int dim>
+__global__ void __launch_bounds__(kSeamThreads) window_walk_seams(Problem p, HeadList heads, Seams seams) {
+  seams.compare(p, heads, [&](const SeamBlock& block, const Stretch& before) {
+    if (before.end - before.sequence.position <= seams.plan.warm_up) return false;  // nothing is missing after it
+    constexpr int kChunks = dim / 8;
+    const auto chunks = [&](bool warmed_up) {
+      return static_cast<const uint4*>(seams.rows) +
+             seams.row(block.seam, heads.count, block.head_index, warmed_up, block.side) * kChunks;
+    };
+    const uint4 *const exact = chunks(false), *const warmed_up = chunks(true);
+    const int items = static_cast<int>(p.slots) * kChunks;
+    bool differ = false;
+#pragma unroll 2
+    for (int first = 0; first < items; first += kSeamThreads) {
+      const bool exists = first + static_cast<int>(threadIdx.x) < items;
+      const int item = exists ? first + static_cast<int>(threadIdx.x) : 0;
+      const uint4 a = load_global(exact + item), b = load_global((exists ? warmed_up : exact) + item);
+      const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+      float difference = 0.f, size = 0.f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 known = unpack<storage>(x[i]), other = unpack<storage>(y[i]);
+        difference += (other.x - known.x) * (other.x - known.x) + (other.y - known.y) * (other.y - known.y);
+        size += known.x * known.x + known.y * known.y;
+      }
+#pragma unroll
+      for (int i = 1; i < kChunks; i *= 2) {
+        difference += __shfl_xor_sync(kAllLanes, difference, i);
+        size += __shfl_xor_sync(kAllLanes, size, i);
+      }
+      differ = differ || !within_rounding<storage>(difference, size);
+    }
+    return differ;
+  });
 }
 
 template <typename config>
@@ -146,14 +170,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     window_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, Seams seams,
                 uint8_t* unsound) {
   wait_for_grid_before();
-  if (blockIdx.x >= (seams.is_again ? seams.plan.seam_count : plan.count) * heads.count) return;  // one more, for pairs
-  int64_t stretch = blockIdx.x / heads.count;
-  if (!config::kSelecting && seams.is_again) {
-    stretch = sequence_to_walk(p, seams, heads, [&](int64_t seam, const Stretch&, const Stretch& after) {
-      return after.begin - after.sequence.position > plan.warm_up && cells_differ<config>(p, seams, heads, seam);
-    });
-    if (stretch < 0) return;
-  }
+  if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
+  if (seams.is_again && !seams.found[blockIdx.x]) return;
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   constexpr int kDim = config::kDim, kFlux = config::kFlux, kWarps = config::kWarps, kTile = config::kTile;
@@ -163,13 +181,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
   const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
   __shared__ Walk walk;
+  __shared__ WalkMarks marks;
   // Rows of both sides of what cells hold in the end, from the walk's first cell on, and of what goes on in patches.
   __shared__ int64_t cell_row, started_row;
   const bool keeps = config::kContents || (!config::kMore && contents.cells);
   if (threadIdx.x == 0) {
-    walk = Walk(p, plan, stretch, head);
-    if (seams.found && !seams.is_again) seams.found[walk.sequence * heads.count + head_index] = 0;
-    if (unsound) unsound[walk.stretch * p.kv_heads + head] = 0;
+    walk = Walk(p, plan, blockIdx.x / heads.count, head);
+    marks = WalkMarks(p, walk, heads, seams, Row::kChunks, unsound);
     if (keeps) {
       cell_row = heads.cell_rows[head_index] - walk.trailing_at_begin +
                  contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, p.laws[head]);
@@ -197,7 +215,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   int* const patch_cells = reinterpret_cast<int*>(shared_memory + layout.cells);
 
   const auto report = [&] {  // something is not finite
-    if (unsound) unsound[walk.stretch * p.kv_heads + head] = 1;
+    if (!config::kContents) *marks.unsound = 1;
   };
 
   // Contents before the walk, where they are given. Cell number c lies in row c mod ring_rows.
@@ -261,17 +279,6 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const auto owns = [&](int time) { return time >= walk.own_begin && time < walk.own_end; };
   const auto store_row = [](void* rows, int64_t row, int chunk, const uint4& words) {
     store_global(static_cast<uint4*>(rows) + row * Row::kChunks + chunk, words);
-  };
-  // Leaves, from the last one on, the cells that ended in the lap before `until`, where a seam is.
-  const auto note_cells = [&](int64_t seam, bool warmed_up, int until) {
-    if (config::kSelecting || seam < 0) return;
-    const int last = (until + walk.offset) / resolution - 1;
-    for (int item = threadIdx.x; item < 2 * slots * Row::kChunks; item += config::kThreads) {
-      const int chunk = item % Row::kChunks, n = item / Row::kChunks % slots, side = item / Row::kChunks / slots;
-      const uint32_t ring = shared + layout.ring + side * side_bytes;
-      store_row(seams.rows, seams.row(seam, heads.count, head_index, warmed_up, side) + n, chunk,
-                load_shared(Row::at(ring, (last - n + slots) % ring_rows, chunk)));
-    }
   };
   for (int side = 0; side < 2; ++side) fetch(warp * kPatch, 0, side);
   __syncthreads();  // the ring and the table are there
@@ -371,8 +378,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
         __syncthreads();
 
-        // The cells that take tokens of this tile, each from patch to patch: a thread has one chunk of one cell. A cell
-        // may need what the one before it in its slot left, so no more than `slots` at a time.
+        // The cells that take tokens of this tile, each from patch to patch: a thread has one chunk of one cell. A
+        // cell may need what the one before it in its slot left, so no more than `slots` at a time.
         const int further = tokens_left + tile_offset;
         const int cells_here = cells_per_tile + (further > resolution ? 3 : further > 0 ? 2 : 1);
         for (int lap = 0; lap < cells_here; lap += slots) {
@@ -437,8 +444,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
     }
     __syncthreads();
-    if (seams.rows && time < walk.own_begin && walk.own_begin <= time + kTile) {
-      note_cells(walk.seam_before, true, walk.own_begin);
+
+    if constexpr (!config::kSelecting) {
+      if (marks.at_begin && time < walk.own_begin && walk.own_begin <= time + kTile) {
+        leave_cells<config>(walk, slots, walk.own_begin, marks.at_begin);
+      }
     }
 
     // Attend.
@@ -561,7 +571,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
     }
   }
-  if (seams.rows) note_cells(walk.seam_after, false, walk.own_end);
+  if constexpr (!config::kSelecting) {
+    if (marks.at_end) leave_cells<config>(walk, slots, walk.own_end, marks.at_end);
+  }
 }
 
 // What the slots of a given state hold, as if cells held it that ended before the sequence.
@@ -603,12 +615,15 @@ void launch_walk(const char* name, const Problem& p, const Outputs& outputs, con
   const uint32_t bytes = shared_memory_of<window_walk<config>>(
       p, heads, [&](int resolution) { return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes; });
   const Seams seams(p, plan, heads, p.slots, cell_seam_bytes(p, plan, c), seam_rows);
-  const auto walk = [&](int64_t stretches, const WalkPlan& plan, const Seams& seams, uint8_t* unsound) {
-    launch_early<kPair>(name, window_walk<config>, stretches * heads.count, config::kThreads, bytes, p.stream, p,
+  const auto walk = [&](const WalkPlan& plan, const Seams& seams, uint8_t* unsound) {
+    launch_early<kPair>(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
                         outputs, contents, plan, heads, seams, unsound);
   };
-  walk(plan.count, plan, seams, unsound);
-  if (seams.rows) walk(plan.seam_count, plan.whole(p), seams.again(), nullptr);  // not finite: that was seen before
+  walk(plan, seams, unsound);
+  if (!seams.rows) return;
+  launch_early("window_walk at seams", window_walk_seams<typename config::storage, config::kDim>, seams.blocks(heads),
+               kSeamThreads, 0, p.stream, p, heads, seams);
+  walk(plan.whole(p), seams.again(), unsound);
 }
 
 }  // namespace
