@@ -38,7 +38,7 @@ def _count(
     return tokens * features * work
 
 
-@register_flop_formula([torch.ops.blurry_attn.forward, torch.ops.blurry_attn.forward_with_contents])
+@register_flop_formula(torch.ops.blurry_attn.forward)
 def _forward(
     query: _Shape,
     key: _Shape,
@@ -80,8 +80,6 @@ def _backward(
     query: _Shape,
     key: _Shape,
     value: _Shape,
-    out: Any,
-    lse: Any,
     slots: int,
     window: Sequence[int],
     phase: Any,

@@ -178,7 +178,7 @@ def blurry_window_attention(
     contents = (None, None) if state is None else state._contents()
     position = None if state is None else state.position
     forward = _operator("forward", query, key, value, cu_seqlens, *contents, position)
-    out, lse, state_key, state_value, position = forward(
+    out, lse, state_key, state_value, position, *_ = forward(
         query,
         key,
         value,
@@ -327,17 +327,19 @@ def _forward_shapes(
     state_value: Tensor | None,
     position: Tensor | None,
     return_state: bool,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     state = {"state.key": state_key, "state.value": state_value, "state.position": position}
     _check_places(query, {"key": key, "value": value, "cu_seqlens": cu_seqlens, **state})
     out = _empty_beside(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=_state_dtype(query))
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    contents = query.new_empty(0, dtype=torch.uint8)  # a trace keeps none
     if return_state:
         states = _empty_state(query, sequences, key, value, slots)
-        return out, lse, *states, query.new_empty(sequences, dtype=torch.int64)
+        return out, lse, *states, query.new_empty(sequences, dtype=torch.int64), contents
     none = query.new_empty(0, dtype=_state_dtype(query))
-    return out, lse, none, torch.empty_like(none), query.new_empty(0, dtype=torch.int64)
+    return out, lse, none, torch.empty_like(none), query.new_empty(0, dtype=torch.int64), contents
 
 
 @torch.library.register_fake("blurry_attn::backward")
@@ -349,8 +351,6 @@ def _backward_shapes(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
     slots: int,
     window: list[int],
     phase: list[int],
@@ -361,7 +361,9 @@ def _backward_shapes(
     state_key: Tensor | None,
     state_value: Tensor | None,
     position: Tensor | None,
-    contents: Tensor | None = None,
+    out: Tensor,
+    lse: Tensor,
+    contents: Tensor,
 ) -> tuple[Tensor, ...]:
     given = {"grad_out": grad_out, "grad_lse": grad_lse, "key": key, "value": value, "out": out, "lse": lse}
     given |= {"grad_state_key": grad_state_key, "grad_state_value": grad_state_value, "cu_seqlens": cu_seqlens}

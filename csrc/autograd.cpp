@@ -1,48 +1,14 @@
-// Differentiation and autocast of the operators, and the functions of attention.h, which call them.
+// Differentiation of the operators.
 #include <ATen/Functions.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <cmath>
-
-#include "attention.h"
-#include "call.h"
+#include "arguments.h"
 
 namespace blurry_attn {
 
 namespace {
-
-using ForwardSignature = ForwardResult(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
-                                       at::IntArrayRef, at::IntArrayRef, c10::string_view, double, double,
-                                       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                       const OptionalTensor&, bool);
-using KeptSignature = KeptResult(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, at::IntArrayRef,
-                                 at::IntArrayRef, c10::string_view, double, double, const OptionalTensor&,
-                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, bool);
-using BackwardSignature = BackwardResult(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                         const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                         const at::Tensor&, const at::Tensor&, int64_t, at::IntArrayRef,
-                                         at::IntArrayRef, c10::string_view, double, double, const OptionalTensor&,
-                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                         const OptionalTensor&);
-using RotarySignature = at::Tensor(const at::Tensor&, const at::Tensor&, double, bool);
-using StepSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&,
-                                 at::Tensor&, int64_t, at::IntArrayRef, at::IntArrayRef, c10::string_view, double,
-                                 double);
-
-template <typename signature>
-const c10::TypedOperatorHandle<signature>& find(const char* name) {
-  static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<signature>();
-  return handle;
-}
-const auto& forward_operator() { return find<ForwardSignature>("blurry_attn::forward"); }
-const auto& keeping_operator() { return find<KeptSignature>("blurry_attn::forward_with_contents"); }
-const auto& backward_operator() { return find<BackwardSignature>("blurry_attn::backward"); }
-const auto& step_operator() { return find<StepSignature>("blurry_attn::step"); }
-const auto& rotary_operator() { return find<RotarySignature>("blurry_attn::rotary"); }
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 bool requires_grad(const OptionalTensor& tensor) { return tensor && requires_grad(*tensor); }
@@ -69,12 +35,35 @@ bool is_worth_keeping(const at::Tensor& query) {
 
 OptionalTensor given(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
-// Everything of a call that is no tensor.
-struct Settings {
+at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
+
+// What a node of the graph keeps of a law, as values that PyTorch's own tools can read.
+struct KeptLaw {
   int64_t slots;
   std::vector<int64_t> window, phase;
   std::string kernel;
-  double sharpness, scale;
+  double sharpness;
+
+  explicit KeptLaw(const LawArguments& law)
+      : slots(law.slots),
+        window(law.window.vec()),
+        phase(law.phase.vec()),
+        kernel(law.kernel),
+        sharpness(law.sharpness) {}
+  explicit KeptLaw(const ska::flat_hash_map<std::string, at::IValue>& from)
+      : slots(from.at("slots").toInt()),
+        window(from.at("window").toIntVector()),
+        phase(from.at("phase").toIntVector()),
+        kernel(from.at("kernel").toStringRef()),
+        sharpness(from.at("sharpness").toDouble()) {}
+  void save(ska::flat_hash_map<std::string, at::IValue>& to) const {
+    to["slots"] = slots;
+    to["window"] = window;
+    to["phase"] = phase;
+    to["kernel"] = kernel;
+    to["sharpness"] = sharpness;
+  }
+  operator LawArguments() const { return {slots, window, phase, kernel, sharpness}; }
 };
 
 }  // namespace
@@ -82,133 +71,99 @@ struct Settings {
 // Profiles and grad_fn show the names of functions, here and below: as PyTorch's own, and with no unnamed namespace.
 class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
  public:
+  // Tensors stand apart in the list, because apply() looks for those that need a gradient there.
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& query,
                                                 const at::Tensor& key, const at::Tensor& value,
                                                 const OptionalTensor& state_key, const OptionalTensor& state_value,
-                                                const OptionalTensor& cu_seqlens, const OptionalTensor& position,
-                                                const Settings& settings, bool return_state) {
+                                                const ForwardArguments& given) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto call = [&](const auto& forward) {
-      return forward.call(query, key, value, settings.slots, settings.window, settings.phase, settings.kernel,
-                          settings.sharpness, settings.scale, cu_seqlens, state_key, state_value, position,
-                          return_state);
-    };
-    at::Tensor out, lse, end_key, end_value, end_position, contents;
-    if (is_worth_keeping(query)) {
-      std::tie(out, lse, end_key, end_value, end_position, contents) = call(keeping_operator());
-    } else {
-      std::tie(out, lse, end_key, end_value, end_position) = call(forward_operator());
-    }
-    const auto or_undefined = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
-    context->save_for_backward({query, key, value, out, lse, or_undefined(state_key), or_undefined(state_value),
-                                or_undefined(cu_seqlens), or_undefined(position), contents});
+    const CallArguments call{{query, key, value}, given,       given.scale,   given.cu_seqlens,
+                             state_key,           state_value, given.position};
+    auto [out, lse, end_key, end_value, end_position, contents] =
+        dispatch(ForwardArguments{call, given.return_state, is_worth_keeping(query)});
+    context->save_for_backward({query, key, value, or_undefined(given.cu_seqlens), or_undefined(state_key),
+                                or_undefined(state_value), or_undefined(given.position), out, lse, contents});
     context->set_materialize_grads(false);
-    context->saved_data["slots"] = settings.slots;
-    context->saved_data["window"] = settings.window;
-    context->saved_data["phase"] = settings.phase;
-    context->saved_data["kernel"] = settings.kernel;
-    context->saved_data["sharpness"] = settings.sharpness;
-    context->saved_data["scale"] = settings.scale;
-    if (return_state) {
-      context->mark_non_differentiable({end_position});
+    KeptLaw(given).save(context->saved_data);
+    context->saved_data["scale"] = given.scale;
+    if (given.return_state) {
+      context->mark_non_differentiable({end_position, contents});
     } else {
-      context->mark_non_differentiable({end_key, end_value, end_position});
+      context->mark_non_differentiable({end_key, end_value, end_position, contents});
     }
-    return {out, lse, end_key, end_value, end_position};
+    return {out, lse, end_key, end_value, end_position, contents};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list gradients) {
     const auto saved = context->get_saved_variables();
-    const at::Tensor& out = saved[3];
+    const OptionalTensor cu_seqlens = given(saved[3]), state_key = given(saved[4]), state_value = given(saved[5]),
+                         position = given(saved[6]);
+    const at::Tensor &out = saved[7], &lse = saved[8], &contents = saved[9];
     const at::Tensor grad_out = gradients[0].defined() ? gradients[0] : at::zeros_like(out);
-    const std::vector<int64_t> window = context->saved_data["window"].toIntVector();
-    const std::vector<int64_t> phase = context->saved_data["phase"].toIntVector();
-    const std::string kernel = context->saved_data["kernel"].toStringRef();
-    auto [query, key, value, state_key, state_value] = backward_operator().call(
-        grad_out, given(gradients[1]), given(gradients[2]), given(gradients[3]), saved[0], saved[1], saved[2], out,
-        saved[4], context->saved_data["slots"].toInt(), window, phase, kernel,
-        context->saved_data["sharpness"].toDouble(), context->saved_data["scale"].toDouble(), given(saved[7]),
-        given(saved[5]), given(saved[6]), given(saved[8]), given(saved[9]));
-    const bool stated = saved[5].defined();
+    const OptionalTensor grad_lse = given(gradients[1]), grad_key = given(gradients[2]),
+                         grad_value = given(gradients[3]);
+    const KeptLaw law(context->saved_data);
+    const CallArguments call{{saved[0], saved[1], saved[2]},
+                             law,
+                             context->saved_data["scale"].toDouble(),
+                             cu_seqlens,
+                             state_key,
+                             state_value,
+                             position};
+    auto [query, key, value, given_key, given_value] =
+        dispatch(BackwardArguments{{grad_out, grad_lse, grad_key, grad_value}, call, out, lse, contents});
     const at::Tensor none;
-    return {query, key, value, stated ? state_key : none, stated ? state_value : none, none, none, none, none};
+    return {query, key, value, state_key ? given_key : none, state_key ? given_value : none, none};
   }
 };
 
 namespace {
 
-ForwardResult forward_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                               at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
-                               double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                               const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
-  refuse_forward_mode(query, key, value, state_key, state_value);
-  if (!is_recorded(query, key, value, state_key, state_value)) {  // a function would cost a third of the call
+ForwardResult forward_autograd(const ForwardArguments& given) {
+  const auto& [query, key, value] = static_cast<const Inputs&>(given);
+  refuse_forward_mode(query, key, value, given.state_key, given.state_value);
+  if (!is_recorded(query, key, value, given.state_key, given.state_value)) {  // a node would cost a third of the call
     at::AutoDispatchBelowADInplaceOrView guard;
-    return forward_operator().call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens,
-                                   state_key, state_value, position, return_state);
+    return dispatch(given);
   }
-  const Settings settings{slots, window.vec(), phase.vec(), std::string(kernel), sharpness, scale};
-  auto results =
-      AttentionBackward::apply(query, key, value, state_key, state_value, cu_seqlens, position, settings, return_state);
-  return {results[0], results[1], results[2], results[3], results[4]};
+  auto results = AttentionBackward::apply(query, key, value, given.state_key, given.state_value, given);
+  return {results[0], results[1], results[2], results[3], results[4], results[5]};
 }
 
-BackwardResult backward_autograd(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
-                                 const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
-                                 const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                 const at::Tensor& out, const at::Tensor& lse, int64_t slots, at::IntArrayRef window,
-                                 at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
-                                 const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                                 const OptionalTensor& state_value, const OptionalTensor& position,
-                                 const OptionalTensor& contents) {
-  const bool wanted =
-      is_recorded(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, state_key, state_value);
+BackwardResult backward_autograd(const BackwardArguments& given) {
+  const auto& [grad_out, grad_lse, grad_state_key, grad_state_value] = static_cast<const IncomingGradients&>(given);
+  const auto& [query, key, value] = static_cast<const Inputs&>(given);
+  const bool wanted = is_recorded(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value,
+                                  given.state_key, given.state_value);
   TORCH_CHECK_NOT_IMPLEMENTED(!wanted,
                               "blurry_attn: double backward is not implemented; call backward without create_graph");
-  refuse_forward_mode(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse, state_key,
-                      state_value);
+  refuse_forward_mode(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, given.out, given.lse,
+                      given.state_key, given.state_value);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return backward_operator().call(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse,
-                                  slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key, state_value,
-                                  position, contents);
+  return dispatch(given);
 }
 
-KeptResult keeping_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                            at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
-                            double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                            const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
-  refuse_forward_mode(query, key, value, state_key, state_value);
-  TORCH_CHECK_NOT_IMPLEMENTED(!is_recorded(query, key, value, state_key, state_value),
-                              "blurry_attn: forward_with_contents has no gradient; forward has");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return keeping_operator().call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens,
-                                 state_key, state_value, position, return_state);
-}
-
-at::Tensor step_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
-                         at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
-                         at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
-  refuse_forward_mode(query, key, value, state_key, state_value);
-  TORCH_CHECK_NOT_IMPLEMENTED(!is_recorded(query, key, value, state_key, state_value),
+at::Tensor step_autograd(const StepArguments& given) {
+  const auto& [query, key, value] = static_cast<const Inputs&>(given);
+  refuse_forward_mode(query, key, value, given.state_key, given.state_value);
+  TORCH_CHECK_NOT_IMPLEMENTED(!is_recorded(query, key, value, given.state_key, given.state_value),
                               "blurry_attn: a step updates its state in place and has no gradient; call it under "
                               "torch.no_grad(), or use blurry_window_attention with state and return_state");
   at::AutoDispatchBelowAutograd guard;
-  return step_operator().call(query, key, value, state_key, state_value, position, slots, window, phase, kernel,
-                              sharpness, scale);
+  return dispatch(given);
 }
 
 // Tells autograd of the write: a backward that saved a tensor of the state finds that it is no longer as it was.
-at::Tensor step_in_place(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
-                         at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
-                         at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
+at::Tensor step_in_place(const StepArguments& given) {
   at::Tensor out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = step_operator().call(query, key, value, state_key, state_value, position, slots, window, phase, kernel,
-                               sharpness, scale);
+    out = dispatch(given);
   }
-  for (const at::Tensor& written : {state_key, state_value, position}) written.unsafeGetTensorImpl()->bump_version();
+  for (const at::Tensor& written : {given.state_key, given.state_value, given.position}) {
+    written.unsafeGetTensorImpl()->bump_version();
+  }
   return out;
 }
 
@@ -223,98 +178,36 @@ class RotaryBackward : public torch::autograd::Function<RotaryBackward> {
     context->save_for_backward({positions});
     context->saved_data["base"] = base;
     context->saved_data["back"] = back;
-    return rotary_operator().call(x, positions, base, back);
+    return dispatch(RotaryArguments{x, positions, base, back});
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list gradients) {
     const at::Tensor none;
     if (!gradients[0].defined()) return {none, none, none, none};
-    return {rotary_operator().call(gradients[0], context->get_saved_variables()[0],
-                                   context->saved_data["base"].toDouble(), !context->saved_data["back"].toBool()),
-            none, none, none};
+    const at::Tensor positions = context->get_saved_variables()[0];
+    const bool back = context->saved_data["back"].toBool();
+    return {dispatch(RotaryArguments{gradients[0], positions, context->saved_data["base"].toDouble(), !back}), none,
+            none, none};
   }
 };
 
 namespace {
 
-at::Tensor rotary_autograd(const at::Tensor& x, const at::Tensor& positions, double base, bool back) {
-  refuse_forward_mode(x);
-  if (is_recorded(x)) return RotaryBackward::apply(x, positions, base, back);
+at::Tensor rotary_autograd(const RotaryArguments& given) {
+  refuse_forward_mode(given.x);
+  if (is_recorded(given.x)) return RotaryBackward::apply(given.x, given.positions, given.base, given.back);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return rotary_operator().call(x, positions, base, back);
-}
-
-// Autocast computes in the autocast dtype; states stay as they are.
-template <c10::DeviceType device, c10::DispatchKey dispatch_key>
-ForwardResult forward_autocast(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                               at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
-                               double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                               const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
-  c10::impl::ExcludeDispatchKeyGuard guard(dispatch_key);
-  const at::ScalarType type = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const at::Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  return forward_operator().call(cast(query), cast(key), cast(value), slots, window, phase, kernel, sharpness, scale,
-                                 cu_seqlens, state_key, state_value, position, return_state);
-}
-template <c10::DeviceType device, c10::DispatchKey dispatch_key>
-at::Tensor step_autocast(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
-                         at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
-                         at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
-  c10::impl::ExcludeDispatchKeyGuard guard(dispatch_key);
-  const at::ScalarType type = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const at::Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  return step_operator().call(cast(query), cast(key), cast(value), state_key, state_value, position, slots, window,
-                              phase, kernel, sharpness, scale);
-}
-
-double default_scale(const at::Tensor& query, std::optional<double> scale) {
-  return scale ? *scale : 1 / std::sqrt(static_cast<double>(query.size(-1)));
+  return dispatch(given);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(blurry_attn, Autograd, m) {
-  m.impl("forward", forward_autograd);
-  m.impl("forward_with_contents", keeping_autograd);
-  m.impl("backward", backward_autograd);
-  m.impl("step", step_autograd);
-  m.impl("rotary", rotary_autograd);
+  m.impl("forward", flat<ForwardArguments, forward_autograd>);
+  m.impl("backward", flat<BackwardArguments, backward_autograd>);
+  m.impl("step", flat<StepArguments, step_autograd>);
+  m.impl("rotary", flat<RotaryArguments, rotary_autograd>);
 }
-TORCH_LIBRARY_IMPL(blurry_attn, ADInplaceOrView, m) { m.impl("step", step_in_place); }
-TORCH_LIBRARY_IMPL(blurry_attn, AutocastCPU, m) {
-  m.impl("forward", forward_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
-  m.impl("step", step_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
-}
-TORCH_LIBRARY_IMPL(blurry_attn, AutocastCUDA, m) {
-  m.impl("forward", forward_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
-  m.impl("step", step_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
-}
-
-Attention forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const Window& window,
-                  const Options& options) {
-  OptionalTensor state_key, state_value, position;
-  if (options.state) {
-    state_key = options.state->key;
-    state_value = options.state->value;
-    position = options.state->position;
-  }
-  TORCH_CHECK_VALUE(query.dim() == 4, "query must have 4 dimensions (batch, heads, tokens, head_dim), got ",
-                    query.dim());
-  auto [out, lse, end_key, end_value, end_position] = forward_operator().call(
-      query, key, value, window.slots, window.window, window.phase, window.kernel, window.sharpness,
-      default_scale(query, options.scale), options.cu_seqlens, state_key, state_value, position, options.return_state);
-  return {out, lse, {end_key, end_value, end_position}};
-}
-
-at::Tensor step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const Window& window,
-                State& state, std::optional<double> scale) {
-  TORCH_CHECK_VALUE(query.dim() == 4, "query must have 4 dimensions (batch, heads, 1, head_dim), got ", query.dim());
-  return step_operator().call(query, key, value, state.key, state.value, state.position, window.slots, window.window,
-                              window.phase, window.kernel, window.sharpness, default_scale(query, scale));
-}
-
-at::Tensor rotary(const at::Tensor& x, const at::Tensor& positions, double base) {
-  return rotary_operator().call(x, positions, base, /*back=*/false);
-}
+TORCH_LIBRARY_IMPL(blurry_attn, ADInplaceOrView, m) { m.impl("step", flat<StepArguments, step_in_place>); }
 
 }  // namespace blurry_attn

@@ -5,8 +5,6 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <stdexcept>
-
 #include "attention.h"
 #include "call.h"
 #include "law.h"
@@ -23,50 +21,31 @@ namespace py = pybind11;
 namespace blurry_attn {
 namespace {
 
-Cells make_cells(int64_t slots, int64_t window, int64_t phase) {
-  if (slots < 2 || slots > kMaxSlots) {
-    throw std::invalid_argument("slots must be in 2 .. 2^20, got " + std::to_string(slots));
-  }
-  if (window / slots > kMaxResolution) {
-    throw std::invalid_argument("window must be at most 2^20 * slots, got " + std::to_string(window));
-  }
-  if (window < slots || window % slots) {
-    throw std::invalid_argument("window must be a positive multiple of slots, got " + std::to_string(window));
-  }
-  if (phase < 0 || phase >= window / slots) {
-    throw std::invalid_argument("phase must be in 0 .. window / slots - 1, got " + std::to_string(phase));
-  }
-  return {slots, window / slots, phase};
-}
-
 py::array_t<double> gate_table(const std::string& kernel, int64_t slots, int64_t window, int64_t phase,
                                double sharpness, int64_t start, int64_t length) {
-  if (kernel != "fejer" && kernel != "dirichlet") {
-    throw std::invalid_argument("kernel must be 'fejer' or 'dirichlet', got '" + kernel + "'");
-  }
-  if (start < 0 || start > kMaxPosition) throw std::invalid_argument("start must be in 0 .. 2^62");
-  if (length < 0 || length > kMaxPosition / kMaxSlots) throw std::invalid_argument("length must be in 0 .. 2^42");
-  const Cells cells = make_cells(slots, window, phase);
-  const auto table = gates(kernel == "fejer" ? Kernel::fejer : Kernel::dirichlet, cells, sharpness, start, length);
+  TORCH_CHECK_VALUE(start >= 0 && start <= kMaxPosition, "start must be in 0 .. 2^62, got ", start);
+  TORCH_CHECK_VALUE(length >= 0 && length <= kMaxPosition / kMaxSlots, "length must be in 0 .. 2^42, got ", length);
+  const Kernel law = checked_kernel(kernel);
+  const auto table = gates(law, checked_cells(law, slots, window, phase), sharpness, start, length);
   return py::array_t<double>({length, slots}, table.data());
 }
 
 std::vector<int64_t> slot_openings(int64_t slots, int64_t window, int64_t phase) {
-  const Cells cells = make_cells(slots, window, phase);
+  const Cells cells = checked_cells(Kernel::fejer, slots, window, phase);
   std::vector<int64_t> tokens;
   for (int64_t m = 0; m < slots; ++m) tokens.push_back(cells.slot_opening(m));
   return tokens;
 }
 
 // The operators, with the arguments of their schemas; a state is given whole.
-ForwardResult call_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                           std::vector<int64_t> window, std::vector<int64_t> phase, std::string kernel,
-                           double sharpness, double scale, const OptionalTensor& cu_seqlens,
-                           const OptionalTensor& state_key, const OptionalTensor& state_value,
-                           const OptionalTensor& position, bool return_state) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> call_forward(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots, std::vector<int64_t> window,
+    std::vector<int64_t> phase, std::string kernel, double sharpness, double scale, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& state_key, const OptionalTensor& state_value, const OptionalTensor& position,
+    bool return_state) {
   Options options{scale, cu_seqlens, {}, return_state};
   if (state_key) options.state = State{*state_key, state_value.value(), position.value()};
-  const auto [out, lse, state] =
+  auto [out, lse, state] =
       forward(query, key, value, {slots, std::move(window), std::move(phase), std::move(kernel), sharpness}, options);
   return {out, lse, state.key, state.value, state.position};
 }
@@ -107,11 +86,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_is_writable", torch::wrap_pybind_function_no_gil(&blurry_attn::call_check_is_writable),
         py::arg("written"), py::arg("read"),
         "What a step checks before it writes: names and tensors of what it writes and of what it reads.");
-  m.def("gates", &blurry_attn::gate_table, py::arg("kernel"), py::arg("slots"), py::arg("window"), py::arg("phase"),
-        py::arg("sharpness"), py::arg("start"), py::arg("length"),
+  m.def("gates", torch::wrap_pybind_function(&blurry_attn::gate_table), py::arg("kernel"), py::arg("slots"),
+        py::arg("window"), py::arg("phase"), py::arg("sharpness"), py::arg("start"), py::arg("length"),
         "The law as a float64 table (length, slots): the share of token start + i that each slot takes, openings\n"
         "included; NaN where a slot is shut.");
-  m.def("openings", &blurry_attn::slot_openings, py::arg("slots"), py::arg("window"), py::arg("phase"),
-        "The token that opens each slot.");
+  m.def("openings", torch::wrap_pybind_function(&blurry_attn::slot_openings), py::arg("slots"), py::arg("window"),
+        py::arg("phase"), "The token that opens each slot.");
   m.def("build_info", &blurry_attn::build_info, "What the library was built with: torch, cuda (or None), compiler.");
 }

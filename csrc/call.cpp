@@ -87,6 +87,11 @@ bool share_memory(const std::optional<Place>& a, const std::optional<Place>& b) 
   return a && b && a->copied_on_write == b->copied_on_write && overlap(a->footprint, b->footprint);
 }
 
+void check_slots(int64_t slots) {
+  TORCH_CHECK_VALUE(slots >= 2, "slots must be at least 2, got ", slots);
+  TORCH_CHECK_VALUE(slots <= kMaxSlots, "slots must be at most ", kMaxSlots, ", got ", slots);
+}
+
 constexpr size_t kMostTables = 128, kMostTableBytes = size_t(32) << 20;  // that are kept, of a type
 
 // The table of a law, made anew where none is kept. A lock that is taken counts as none: no call waits for another, and
@@ -178,10 +183,32 @@ at::Tensor Call::positions_after() const {
   return position ? position->add(tokens()) : at::full({sequences()}, tokens(), query.options().dtype(at::kLong));
 }
 
-Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
-                const OptionalTensor& cu_seqlens, const OptionalTensor& state_key, const OptionalTensor& state_value,
-                const OptionalTensor& position) {
+Kernel checked_kernel(std::string_view name) {
+  TORCH_CHECK_VALUE(name == "fejer" || name == "dirichlet", "kernel must be 'fejer' or 'dirichlet', got '", name, "'");
+  return name == "fejer" ? Kernel::fejer : Kernel::dirichlet;
+}
+
+Cells checked_cells(Kernel kernel, int64_t slots, int64_t window, int64_t phase) {
+  check_slots(slots);
+  TORCH_CHECK_VALUE(window >= slots && window % slots == 0, "window must be a positive multiple of slots (", slots,
+                    "), got ", window);
+  const int64_t resolution = window / slots;
+  TORCH_CHECK_VALUE(resolution <= kMaxResolution, "window must be at most ", kMaxResolution, " * slots, got ", window,
+                    " with ", slots, " slots");
+  TORCH_CHECK_VALUE(kernel == Kernel::fejer || resolution <= kMaxDirichletResolution, "window must be at most ",
+                    kMaxDirichletResolution, " * slots with kernel 'dirichlet', got ", window, " with ", slots,
+                    " slots");
+  TORCH_CHECK_VALUE(phase >= 0 && phase < resolution, "phase must be in 0 .. ", resolution - 1,
+                    " (window / slots - 1), got ", phase);
+  return {slots, resolution, phase};
+}
+
+Call check_call(const CallArguments& given) {
+  const auto& [query, key, value] = static_cast<const Inputs&>(given);
+  const auto& [slots, window, phase, kernel, sharpness] = static_cast<const LawArguments&>(given);
+  const double scale = given.scale;
+  const OptionalTensor &cu_seqlens = given.cu_seqlens, &position = given.position;
+  const OptionalTensor &state_key = given.state_key, &state_value = given.state_value;
   check_tensor(query, "query", query);
   check_tensor(key, "key", query);
   check_tensor(value, "value", query);
@@ -200,11 +227,9 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
   TORCH_CHECK_VALUE(query.size(1) >= 1 && query.size(1) % heads == 0, "query must have a multiple of key's ", heads,
                     " heads, got ", query.size(1));
 
-  TORCH_CHECK_VALUE(kernel == "fejer" || kernel == "dirichlet", "kernel must be 'fejer' or 'dirichlet', got '", kernel,
-                    "'");
-  const bool fejer = kernel == "fejer";
-  TORCH_CHECK_VALUE(slots >= 2, "slots must be at least 2, got ", slots);
-  TORCH_CHECK_VALUE(slots <= kMaxSlots, "slots must be at most ", kMaxSlots, ", got ", slots);
+  const Kernel law = checked_kernel(kernel);
+  const bool fejer = law == Kernel::fejer;
+  check_slots(slots);
   TORCH_CHECK_VALUE(!fejer || (std::isfinite(sharpness) && sharpness >= 1),
                     "sharpness must be finite and at least 1, got ", sharpness);
   TORCH_CHECK_VALUE(std::isfinite(scale), "scale must be finite, got ", scale);
@@ -219,17 +244,7 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
   std::vector<Cells> cells;
   cells.reserve(heads);
   for (int64_t h = 0; h < heads; ++h) {
-    TORCH_CHECK_VALUE(window[h] >= slots && window[h] % slots == 0, "window must be a positive multiple of slots (",
-                      slots, "), got ", window[h]);
-    const int64_t resolution = window[h] / slots;
-    TORCH_CHECK_VALUE(resolution <= kMaxResolution, "window must be at most ", kMaxResolution, " * slots, got ",
-                      window[h], " with ", slots, " slots");
-    TORCH_CHECK_VALUE(fejer || resolution <= kMaxDirichletResolution, "window must be at most ",
-                      kMaxDirichletResolution, " * slots with kernel 'dirichlet', got ", window[h], " with ", slots,
-                      " slots");
-    TORCH_CHECK_VALUE(phase[h] >= 0 && phase[h] < resolution, "phase must be in 0 .. ", resolution - 1,
-                      " (window / slots - 1), got ", phase[h]);
-    cells.push_back({slots, resolution, phase[h]});
+    cells.push_back(checked_cells(law, slots, window[h], phase[h]));
   }
 
   if (cu_seqlens) {
@@ -241,9 +256,7 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
                       ", got ", cu_seqlens->device());
     TORCH_CHECK_VALUE(query.size(0) == 1, "query must have batch 1 with cu_seqlens, got ", query.size(0));
   }
-  Call call{
-      query, key, value, std::move(cells), fejer ? Kernel::fejer : Kernel::dirichlet, sharpness, scale, cu_seqlens,
-      {},    {},  {}};
+  Call call{query, key, value, std::move(cells), law, sharpness, scale, cu_seqlens, {}, {}, {}};
   TORCH_CHECK_VALUE(state_key.has_value() == state_value.has_value() && state_key.has_value() == position.has_value(),
                     "state_key, state_value and position must be given together");
   if (state_key) {
@@ -258,9 +271,24 @@ Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor
   return call;
 }
 
-void check_gradients(const Call& call, const at::Tensor& grad_out, const OptionalTensor& grad_lse,
-                     const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
-                     const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& contents) {
+Call check_call(const BackendArguments& given) {
+  const OptionalTensor none;
+  return check_call(CallArguments{given, given, /*scale=*/1, none, none, none, none});
+}
+
+Call check_step(const StepArguments& given) {
+  const OptionalTensor none, state_key = given.state_key, state_value = given.state_value, position = given.position;
+  Call call = check_call(CallArguments{given, given, given.scale, none, state_key, state_value, position});
+  TORCH_CHECK_VALUE(call.tokens() == 1, "query must have one token in a step, got ", call.tokens());
+  check_is_writable(
+      {{"state.key", given.state_key}, {"state.value", given.state_value}, {"state.position", given.position}},
+      {{"query", given.query}, {"key", given.key}, {"value", given.value}});
+  return call;
+}
+
+void check_gradients(const Call& call, const BackwardArguments& given) {
+  const auto& [grad_out, grad_lse, grad_state_key, grad_state_value] = static_cast<const IncomingGradients&>(given);
+  const at::Tensor &out = given.out, &lse = given.lse;
   const int64_t batch = call.batch(), heads = call.query_heads(), tokens = call.tokens();
   const at::ScalarType type = call.query.scalar_type(), compute = call.compute_type();
   check_shape(out, "out", {batch, heads, tokens, call.value_dim()}, type, call.query);
@@ -275,10 +303,11 @@ void check_gradients(const Call& call, const at::Tensor& grad_out, const Optiona
     check_shape(*grad_state_value, "grad_state_value", {states, kv_heads, slots, call.value_dim()}, compute,
                 call.query);
   }
-  if (contents) check_shape(*contents, "contents", {contents->numel()}, at::kByte, call.query);
+  check_shape(given.contents, "contents", {given.contents.numel()}, at::kByte, call.query);
 }
 
-void check_rotary(const at::Tensor& x, const at::Tensor& position, double base) {
+void check_rotary(const RotaryArguments& given) {
+  const auto& [x, position, base, back] = given;
   check_tensor(x, "x", x);
   TORCH_CHECK_VALUE(x.size(3) % 2 == 0, "x must have an even head_dim for rotary embedding, got ", x.size(3));
   TORCH_CHECK_TYPE(position.scalar_type() == at::kLong, "positions must be int64, got ", position.scalar_type());
@@ -288,10 +317,6 @@ void check_rotary(const at::Tensor& x, const at::Tensor& position, double base) 
   TORCH_CHECK_VALUE(position.device() == x.device(), "positions must be on x's device ", x.device(), ", got ",
                     position.device());
   TORCH_CHECK_VALUE(base > 0 && std::isfinite(base), "base must be positive and finite, got ", base);
-}
-
-void check_step(const Call& call) {
-  TORCH_CHECK_VALUE(call.tokens() == 1, "query must have one token in a step, got ", call.tokens());
 }
 
 void check_is_writable(c10::ArrayRef<Argument> written, c10::ArrayRef<Argument> read) {
@@ -317,9 +342,9 @@ void check_is_writable(c10::ArrayRef<Argument> written, c10::ArrayRef<Argument> 
   }
 }
 
-void write_back(const Call& call, at::Tensor& state_key, at::Tensor& state_value) {
-  if (!call.state_key->is_same(state_key)) state_key.copy_(*call.state_key);
-  if (!call.state_value->is_same(state_value)) state_value.copy_(*call.state_value);
+void write_back(const Call& call, const WrittenState& state) {
+  if (!call.state_key->is_same(state.state_key)) state.state_key.copy_(*call.state_key);
+  if (!call.state_value->is_same(state.state_value)) state.state_value.copy_(*call.state_value);
 }
 
 std::vector<int64_t> checked_cu_seqlens(const at::Tensor& cu_seqlens, int64_t tokens) {

@@ -4,21 +4,18 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <optional>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "law.h"
 
 namespace blurry_attn {
 
-using OptionalTensor = std::optional<at::Tensor>;
-using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-// With what the slots held, for the backward.
-using KeptResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+inline OptionalTensor dense(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : tensor;
+}
 
 // A new (batch, heads, tokens, dim) tensor beside x, of x's kind: where x is (batch, tokens, heads, dim) in memory, so
 // is it, and else in the order of its shape. On the current device.
@@ -62,18 +59,16 @@ struct Call {
 
 // Checks everything that needs no look at a tensor's values; raises ValueError, TypeError or NotImplementedError with
 // a message that names the argument.
-Call check_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
-                const OptionalTensor& cu_seqlens, const OptionalTensor& state_key, const OptionalTensor& state_value,
-                const OptionalTensor& position);
+Call check_call(const CallArguments& given);
+Call check_call(const BackendArguments& given);
+// Of a step also that it is of one token, and check_is_writable().
+Call check_step(const StepArguments& given);
 // Of the backward's inputs: shapes, dtypes and devices against the call's.
-void check_gradients(const Call& call, const at::Tensor& grad_out, const OptionalTensor& grad_lse,
-                     const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
-                     const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& contents);
-// Of a rotary embedding.
-void check_rotary(const at::Tensor& x, const at::Tensor& position, double base);
-// Of a step: one token.
-void check_step(const Call& call);
+void check_gradients(const Call& call, const BackwardArguments& given);
+void check_rotary(const RotaryArguments& given);
+// Of a law: its name, and the cells of one head.
+Kernel checked_kernel(std::string_view name);
+Cells checked_cells(Kernel kernel, int64_t slots, int64_t window, int64_t phase);
 // An argument and its name.
 struct Argument {
   std::string_view name;
@@ -83,7 +78,7 @@ struct Argument {
 // and autograd can see the write. Tensors without memory, as those of a trace, share none.
 void check_is_writable(c10::ArrayRef<Argument> written, c10::ArrayRef<Argument> read);
 // Of a step, after it: the call's state is the given one, or a contiguous copy that goes back into it.
-void write_back(const Call& call, at::Tensor& state_key, at::Tensor& state_value);
+void write_back(const Call& call, const WrittenState& state);
 
 // cu_seqlens and positions as numbers, their values checked. `cu_seqlens` on the host.
 std::vector<int64_t> checked_cu_seqlens(const at::Tensor& cu_seqlens, int64_t tokens);

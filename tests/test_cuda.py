@@ -172,20 +172,20 @@ def test_what_the_forward_keeps(device):
 
     def forward(tensors, slots=32):
         given = (slots, [8 * slots] * 2, *law[2:])
-        return torch.ops.blurry_attn.forward_with_contents(*tensors, *given, None, None, None, None, False)
+        return torch.ops.blurry_attn.forward(*tensors, *given, None, None, None, None, False, True)
 
     out, lse, *_, contents = forward(inputs)
     assert contents.numel() > 0
     assert forward([x.float() for x in inputs])[-1].numel() == 0
     assert forward(inputs, slots=65)[-1].numel() == 0
-    with pytest.raises(NotImplementedError, match="forward_with_contents has no gradient"):
-        forward([x.requires_grad_() for x in make_inputs(1, 2, None, 8, 64, dtype=torch.bfloat16, device=device)])
+    none = torch.ops.blurry_attn.forward(*inputs, *law, None, None, None, None, False)[-1]
+    assert none.numel() == 0
 
     def backward(contents):
-        arguments = (out, None, None, None, *inputs, out, lse, *law, None, None, None, None, contents)
+        arguments = (out, None, None, None, *inputs, *law, None, None, None, None, out, lse, contents)
         return torch.ops.blurry_attn.backward(*arguments)[:3]
 
-    for kept, made in zip(backward(contents), backward(None), strict=True):
+    for kept, made in zip(backward(contents), backward(none), strict=True):
         assert relative_error(kept, made) <= 1e-2
     for wrong in (contents[1:], contents.float(), contents[None], contents.cpu()):
         with pytest.raises((TypeError, ValueError), match=r"^contents must"):

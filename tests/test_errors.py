@@ -265,7 +265,7 @@ def test_the_backward_operator_refuses_forward_mode(which, device):
     with forward_ad.dual_level():
         given[which] = forward_ad.make_dual(given[which], torch.ones_like(given[which]))
         with pytest.raises(NotImplementedError, match="forward-mode differentiation is not implemented"):
-            torch.ops.blurry_attn.backward(*given, *law, None, *tensors[3:], position)
+            torch.ops.blurry_attn.backward(*given[:7], *law, None, *tensors[3:], position, *given[7:], results[5])
 
 
 def test_rotary_refuses_forward_mode_over_reverse(device):
@@ -302,9 +302,13 @@ def placed(operator, device):
         direct = lambda *x: _C.step(*x, *law)  # noqa: E731
     elif operator == "backward":
         results = torch.ops.blurry_attn.forward(*tensors[:3], *law, None, *state, True)
-        given = [*tensors[:3], *state, *results[:2], *results[:4]]
-        names += ["out", "lse", "grad_out", "grad_lse", "grad_state_key", "grad_state_value"]
-        call = direct = lambda *x: torch.ops.blurry_attn.backward(*x[8:], *x[:3], *x[6:8], *law, None, *x[3:6])
+        given = [*tensors[:3], *state, *results[:2], results[5], *results[:4]]
+        names += ["out", "lse", "contents", "grad_out", "grad_lse", "grad_state_key", "grad_state_value"]
+        call = direct = (
+            lambda *x: torch.ops.blurry_attn.backward(
+                *x[9:], *x[:3], *law, None, *x[3:6], *x[6:9]
+            )
+        )
     else:
         names, given = ["x", "positions"], [tensors[0], position]
         call = lambda *x: torch.ops.blurry_attn.rotary(*x, 9.0)  # noqa: E731

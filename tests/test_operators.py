@@ -50,9 +50,9 @@ def test_opcheck_forward(kernel, stated, packed, device):
 def test_opcheck_backward(kernel, stated, packed, device):
     inputs, cu_seqlens, state = tensors(device, False, packed=packed)
     state = state if stated else [None] * 3
-    out, lse, *end = torch.ops.blurry_attn.forward(*inputs, *law(kernel), cu_seqlens, *state, stated)
+    out, lse, *end, contents = torch.ops.blurry_attn.forward(*inputs, *law(kernel), cu_seqlens, *state, stated)
     gradients = [out, lse, *end[:2]] if stated else [out, None, None, None]
-    arguments = (*gradients, *inputs, out, lse, *law(kernel), cu_seqlens, *state)
+    arguments = (*gradients, *inputs, *law(kernel), cu_seqlens, *state, out, lse, contents)
     torch.library.opcheck(torch.ops.blurry_attn.backward.default, arguments)
 
 
@@ -76,13 +76,15 @@ def test_shapes_for_tracing_are_those_of_results(dtype, tokens_first, device):
     def results(*tensors):
         query, key, value, *rest = tensors
         forward = torch.ops.blurry_attn.forward(query, key, value, *given[:-3], *rest, True)
-        out, lse, end_key, end_value, _ = forward
+        out, lse, end_key, end_value, _, contents = forward
         cotangents = (out, lse, end_key, end_value)
-        backward = torch.ops.blurry_attn.backward(*cotangents, query, key, value, out, lse, *given[:-3], *rest)
+        backward = torch.ops.blurry_attn.backward(
+            *cotangents, query, key, value, *given[:-3], *rest, out, lse, contents
+        )
         return [(x.shape, x.dtype, x.stride()) for x in (*forward, *backward)]
 
     real = results(*inputs, *given[-3:])
-    assert [real[i][2] for i in (5, 6, 7)] == [x.stride() for x in inputs]
+    assert [real[i][2] for i in (6, 7, 8)] == [x.stride() for x in inputs]
     assert results(*(x.to("meta") for x in (*inputs, *given[-3:]))) == real
 
 
@@ -131,9 +133,9 @@ def test_opcheck_backend(device):
 
 def test_backward_operator_has_no_gradient(device):
     inputs, _, _ = tensors(device, False)
-    out, lse, *_ = torch.ops.blurry_attn.forward(*inputs, *law("fejer"), None, None, None, None, False)
+    out, lse, *_, contents = torch.ops.blurry_attn.forward(*inputs, *law("fejer"), None, None, None, None, False)
     gradient = out.clone().requires_grad_()
-    arguments = (None, None, None, *inputs, out, lse, *law("fejer"), None, None, None, None)
+    arguments = (None, None, None, *inputs, *law("fejer"), None, None, None, None, out, lse, contents)
     with pytest.raises(NotImplementedError, match="double backward"):
         torch.ops.blurry_attn.backward(gradient, *arguments)
     with torch.no_grad():

@@ -354,7 +354,7 @@ def test_the_operator_takes_what_a_window_takes_and_is_right(law, kernel, sharpn
         with pytest.raises(ValueError, match=r"state\.position|state\.key"):
             call(*options)
         return
-    out, lse, end_key, _, end = call(*options)
+    out, lse, end_key, _, end, _ = call(*options)
     given_state = BlurryState(*state, torch.tensor([position]), spec)
     expected = reference.blurry_window_attention(
         query, key, value, spec, scale=1.0, state=given_state, return_lse=True, return_state=True
@@ -506,7 +506,7 @@ def test_the_backward_on_a_cpu_takes_no_contents():
     law = (4, [12, 20], [2, 0], "fejer", 6.0, 1.0)
     out, lse, *_ = torch.ops.blurry_attn.forward(query, key, value, *law, None, None, None, None, False)
     contents = torch.empty(0, dtype=torch.uint8)
-    arguments = (out, None, None, None, query, key, value, out, lse, *law, None, None, None, None)
+    arguments = (out, None, None, None, query, key, value, *law, None, None, None, None, out, lse)
     torch.ops.blurry_attn.backward(*arguments, contents)
     with pytest.raises(ValueError, match=r"^contents must be empty"):
         torch.ops.blurry_attn.backward(*arguments, contents.new_zeros(1))
@@ -521,9 +521,13 @@ def test_the_backward_operator_checks_its_own_arguments(name, change):
     law = (4, [12, 20], [2, 0], "fejer", 6.0)
     state = make_state(WINDOW, [3, 40])
     given_state = (None, state.key, state.value, state.position)
-    out, lse, end_key, end_value, _ = torch.ops.blurry_attn.forward(query, key, value, *law, 1.0, *given_state, True)
-    arguments = {"grad_out": out, "grad_lse": lse, "grad_state_key": end_key, "grad_state_value": end_value,
-                 "query": query, "key": key, "value": value, "out": out, "lse": lse}  # fmt: skip
-    arguments[name] = change(arguments[name])
+    forward = torch.ops.blurry_attn.forward(query, key, value, *law, 1.0, *given_state, True)
+    out, lse, end_key, end_value, _, contents = forward
+    gradients = {"grad_out": out, "grad_lse": lse, "grad_state_key": end_key, "grad_state_value": end_value}
+    results = {"out": out, "lse": lse}
+    which = gradients if name in gradients else results
+    which[name] = change(which[name])
     with pytest.raises((TypeError, ValueError), match=rf"^{name} must"):
-        torch.ops.blurry_attn.backward(*arguments.values(), *law, 1.0, *given_state)
+        torch.ops.blurry_attn.backward(
+            *gradients.values(), query, key, value, *law, 1.0, *given_state, *results.values(), contents
+        )

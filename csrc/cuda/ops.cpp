@@ -1,4 +1,4 @@
-// The CUDA implementation's callers: from tensors to raw pointers, strides and the current stream.
+// The operators on a card: from tensors to raw pointers, strides and the current stream.
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -13,7 +13,7 @@
 #include <memory>
 #include <mutex>
 
-#include "call.h"
+#include "../call.h"
 #include "kernels.h"
 
 namespace blurry_attn {
@@ -136,7 +136,6 @@ cuda::View view(const at::Tensor& tensor) {
           tensor.stride(3)};
 }
 const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(tensor->contiguous()) : tensor; }
 
 cuda::DType dtype_of(at::ScalarType type) {
   switch (type) {
@@ -255,17 +254,21 @@ Path path_of(const cuda::Problem& problem) {
   return path;
 }
 
-KeptResult run_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                       at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
-                       double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                       const OptionalTensor& state_value, const OptionalTensor& position, bool return_state,
-                       bool keep) {
-  const Call call = with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, scale,
-                                         dense(cu_seqlens), state_key, state_value, position));
+// Checked whole, with tensors as the kernels read them.
+template <typename arguments>
+Call ready_call(const arguments& given) {
+  Call call = with_rows(check_call(given));
+  call.cu_seqlens = dense(call.cu_seqlens);
   check_limits(call);
-  const c10::DeviceGuard guard(query.device());
+  return call;
+}
+
+ForwardResult forward_cuda(const ForwardArguments& given) {
+  const Call call = ready_call(given);
+  const c10::DeviceGuard guard(call.query.device());
   check_values(call);
-  const at::Tensor out = empty_beside(query, value.size(3)), lse = call.empty_lse();
+  const bool return_state = given.return_state;
+  const at::Tensor out = empty_beside(given.query, call.value_dim()), lse = call.empty_lse();
   const at::Tensor end_key = return_state ? call.empty_state_key() : call.none(call.compute_type());
   const at::Tensor end_value = return_state ? call.empty_state_value() : call.none(call.compute_type());
   const SharedTables tables = tables_of(call);
@@ -276,41 +279,32 @@ KeptResult run_forward(const at::Tensor& query, const at::Tensor& key, const at:
     outputs.state_value = end_value.mutable_data_ptr();
   }
   const Path path = path_of(problem);
-  const at::Tensor contents = workspace(call, keep ? path.contents_of(problem) : 0);
+  const at::Tensor contents = workspace(call, given.keep ? path.contents_of(problem) : 0);
   if (contents.numel() > 0) outputs.contents = contents.mutable_data_ptr();
   const at::Tensor memory = workspace(call, path.forward_workspace(problem));
   path.forward(problem, outputs, memory.mutable_data_ptr());
   return {out, lse, end_key, end_value, return_state ? call.positions_after() : call.none(at::kLong), contents};
 }
 
-BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
-                             const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
-                             const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                             const at::Tensor& out, const at::Tensor& lse, int64_t slots, at::IntArrayRef window,
-                             at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
-                             const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                             const OptionalTensor& state_value, const OptionalTensor& position,
-                             const OptionalTensor& contents) {
-  const Call call = with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, scale,
-                                         dense(cu_seqlens), state_key, state_value, position));
-  check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse, contents);
-  check_limits(call);
-  const c10::DeviceGuard guard(query.device());
-  const at::Tensor grad_query = empty_beside(query, query.size(3));
-  const at::Tensor grad_key = empty_beside(key, key.size(3));
-  const at::Tensor grad_value = empty_beside(value, value.size(3));
+BackwardResult backward_cuda(const BackwardArguments& given) {
+  const Call call = ready_call(given);
+  check_gradients(call, given);
+  const c10::DeviceGuard guard(call.query.device());
+  const at::Tensor grad_query = empty_beside(given.query, call.key_dim());
+  const at::Tensor grad_key = empty_beside(given.key, call.key_dim());
+  const at::Tensor grad_value = empty_beside(given.value, call.value_dim());
   const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : call.none(call.compute_type());
   const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : call.none(call.compute_type());
-  const at::Tensor dense_lse = lse.contiguous();
-  const OptionalTensor dense_grad_lse = dense(grad_lse);
-  const OptionalTensor grad_key_end = dense(grad_state_key), grad_value_end = dense(grad_state_value);
+  const at::Tensor lse = given.lse.contiguous();
+  const OptionalTensor grad_lse = dense(given.grad_lse);
+  const OptionalTensor grad_key_end = dense(given.grad_state_key), grad_value_end = dense(given.grad_state_value);
   const SharedTables tables = tables_of(call);
   const cuda::Problem problem = make_problem(call, *tables);
   cuda::Gradients gradients{};
-  const at::Tensor grad_out_rows = in_rows(grad_out, wants_rows(call));
+  const at::Tensor grad_out_rows = in_rows(given.grad_out, wants_rows(call));
   gradients.grad_out = view(grad_out_rows);
-  gradients.lse = dense_lse.const_data_ptr();
-  gradients.grad_lse = data(dense_grad_lse);
+  gradients.lse = lse.const_data_ptr();
+  gradients.grad_lse = data(grad_lse);
   gradients.grad_state_key = data(grad_key_end);
   gradients.grad_state_value = data(grad_value_end);
   gradients.query = view(grad_query);
@@ -321,76 +315,49 @@ BackwardResult backward_cuda(const at::Tensor& grad_out, const OptionalTensor& g
     gradients.state_value = grad_value_in.mutable_data_ptr();
   }
   Path path = path_of(problem);
-  const int64_t kept = contents ? contents->numel() : 0;
+  const int64_t kept = given.contents.numel();
   TORCH_CHECK_VALUE(kept == 0 || kept == path.contents_of(problem),
-                    "contents must be what forward_with_contents returned for the same arguments");
+                    "contents must be what forward returned for the same arguments");
   if (!path.refusal && path.backward_refusal(problem, gradients)) path = kScan;
-  if (kept > 0 && path.contents) gradients.contents = contents->const_data_ptr();
+  if (kept > 0 && path.contents) gradients.contents = given.contents.const_data_ptr();
   const auto bytes = gradients.contents ? path.kept_workspace : path.backward_workspace;
   const at::Tensor memory = workspace(call, bytes(problem));
   path.backward(problem, gradients, memory.mutable_data_ptr());
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
 }
 
-ForwardResult forward_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                           at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
-                           double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                           const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
-  auto [out, lse, end_key, end_value, end_position, contents] =
-      run_forward(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key, state_value,
-                  position, return_state, /*keep=*/false);
-  return {out, lse, end_key, end_value, end_position};
-}
-KeptResult forward_with_contents_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                      int64_t slots, at::IntArrayRef window, at::IntArrayRef phase,
-                                      c10::string_view kernel, double sharpness, double scale,
-                                      const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                                      const OptionalTensor& state_value, const OptionalTensor& position,
-                                      bool return_state) {
-  return run_forward(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
-                     state_value, position, return_state, /*keep=*/true);
-}
-
-std::string backend_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                         at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness) {
-  const Call call =
-      with_rows(check_call(query, key, value, slots, window, phase, kernel, sharpness, 1, {}, {}, {}, {}));
-  check_limits(call);
-  const c10::DeviceGuard guard(query.device());
+std::string backend_cuda(const BackendArguments& given) {
+  const Call call = ready_call(given);
+  const c10::DeviceGuard guard(call.query.device());
   const SharedTables tables = tables_of(call);
   const Path path = path_of(make_problem(call, *tables));
   return path.refusal ? std::string("scan: ") + path.refusal : path.name;
 }
 
-at::Tensor step_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
-                     at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
-                     at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
-  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, {}, state_key,
-                               state_value, position);
-  check_step(call);
-  check_is_writable({{"state.key", state_key}, {"state.value", state_value}, {"state.position", position}},
-                    {{"query", query}, {"key", key}, {"value", value}});
+at::Tensor step_cuda(const StepArguments& given) {
+  const Call call = check_step(given);
   check_limits(call);
-  const c10::DeviceGuard guard(query.device());
-  const at::Tensor out = empty_beside(query, value.size(3));
+  const c10::DeviceGuard guard(call.query.device());
+  const at::Tensor out = empty_beside(call.query, call.value_dim());
   void *const state_key_data = call.state_key->mutable_data_ptr(), *const state_value_data =
                                                                        call.state_value->mutable_data_ptr();
   int64_t* const position_data = call.position->mutable_data_ptr<int64_t>();
   const SharedTables tables = tables_of(call);
   cuda::step(make_problem(call, *tables), view(out), state_key_data, state_value_data, position_data);
-  write_back(call, state_key, state_value);
-  if (!call.position->is_same(position)) position.copy_(*call.position);
+  write_back(call, given);
+  if (!call.position->is_same(given.position)) given.position.copy_(*call.position);
   return out;
 }
 
-at::Tensor rotary_cuda(const at::Tensor& x, const at::Tensor& positions, double base, bool back) {
-  check_rotary(x, positions, base);
+at::Tensor rotary_cuda(const RotaryArguments& given) {
+  check_rotary(given);
+  const at::Tensor &x = given.x, &positions = given.positions;
   TORCH_CHECK_NOT_IMPLEMENTED(x.size(3) <= cuda::kMaxHeadDim, "x must have a head_dim of at most ", cuda::kMaxHeadDim,
                               " on CUDA, got ", x.size(3));
   const c10::DeviceGuard guard(x.device());
   const at::Tensor out = empty_beside(x, x.size(3)), dense = positions.contiguous();
   cuda::rotary({dtype_of(x.scalar_type()), view(x), view(out), x.size(0), x.size(1), x.size(2), x.size(3),
-                dense.const_data_ptr<int64_t>(), positions.dim() == 2 ? x.size(2) : 0, base, back,
+                dense.const_data_ptr<int64_t>(), positions.dim() == 2 ? x.size(2) : 0, given.base, given.back,
                 c10::cuda::getCurrentCUDAStream().stream()});
   return out;
 }
@@ -398,12 +365,11 @@ at::Tensor rotary_cuda(const at::Tensor& x, const at::Tensor& positions, double 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(blurry_attn, CUDA, m) {
-  m.impl("backend", backend_cuda);
-  m.impl("forward", forward_cuda);
-  m.impl("forward_with_contents", forward_with_contents_cuda);
-  m.impl("backward", backward_cuda);
-  m.impl("step", step_cuda);
-  m.impl("rotary", rotary_cuda);
+  m.impl("backend", flat<BackendArguments, backend_cuda>);
+  m.impl("forward", flat<ForwardArguments, forward_cuda>);
+  m.impl("backward", flat<BackwardArguments, backward_cuda>);
+  m.impl("step", flat<StepArguments, step_cuda>);
+  m.impl("rotary", flat<RotaryArguments, rotary_cuda>);
 }
 
 }  // namespace blurry_attn

@@ -53,7 +53,11 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float __fdividef(float a, float b) { return a / b; }
 // Not instrumented: it orders what other blocks do.
-__attribute__((no_sanitize("thread"), noinline)) inline int atomicExch(int* at, int x) { return std::exchange(*at, x); }
+__attribute__((no_sanitize("thread"), noinline)) inline int atomicExch(int* at, int x) {
+  const int before = *at;
+  *at = x;
+  return before;
+}
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 

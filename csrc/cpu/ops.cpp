@@ -1,4 +1,4 @@
-// The operators' schemas and the CPU implementation's callers: from tensors to raw pointers and strides.
+// The operators on a CPU: from tensors to raw pointers and strides.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -10,36 +10,10 @@
 
 #include <atomic>
 
-#include "attention.h"
-#include "call.h"
-#include "cpu/kernels.h"
+#include "../call.h"
+#include "kernels.h"
 
 namespace blurry_attn {
-
-TORCH_LIBRARY(blurry_attn, m) {
-  m.def(
-      "backend(Tensor query, Tensor key, Tensor value, int slots, int[] window, int[] phase, str kernel, "
-      "float sharpness) -> str");
-  m.def(
-      "forward(Tensor query, Tensor key, Tensor value, int slots, int[] window, int[] phase, str kernel, "
-      "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position, "
-      "bool return_state) -> (Tensor out, Tensor lse, Tensor state_key, Tensor state_value, Tensor position)");
-  m.def(  // CUDA alone; contents is empty where the backward can do nothing with it
-      "forward_with_contents(Tensor query, Tensor key, Tensor value, int slots, int[] window, int[] phase, str kernel, "
-      "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position, "
-      "bool return_state) -> (Tensor out, Tensor lse, Tensor state_key, Tensor state_value, Tensor position, "
-      "Tensor contents)");
-  m.def(
-      "backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_state_key, Tensor? grad_state_value, Tensor query, "
-      "Tensor key, Tensor value, Tensor out, Tensor lse, int slots, int[] window, int[] phase, str kernel, "
-      "float sharpness, float scale, Tensor? cu_seqlens, Tensor? state_key, Tensor? state_value, Tensor? position, "
-      "Tensor? contents=None) -> "
-      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_state_key, Tensor grad_state_value)");
-  m.def(
-      "step(Tensor query, Tensor key, Tensor value, Tensor(a!) state_key, Tensor(b!) state_value, "
-      "Tensor(c!) position, int slots, int[] window, int[] phase, str kernel, float sharpness, float scale) -> Tensor");
-  m.def("rotary(Tensor x, Tensor positions, float base, bool back=False) -> Tensor");
-}
 
 namespace {
 
@@ -159,52 +133,41 @@ void run_forward(const Call& call, const at::Tensor& out, const at::Tensor& lse,
   });
 }
 
-ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                          at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness,
-                          double scale, const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                          const OptionalTensor& state_value, const OptionalTensor& position, bool return_state) {
-  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
-                               state_value, position);
-  const at::Tensor out = in_huge_pages(empty_beside(query, value.size(3))), lse = call.empty_lse();
-  if (!return_state) {
+ForwardResult forward_cpu(const ForwardArguments& given) {
+  const Call call = check_call(given);
+  const at::Tensor out = in_huge_pages(empty_beside(call.query, call.value_dim())), lse = call.empty_lse();
+  const at::Tensor contents = call.none(at::kByte);
+  if (!given.return_state) {
     run_forward(call, out, lse, {}, {});
-    return {out, lse, call.none(call.compute_type()), call.none(call.compute_type()), call.none(at::kLong)};
+    const at::Tensor none = call.none(call.compute_type());
+    return {out, lse, none, call.none(call.compute_type()), call.none(at::kLong), contents};
   }
   const at::Tensor end_key = call.empty_state_key(), end_value = call.empty_state_value();
   run_forward(call, out, lse, end_key, end_value);
-  return {out, lse, end_key, end_value, call.positions_after()};
+  return {out, lse, end_key, end_value, call.positions_after(), contents};
 }
 
-BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
-                            const OptionalTensor& grad_state_key, const OptionalTensor& grad_state_value,
-                            const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                            const at::Tensor& out, const at::Tensor& lse, int64_t slots, at::IntArrayRef window,
-                            at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale,
-                            const OptionalTensor& cu_seqlens, const OptionalTensor& state_key,
-                            const OptionalTensor& state_value, const OptionalTensor& position,
-                            const OptionalTensor& contents) {
-  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, cu_seqlens, state_key,
-                               state_value, position);
-  check_gradients(call, grad_out, grad_lse, grad_state_key, grad_state_value, out, lse, contents);
-  TORCH_CHECK_VALUE(!contents || contents->numel() == 0, "contents must be empty on the CPU");
-  const at::Tensor grad_query = in_huge_pages(empty_beside(query, query.size(3)));
-  const at::Tensor grad_key = in_huge_pages(empty_beside(key, key.size(3)));
-  const at::Tensor grad_value = in_huge_pages(empty_beside(value, value.size(3)));
+BackwardResult backward_cpu(const BackwardArguments& given) {
+  const Call call = check_call(given);
+  check_gradients(call, given);
+  TORCH_CHECK_VALUE(given.contents.numel() == 0, "contents must be empty on the CPU");
+  const at::Tensor grad_query = in_huge_pages(empty_beside(call.query, call.key_dim()));
+  const at::Tensor grad_key = in_huge_pages(empty_beside(call.key, call.key_dim()));
+  const at::Tensor grad_value = in_huge_pages(empty_beside(call.value, call.value_dim()));
   const at::Tensor grad_key_in = call.state_key ? call.empty_state_key() : call.none(call.compute_type());
   const at::Tensor grad_value_in = call.state_key ? call.empty_state_value() : call.none(call.compute_type());
   Scratch scratch{call, {}};
-  const at::Tensor lse_dense = lse.contiguous();
-  const auto dense = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };
-  const OptionalTensor grad_lse_dense = dense(grad_lse);
-  const OptionalTensor grad_key_end = dense(grad_state_key), grad_value_end = dense(grad_state_value);
+  const at::Tensor lse = given.lse.contiguous();
+  const OptionalTensor grad_lse = dense(given.grad_lse);
+  const OptionalTensor grad_key_end = dense(given.grad_state_key), grad_value_end = dense(given.grad_state_value);
   for_type(call.query.scalar_type(), [&](auto storage_tag, auto compute_tag) {
     using storage = decltype(storage_tag);
     using compute = decltype(compute_tag);
     const auto problem = make_problem<storage, compute>(call);
     cpu::Gradients<storage, compute> gradients;
-    gradients.grad_out = view<const storage>(grad_out);
-    gradients.lse = data<compute>(lse_dense);
-    if (grad_lse_dense) gradients.grad_lse = data<compute>(*grad_lse_dense);
+    gradients.grad_out = view<const storage>(given.grad_out);
+    gradients.lse = data<compute>(lse);
+    if (grad_lse) gradients.grad_lse = data<compute>(*grad_lse);
     if (grad_key_end) gradients.grad_state_key = data<compute>(*grad_key_end);
     if (grad_value_end) gradients.grad_state_value = data<compute>(*grad_value_end);
     gradients.query = view<storage>(grad_query);
@@ -221,25 +184,17 @@ BackwardResult backward_cpu(const at::Tensor& grad_out, const OptionalTensor& gr
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
 }
 
-std::string backend_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots,
-                        at::IntArrayRef window, at::IntArrayRef phase, c10::string_view kernel, double sharpness) {
-  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, 1, {}, {}, {}, {});
-  return call.kernel == Kernel::fejer ? "window" : "scan: the kernel is not \"fejer\"";
+std::string backend_cpu(const BackendArguments& given) {
+  return check_call(given).kernel == Kernel::fejer ? "window" : "scan: the kernel is not \"fejer\"";
 }
 
 constexpr size_t kLeastForThreads = size_t(64) << 10;  // bytes of state that one thread steps through sooner than two
 
-at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& state_key,
-                    at::Tensor& state_value, at::Tensor& position, int64_t slots, at::IntArrayRef window,
-                    at::IntArrayRef phase, c10::string_view kernel, double sharpness, double scale) {
-  const Call call = check_call(query, key, value, slots, window, phase, kernel, sharpness, scale, {}, state_key,
-                               state_value, position);
-  check_step(call);
-  check_is_writable({{"state.key", state_key}, {"state.value", state_value}, {"state.position", position}},
-                    {{"query", query}, {"key", key}, {"value", value}});
-  const at::Tensor out = empty_beside(query, value.size(3));
+at::Tensor step_cpu(const StepArguments& given) {
+  const Call call = check_step(given);
+  const at::Tensor out = empty_beside(call.query, call.value_dim());
   Scratch scratch{call, {}};
-  for_type(query.scalar_type(), [&](auto storage_tag, auto compute_tag) {
+  for_type(call.query.scalar_type(), [&](auto storage_tag, auto compute_tag) {
     using storage = decltype(storage_tag);
     using compute = decltype(compute_tag);
     auto problem = make_problem<storage, compute>(call);
@@ -253,20 +208,21 @@ at::Tensor step_cpu(const at::Tensor& query, const at::Tensor& key, const at::Te
                call.state_value->mutable_data_ptr<compute>()},
               std::ref(scratch), instruction_set());
   });
-  write_back(call, state_key, state_value);
-  position.add_(1);
+  write_back(call, given);
+  given.position.add_(1);
   return out;
 }
 
-at::Tensor rotary_cpu(const at::Tensor& x, const at::Tensor& positions, double base, bool back) {
-  check_rotary(x, positions, base);
+at::Tensor rotary_cpu(const RotaryArguments& given) {
+  check_rotary(given);
+  const at::Tensor &x = given.x, &positions = given.positions;
   const at::Tensor out = in_huge_pages(empty_beside(x, x.size(3))), dense = positions.contiguous();
   for_type(x.scalar_type(), [&](auto storage_tag, auto compute_tag) {
     using storage = decltype(storage_tag);
     const int64_t per_batch = positions.dim() == 2 ? x.size(2) : 0;
     cpu::rotary<storage, decltype(compute_tag)>({view<const storage>(x), view<storage>(out), x.size(0), x.size(1),
-                                                 x.size(2), x.size(3), dense.const_data_ptr<int64_t>(), per_batch, base,
-                                                 back, parallel});
+                                                 x.size(2), x.size(3), dense.const_data_ptr<int64_t>(), per_batch,
+                                                 given.base, given.back, parallel});
   });
   return out;
 }
@@ -274,11 +230,11 @@ at::Tensor rotary_cpu(const at::Tensor& x, const at::Tensor& positions, double b
 }  // namespace
 
 TORCH_LIBRARY_IMPL(blurry_attn, CPU, m) {
-  m.impl("backend", backend_cpu);
-  m.impl("forward", forward_cpu);
-  m.impl("backward", backward_cpu);
-  m.impl("step", step_cpu);
-  m.impl("rotary", rotary_cpu);
+  m.impl("backend", flat<BackendArguments, backend_cpu>);
+  m.impl("forward", flat<ForwardArguments, forward_cpu>);
+  m.impl("backward", flat<BackwardArguments, backward_cpu>);
+  m.impl("step", flat<StepArguments, step_cpu>);
+  m.impl("rotary", flat<RotaryArguments, rotary_cpu>);
 }
 
 }  // namespace blurry_attn
