@@ -11,11 +11,11 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl
 BUILD_FILES := setup.py pyproject.toml $(shell find csrc -type f)
 
 NVCC ?= nvcc
-NVCC_FLAGS := -std=c++17 -O3 -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden
+NVCC_FLAGS := -std=c++17 -O3 -Icsrc -Icsrc/cuda -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden
 CUDA_ARCHITECTURES := 80 90a
-CUDA_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.h csrc/cuda/*.cuh)
+CUDA_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.h csrc/cuda/*/*.h csrc/cuda/*/*.cuh)
 CUDA_OBJECTS = $(foreach arch,$(CUDA_ARCHITECTURES),$(patsubst \
-  csrc/cuda/%.cu,build/cuda-objects/%.sm_$(arch).o,$(wildcard csrc/cuda/*.cu)))
+  csrc/cuda/%.cu,build/cuda-objects/%.sm_$(arch).o,$(wildcard csrc/cuda/*/*.cu)))
 
 # Configures and builds a CMake preset.
 define cmake

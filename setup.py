@@ -31,7 +31,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 ROOT = Path(__file__).parent.resolve()
-CUDA_SOURCES = ("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+CUDA_SOURCES = ("csrc/cuda/*.cpp", "csrc/cuda/*/*.cu")
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 
 
@@ -71,7 +71,7 @@ def check_nvcc() -> None:
 
 def check_toolkit() -> None:
     """The compiler must find the headers that the CUDA sources include and the runtime library that they link."""
-    folders = ["csrc", *cpp_extension.include_paths("cuda"), sysconfig.get_path("include")]
+    folders = ["csrc", "csrc/cuda", *cpp_extension.include_paths("cuda"), sysconfig.get_path("include")]
     # With -MG the preprocessor lists a header that it does not find by its bare name, and goes on.
     preprocess = [*CXX, "-std=c++20", "-M", "-MG", *(f"-I{folder}" for folder in folders), "-x", "c++"]
     preprocess += sources(*CUDA_SOURCES)
@@ -125,7 +125,10 @@ def extension(cuda: bool) -> setuptools.Extension:
     # OpenMP only to compile: its symbols are those of the library that torch loads, the one pool of threads.
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]
     macros = [("BLURRY_TORCH_VERSION", f'"{torch.__version__}"')]
-    options: dict[str, Any] = {"name": "blurry_attn._C", "include_dirs": [str(ROOT / "csrc")]}
+    options: dict[str, Any] = {
+        "name": "blurry_attn._C",
+        "include_dirs": [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")],
+    }
     if not cuda:
         return cpp_extension.CppExtension(
             sources=files, define_macros=macros, extra_compile_args={"cxx": flags}, **options

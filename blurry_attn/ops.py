@@ -204,7 +204,7 @@ def backend(query: Tensor, key: Tensor, value: Tensor, window: BlurryWindow) -> 
     For eager code: a graph cannot hold the answer.
 
     Returns:
-        ``"window"``: the parallel form of "fejer"; ``"patches"``: that of "dirichlet"; or ``"scan: "`` and the reason
+        ``"fejer"`` or ``"dirichlet"``: the parallel form of that kernel; or ``"scan: "`` and the reason
         why it is not taken.
 
     Raises:

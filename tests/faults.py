@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A text that occurs exactly once in a file, and what takes its place."""
+    """A text that occurs once in a file, or in one of a folder's files, and what takes its place."""
 
-    file: str
+    where: str
     old: str
     new: str
+
+    @cached_property
+    def file(self) -> str:
+        """The file that has the text, from the root.
+
+        Raises:
+            LookupError: the text does not occur, or more than once.
+        """
+        place = ROOT / self.where
+        files = [place] if place.is_file() else [path for path in sorted(place.iterdir()) if path.is_file()]
+        texts = {path: path.read_text() for path in files if path.suffix not in (".so", ".pyc")}
+        found = {path: text.count(self.old) for path, text in texts.items() if self.old in text}
+        if sum(found.values()) != 1:
+            counts = ", ".join(f"{path.name} {count}" for path, count in found.items()) or "nowhere"
+            raise LookupError(f"{self.where}: this text must occur once, not ({counts}): {self.old!r}")
+        (path,) = found
+        return path.relative_to(ROOT).as_posix()
 
 
 @dataclass(frozen=True)
@@ -29,35 +50,26 @@ QUICK = [
 ]
 
 
-def only_if(condition: str, file: str, code: str) -> Edit:
+def only_if(condition: str, where: str, code: str) -> Edit:
     """The code compiled only for template arguments that fulfil a condition."""
-    return Edit(file, code, f"if constexpr ({condition}) {{\n{code}\n}}")
+    return Edit(where, code, f"if constexpr ({condition}) {{\n{code}\n}}")
 
 
 # CUDA in a minute or two: of the kernels on tensor cores only those for bfloat16 and head sizes up to 64.
 QUICK_CUDA = [
-    Edit("csrc/cuda/window.cuh", "  body(__half());\n", ""),
-    Edit(
-        "csrc/cuda/window_forward.cu",
-        "p.dtype != DType::bfloat16 && p.dtype != DType::float16",
-        "p.dtype != DType::bfloat16",
-    ),
-    Edit("csrc/cuda/window_forward.cu", "p.key_dim > 128 || p.value_dim > 128", "p.key_dim > 64 || p.value_dim > 64"),
-    Edit(
-        "csrc/cuda/dirichlet_forward.cu",
-        "p.dtype != DType::bfloat16 && p.dtype != DType::float16",
-        "p.dtype != DType::bfloat16",
-    ),
+    Edit("csrc/cuda/common", "  body(__half());\n", ""),
+    Edit("csrc/cuda/common", "p.dtype != DType::bfloat16 && p.dtype != DType::float16", "p.dtype != DType::bfloat16"),
+    Edit("csrc/cuda/common", "p.key_dim > 128 || p.value_dim > 128", "p.key_dim > 64 || p.value_dim > 64"),
     only_if(
         "dim == 64 && std::is_same_v<storage, __nv_bfloat16>",
-        "csrc/cuda/window_forward.cu",
+        "csrc/cuda/fejer",
         "  if (p.slots <= 32) return body(Config<storage, dim, flux, 32, false>());\n"
         "  if (p.slots <= 64) return body(Config<storage, dim, flux, 64, false>());\n"
         "  return body(Config<storage, dim, flux, 64, true>());\n",
     ),
     only_if(
         "dim == 64",
-        "csrc/cuda/window_backward.cu",
+        "csrc/cuda/fejer",
         "  if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches>());\n"
         "  body(BackConfig<storage, dim, flux, 64, patches>());\n",
     ),
@@ -105,13 +117,13 @@ LM = ("tests/test_lm.py",)
 REFERENCE = ("tests/test_golden.py", "-k", "reference-torch")
 
 
-def faults(file: str, *entries: tuple[str, str, str, tuple[str, ...]]) -> list[Fault]:
-    return [Fault(file, old, new, name, tests) for name, old, new, tests in entries]
+def faults(where: str, *entries: tuple[str, str, str, tuple[str, ...]]) -> list[Fault]:
+    return [Fault(where, old, new, name, tests) for name, old, new, tests in entries]
 
 
 CPU = [
     *faults(
-        "csrc/law.h",
+        "csrc",
         ("phase ignored at the centres", "return cell * resolution + phase;", "return cell * resolution;", VALUES),
         ("lobe shifted by a token", "centre(cell) - resolution; }", "centre(cell) - resolution - 1; }", VALUES),
         ("flux ends a token early", "centre(cell) + resolution - 1;", "centre(cell) + resolution - 2;", VALUES),
@@ -123,7 +135,7 @@ CPU = [
         ("last slot opens with its later cell", "phase > 0 && slot == slots - 1 ? -1 : slot", "slot", LAW),
     ),
     *faults(
-        "csrc/law.cpp",
+        "csrc",
         ("gates shifted by a token", "  offset = modulo(offset, window);", "  offset = modulo(offset + 1, window);",
          LAW),
         ("lobe not squared", "static_cast<double>(resolution) * d * d", "static_cast<double>(resolution) * d", LAW),
@@ -135,7 +147,7 @@ CPU = [
         ("table shut at the opening", "token < opening    ?", "token <= opening    ?", LAW),
     ),
     *faults(
-        "csrc/cpu/scan.inl",
+        "csrc/cpu",
         ("scan: shut slots of the given state read", "if (!is_open(m, begin() - 1)) continue;", "", STATES),
         ("scan: shut slots written", "if (!is_open(m, t)) continue;", "", OPENINGS),
         ("scan: opening token not written whole", "if (t == openings[m]) return 1;", "", VALUES),
@@ -151,7 +163,7 @@ CPU = [
         ("scan: values kept whole in backward", "keep_row(g, vw, grad_values.data() + m * vw);", "", VALUES),
     ),
     *faults(
-        "csrc/cpu/window.inl",
+        "csrc/cpu",
         ("window: echo dropped", "copy_row(keys.row(lane, cell - cells.slots), key_width, key);",
          "zero_row(key, key_width);", VALUES),
         ("window: echo dropped in backward",
@@ -191,7 +203,7 @@ CPU = [
          "t + length < lane.end() ? t + length : lane.end() - 1});", VALUES),
     ),
     *faults(
-        "csrc/cpu/vec.h",
+        "csrc/cpu",
         ("padding counted in a softmax", "for (int64_t j = n - i; j < lanes; ++j) tail[j] = 0;", "", VALUES),
         ("delta omitted", "shift = grad_lse - mean * inverse;", "shift = grad_lse;", VALUES),
         ("delta without what no vector holds", "mean += row[i] * gradients[i];", "break;", VALUES),
@@ -201,7 +213,7 @@ CPU = [
          "static_cast<compute>(from[i]) * factor;", LAYOUT),
     ),
     *faults(
-        "csrc/cpu/step.inl",
+        "csrc/cpu",
         ("step: leading cell takes nothing", "{trailing, trailing + 1}", "{trailing}", STEP),
         ("step: shut slots of the value not cleared", "      values.clear(m);\n", "", STEP),
         ("step: rows with a tail not stored", "store_row(scratch, dim, at(m), 1);", "", STEP),
@@ -211,13 +223,13 @@ CPU = [
          "row(sequence.batch, head * problem.group(), sequence.begin), problem.query.element", STEP),
     ),
     *faults(
-        "csrc/cpu/rotary.cpp",
+        "csrc/cpu",
         ("rotary: turned backwards", "problem.back ? -angle", "!problem.back ? -angle", ROTARY),
         ("rotary: angles in float32", "std::cos(angle)", "std::cos(static_cast<float>(angle))", ROTARY),
         ("rotary: all sequences at the first one's positions", "b * problem.position_batch + t", "t", ROTARY),
     ),
     *faults(
-        "csrc/overlap.cpp",
+        "csrc",
         ("overlap: first byte of an element alone", "apart + span_b + b.size - 1", "apart + span_b", REFUSALS),
         ("overlap: strides of one length counted once", "both.back().most += next.most;", "", REFUSALS),
         ("overlap: elements of one tensor compared in one sense", "2 * rest->most", "rest->most", REFUSALS),
@@ -225,19 +237,19 @@ CPU = [
          "std::min(int64_t(1), high / stride)", REFUSALS),
     ),
     *faults(
-        "csrc/autograd.cpp",
+        "csrc",
         ("step: autograd does not see the write", "written.unsafeGetTensorImpl()->bump_version();", "(void)written;",
          STEP),
         ("backward: tangents dropped",
-         "  refuse_forward_mode(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, out, lse, "
-         "state_key,\n                      state_value);\n", "", ERRORS),
-        ("rotary: gradient not turned back", '!context->saved_data["back"]', 'context->saved_data["back"]', ROTARY),
+         "  refuse_forward_mode(grad_out, grad_lse, grad_state_key, grad_state_value, query, key, value, given.out, "
+         "given.lse,\n                      given.state_key, given.state_value);\n", "", ERRORS),
+        ("rotary: gradient not turned back", '.toDouble(), !back}', '.toDouble(), back}', ROTARY),
     ),
     *faults(
-        "csrc/call.cpp",
+        "csrc",
         ("results do not lie as inputs do", "tokens_first = is_tokens_first(x);", "tokens_first = false;", OPERATORS),
-        ("phase of a whole resolution accepted", "phase[h] < resolution,", "phase[h] <= resolution,", ERRORS),
-        ("window of no tokens accepted", "window[h] >= slots && ", "", ERRORS),
+        ("phase of a whole resolution accepted", "phase < resolution,", "phase <= resolution,", ERRORS),
+        ("window of no tokens accepted", "window >= slots && ", "", ERRORS),
         ("falling cu_seqlens accepted", "ends[i] >= ends[i - 1],", "true,", ERRORS),
         ("cu_seqlens that end early accepted", "ends.back() == tokens,", "ends.back() <= tokens,", ERRORS),
         ("position beyond 2^62 accepted", "data[i] <= kMaxPosition,", "true,", REFUSALS),
@@ -255,13 +267,13 @@ CPU = [
          "true,", STEP),
         ("negative position accepted", "data[i] >= 0,", "true,", ERRORS),
         ("step: values of a state that is not dense not written back",
-         "if (!call.state_value->is_same(state_value)) state_value.copy_(*call.state_value);", "", STEP),
+         "if (!call.state_value->is_same(state.state_value)) state.state_value.copy_(*call.state_value);", "", STEP),
         ("step of two tokens accepted", "call.tokens() == 1,", "call.tokens() >= 1,", ERRORS),
         ("returned position does not count the given one", "return position ? position->add(tokens()) : at::full(",
          "return at::full(", VALUES),
     ),
     *faults(
-        "csrc/ops.cpp",
+        "csrc/cpu",
         ("strides of heads and tokens exchanged", "tensor.stride(1), tensor.stride(2), tensor.stride(3)};",
          "tensor.stride(2), tensor.stride(1), tensor.stride(3)};", VALUES),
         ("given position ignored", "problem.sequences.push_back({s, 0, call.tokens(), position});",
@@ -557,7 +569,7 @@ CUDA_SHARP = ("tests/test_cuda.py::test_sharp_softmax_of_few_slots",)
 
 CUDA = [
     *faults(
-        "csrc/cuda/device.cuh",
+        "csrc/cuda/common",
         ("CUDA: openings ignored", "settled = t > cells.opening(cells.slots - 1);", "settled = t >= 0;", STEP),
         ("CUDA: phase ignored", "from_centre = t - cells.centre(0), window", "from_centre = t, window", VALUES),
         ("CUDA: last token of a lobe skipped", "end = cells.flux_end(cell) + 1;", "end = cells.flux_end(cell);",
@@ -570,11 +582,11 @@ CUDA = [
          CUDA_RANGE),
     ),
     *faults(
-        "csrc/cuda/step.cu",
+        "csrc/cuda/step",
         ("CUDA step: position not advanced", "position[i] = before + 1;", "position[i] = before;", STEP),
     ),
     *faults(
-        "csrc/cuda/rotary.cu",
+        "csrc/cuda/rotary",
         ("CUDA rotary: turned backwards", "p.back ? -angles", "!p.back ? -angles", ROTARY),
         ("CUDA rotary: angles in float32", "turn_of(position * frequency[pair + i]",
          "turn_of(static_cast<float>(position * frequency[pair + i])", ROTARY),
@@ -586,7 +598,7 @@ CUDA = [
          ROTARY),
     ),
     *faults(
-        "csrc/cuda/step.cuh",
+        "csrc/cuda/step",
         ("CUDA step: shut slots read", "gate == compute(kShut) ? compute(0) : written(", "written(", CUDA_STATES),
         ("CUDA step: shut slots attended", "open >> r & 1 ? shape.scale * logits[r] : kNone;",
          "shape.scale * logits[r];", CUDA_STATES),
@@ -596,7 +608,7 @@ CUDA = [
          "for (int t = 1; t < kStepTeams; ++t) {\n        const compute share", STEP),
     ),
     *faults(
-        "csrc/cuda/scan.cu",
+        "csrc/cuda/scan",
         ("CUDA scan: shut slots of the given state read", "if (!slots || !law.is_open(slot, token))", "if (!slots)",
          CUDA_STATES),
         ("CUDA scan: carry between stretches dropped", "next = decay == compute(0) ? carry : carry + decay * next;",
@@ -623,7 +635,7 @@ CUDA = [
          "return time - sequence.position;", CUDA_PACKED),
     ),
     *faults(
-        "csrc/cuda/window_weights.cuh",
+        "csrc/cuda/fejer",
         ("CUDA window: opening token not written whole", "gates[i] = lies ? cells.gate(table, c, t) : 0.f;",
          "gates[i] = lies ? table[t - cells.flux_begin(c)] : 0.f;", WALK),
         ("CUDA window: shut slots seen", "shut(cells, cell + i / kPatch, token + own) ? kShut : log;", "log;", WALK),
@@ -641,14 +653,14 @@ CUDA = [
          "++e) sums[tile][e] *= decay[tile][e] > 0.f;", WALK),
     ),
     *faults(
-        "csrc/cuda/window.cuh",
+        "csrc/cuda/fejer",
         ("CUDA window: slot of the given state a cell off", "const int64_t c = cell + given - slots - 1 - back;",
          "const int64_t c = cell + given - slots - 2 - back;", WALK_STATES),
         ("CUDA window: phase ignored", "first_time = patch_begin(cells, from);",
          "first_time = floor_div(from, kPatch) * kPatch;", WALK),
     ),
     *faults(
-        "csrc/cuda/window.cuh",
+        "csrc/cuda/fejer",
         ("CUDA window: no warm-up", "plan.warm_up = laps * c.longest_window", "plan.warm_up = 0 * c.longest_window",
          WALK),
         ("CUDA window: stretches overlap", "static_cast<int>(t - first_time > least ? t - first_time : least);",
@@ -657,7 +669,7 @@ CUDA = [
          "return law.cells.resolution <= 2;", WALK_ECHO),
     ),
     *faults(
-        "csrc/cuda/window_attend.cuh",
+        "csrc/cuda/fejer",
         ("CUDA window: newest token not seen where the next cell has begun", "Holds::first ? raw[1][e] : before;",
          "Holds::first ? raw[1][e] : raw[0][e];", WALK),
         ("CUDA window: newest token not seen where it is no cell", "Holds::first ? raw[1][e] : before;",
@@ -668,13 +680,13 @@ CUDA = [
          "column < ended && column < 0;", WALK),
     ),
     *faults(
-        "csrc/cuda/window_backward.cu",
+        "csrc/cuda/fejer",
         ("CUDA window: gradient of a cell in flux at the end dropped", "(left > 1 &&", "(left > 0 &&", WALK_STATES),
         ("CUDA window: gradient of the next cell begun at the end dropped", "i == 0 ? trailing : cell;",
          "i == 0 ? trailing + 1 : cell;", WALK_STATES),
     ),
     *faults(
-        "csrc/cuda/window_walk.cuh",
+        "csrc/cuda/fejer",
         ("CUDA window: what a cell held dropped", "const float decay = decays[w * kFlux + j];",
          "const float decay = 0.f;", WALK),
         ("CUDA window: stale carry between tiles", "if (lobe < 0 && time > 0) from = carried + odd * carried_tile;",
@@ -688,30 +700,32 @@ CUDA = [
          "row_of<const storage>(view, 0, head,", WALK),
     ),
     *faults(
-        "csrc/cuda/repair.cuh",
+        "csrc/cuda/common",
         ("CUDA window: state of a repaired sequence not kept", "keep(keys, p.key_dim, outputs.state_key);", "",
          WALK_NAN),
     ),
     *faults(
-        "csrc/cuda/window_forward.cu",
+        "csrc/cuda/fejer",
         ("CUDA window: state without an echo", "p.laws[head].echo == 0 && lap", "lap", WALK),
         ("CUDA window: given state not kept", "if (outputs.contents && p.state_key)",
          "if (outputs.contents && !p.state_key)", WALK_STATES),
     ),
     *faults(
-        "csrc/cuda/window_walk.cuh",
+        "csrc/cuda/fejer",
         ("CUDA window: > for >= where a cell goes on", "config::kSelecting ? 0 : offset >= 2 ? 2 : 1;",
          "config::kSelecting ? 0 : offset > 2 ? 2 : 1;", WALK),
-        ("CUDA window: missing mask", "attend.masked = irregular ?", "attend.masked = false ?", WALK),
-        ("CUDA window: walks that differ at a seam kept", "differ = differ ||", "differ = differ &&", SIZES),
+        ("CUDA window: missing mask",
+         "attend.irregular = irregular;\n    attend.masked = irregular ?",
+         "attend.irregular = irregular;\n    attend.masked = false ?", WALK),
+        ("CUDA window: walks that differ at a seam kept", "within_rounding<storage>(difference, size);", "true;", SIZES),
     ),
     *faults(
-        "csrc/cuda/window_attend.cuh",
+        "csrc/cuda/fejer",
         ("CUDA window: ended cells' slots not seen",
          "if (column < ended) at = wrap(at + slots, ring_rows);", "", WALK_STATES),
     ),
     *faults(
-        "csrc/cuda/window_backward.cu",
+        "csrc/cuda/fejer",
         ("CUDA window: last queries of a stretch without a gradient", "if (t < own_end) {",
          "if (t + kPatch < own_end) {", WALK),
         ("CUDA window: delta omitted", "score[tile][e] * (grad[tile][e] - delta[half]);",
@@ -729,12 +743,13 @@ CUDA = [
          "at_begin[j] + grads_started[at_lane(2 * w + j)];", "at_begin[j];", WALK),
         ("CUDA window: gradient of the state ignored", "if (walk.to_end && grad_state && has_element) {",
          "if (walk.to_end && grad_state && !has_element) {", WALK),
-        ("CUDA window: gradients that differ at a seam kept", "differ = differ ||", "differ = differ &&", SIZES),
+        ("CUDA window: gradients that differ at a seam kept", "differ || !within_rounding<storage>(difference, warp_sum(size));",
+         "differ;", SIZES),
         ("CUDA window: shut slots get a gradient", "open ? all_grads[at_lane(cell % grad_rows)] : 0.f;",
          "all_grads[at_lane(cell % grad_rows)] + !open;", WALK_STATES),
     ),
     *faults(
-        "csrc/cuda/dirichlet.cuh",
+        "csrc/cuda/dirichlet",
         ("CUDA patches: low parts of the end weights dropped",
          "row[kLow + i / 2] = pack<storage>(first - rounded.x, second - rounded.y);", "row[kLow + i / 2] = 0;",
          PATCHES),
@@ -755,7 +770,7 @@ CUDA = [
          PATCHES),
     ),
     *faults(
-        "csrc/cuda/dirichlet_forward.cu",
+        "csrc/cuda/dirichlet",
         ("CUDA patches: shut slots seen", "x = open ? x * walk.factor : -INFINITY;", "x = x * walk.factor + !open;",
          PATCHES),
         ("CUDA patches: what is not finite not noticed", "sound = sound && check == 0.f;", "", WALK_NAN),
@@ -763,7 +778,7 @@ CUDA = [
          "int64_t from = sequence.end() - period + 1;", PATCHES),
     ),
     *faults(
-        "csrc/cuda/dirichlet_backward.cu",
+        "csrc/cuda/dirichlet",
         ("CUDA patches: delta without lse", "&& owned) delta -= lses[kPatch + g + 8 * half];", "&& owned) delta += 0;",
          PATCHES),
         ("CUDA patches: probabilities by lse alone", "if (probability != 0.f) probability *= inverse;", "", CUDA_SHARP),

@@ -144,7 +144,7 @@ def hold_to_half_precision(
 def test_window_kernels(walk, dtype, stated, device):
     slots, resolutions, phase, (heads, *dims), tokens = WALKS[walk]
     window = BlurryWindow(slots, tuple(slots * r for r in resolutions), phase=phase)
-    hold_to_half_precision(window, "window", heads, dims, tokens, dtype, stated, device)
+    hold_to_half_precision(window, "fejer", heads, dims, tokens, dtype, stated, device)
 
 
 @pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
@@ -154,7 +154,7 @@ def test_window_kernels(walk, dtype, stated, device):
 def test_window_kernels_with_an_echo(walk, sharpness, dtype, stated, device):
     slots, resolutions, phase, (heads, *dims), tokens = WALKS[walk]
     window = BlurryWindow(slots, tuple(slots * r for r in resolutions), "fejer", sharpness, phase)
-    hold_to_half_precision(window, "window", heads, dims, tokens, dtype, stated, device)
+    hold_to_half_precision(window, "fejer", heads, dims, tokens, dtype, stated, device)
 
 
 @pytest.mark.parametrize("stated", [False, True], ids=["fresh", "state"])
@@ -162,7 +162,7 @@ def test_window_kernels_with_an_echo(walk, sharpness, dtype, stated, device):
 def test_window_kernels_without_what_the_forward_kept(walk, stated, device):
     slots, resolutions, phase, (heads, *dims), tokens = WALKS[walk]
     window = BlurryWindow(slots, tuple(slots * r for r in resolutions), phase=phase)
-    hold_to_half_precision(window, "window", heads, dims, tokens, torch.bfloat16, stated, device, unwatched)
+    hold_to_half_precision(window, "fejer", heads, dims, tokens, torch.bfloat16, stated, device, unwatched)
 
 
 def test_what_the_forward_keeps(device):
@@ -198,7 +198,7 @@ def test_what_the_forward_keeps(device):
 def test_patch_kernels(walk, dtype, stated, device):
     slots, resolutions, phase, (heads, *dims), tokens = PATCHES[walk]
     window = BlurryWindow(slots, tuple(slots * r for r in resolutions), "dirichlet", phase=phase)
-    hold_to_half_precision(window, "patches", heads, dims, tokens, dtype, stated, device)
+    hold_to_half_precision(window, "dirichlet", heads, dims, tokens, dtype, stated, device)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
@@ -226,13 +226,13 @@ def test_backend(device):
     """What the kernels on tensor cores do not take, they name."""
     inputs = make_inputs(1, 2, None, 8, 64, dtype=torch.bfloat16, device=device)
     window = BlurryWindow(32, 256)
-    assert backend(*inputs, window) == "window"
-    assert backend(*inputs, BlurryWindow(32, 256, "dirichlet")) == "patches"
+    assert backend(*inputs, window) == "fejer"
+    assert backend(*inputs, BlurryWindow(32, 256, "dirichlet")) == "dirichlet"
     assert "64 slots" in backend(*inputs, BlurryWindow(65, 65, "dirichlet"))
     assert "dtype" in backend(*(x.float() for x in inputs), window)
     assert "slots" in backend(*inputs, BlurryWindow(4, 32))
     assert "head sizes" in backend(*(x[..., :60] for x in inputs), window)
-    assert backend(*(torch.cat((x, x), -1)[..., 3:67] for x in inputs), window) == "window"  # by way of a copy
+    assert backend(*(torch.cat((x, x), -1)[..., 3:67] for x in inputs), window) == "fejer"  # by way of a copy
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

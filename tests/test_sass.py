@@ -20,8 +20,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("sm_80", "sm_90a")
 
-FAST = {"window_walk", "window_back", "dirichlet_walk", "dirichlet_weights", "dirichlet_back"}
-OTHERS = {"dirichlet_rows", "dirichlet_state", "window_given", "window_repair", "window_state"}
+FAST = {"fejer_walk", "fejer_back", "dirichlet_walk", "dirichlet_weights", "dirichlet_back"}
+OTHERS = {
+    "dirichlet_rows",
+    "dirichlet_state",
+    "fejer_given",
+    "fejer_state",
+    "fejer_walk_seams",
+    "fejer_back_seams",
+    "repair_walks",
+}
 OTHERS |= {"step_slots", "step_positions", "rotary_turn", "softmax_rows", "softmax_rows_backward"}
 OTHERS |= {f"scan_{pass_}" for pass_ in ("adjoint", "boundaries", "carries", "chains", "decays", "dot", "mix")}
 
@@ -31,32 +39,32 @@ NVCC = "13.0"
 TWO_BLOCKS = "two blocks of 256 threads leave 128 registers"
 ATTENDING = "384 threads leave 168 registers; only sm_90a can give those that attend 240"
 SPILLS = {
-    "window_walk<*, 64, 3, 64, true, false>": (142, 145, f"over 64 slots: {TWO_BLOCKS}"),
-    "window_walk<*, 64, 5, 64, true, false>": (239, 217, f"over 64 slots: {TWO_BLOCKS}"),
-    "window_walk<*, 64, 8, 64, true, false>": (66, 51, f"over 64 slots: {TWO_BLOCKS}"),
-    "window_walk<*, 64, 16, 64, true, false>": (61, 36, f"over 64 slots: {TWO_BLOCKS}"),
-    "window_walk<*, 64, 5, 64, false, false>": (42, 40, TWO_BLOCKS),
-    "window_walk<*, 64, 3, 32, false, false>": (5, 0, TWO_BLOCKS),
-    "window_walk<*, 64, 3, 64, false, false>": (39, 27, TWO_BLOCKS),
-    "window_walk<*, 64, 5, 32, false, false>": (23, 7, TWO_BLOCKS),
-    "window_walk<*, 64, 16, 32, false, false>": (0, 2, TWO_BLOCKS),
-    "window_walk<*, 128, 3, 64, true, false>": (0, 15, f"over 64 slots: {TWO_BLOCKS}"),
-    "window_walk<*, 64, 16, 64, false, false>": (4, 0, TWO_BLOCKS),
-    "window_walk<*, 128, 8, 64, true, false>": (0, 24, f"over 64 slots: {TWO_BLOCKS}"),
-    "window_walk<*, 128, 9, 64, true, false>": (40, 35, f"over 64 slots: {TWO_BLOCKS}"),
-    "window_back<*, 64, 3, 32, 4>": (51, 22, TWO_BLOCKS),
-    "window_back<*, 64, 3, 64, 4>": (156, 23, TWO_BLOCKS),
-    "window_back<*, 128, 3, 32, 4>": (167, 0, ATTENDING),
-    "window_back<*, 128, 3, 64, 4>": (217, 12, ATTENDING),
-    "window_back<*, 128, 5, 32, 4>": (201, 12, ATTENDING),
-    "window_back<*, 128, 5, 64, 4>": (266, 12, ATTENDING),
-    "window_back<*, 128, 8, 32, 4>": (45, 0, ATTENDING),
-    "window_back<*, 128, 8, 64, 4>": (131, 0, ATTENDING),
-    "window_back<*, 128, 3, ??, 2>": (122, 0, ATTENDING),
-    "window_back<*, 128, 5, ??, 2>": (125, 0, ATTENDING),
-    "window_back<*, 128, 8, ??, 2>": (59, 0, ATTENDING),
-    "window_back<*, 128, 9, ??, 2>": (159, 18, ATTENDING),
-    "window_back<*, 128, 16, ??, 2>": (81, 0, ATTENDING),
+    "fejer_walk<*, 64, 3, 64, true, false>": (142, 145, f"over 64 slots: {TWO_BLOCKS}"),
+    "fejer_walk<*, 64, 5, 64, true, false>": (239, 217, f"over 64 slots: {TWO_BLOCKS}"),
+    "fejer_walk<*, 64, 8, 64, true, false>": (66, 51, f"over 64 slots: {TWO_BLOCKS}"),
+    "fejer_walk<*, 64, 16, 64, true, false>": (61, 36, f"over 64 slots: {TWO_BLOCKS}"),
+    "fejer_walk<*, 64, 5, 64, false, false>": (42, 40, TWO_BLOCKS),
+    "fejer_walk<*, 64, 3, 32, false, false>": (5, 0, TWO_BLOCKS),
+    "fejer_walk<*, 64, 3, 64, false, false>": (39, 27, TWO_BLOCKS),
+    "fejer_walk<*, 64, 5, 32, false, false>": (23, 7, TWO_BLOCKS),
+    "fejer_walk<*, 64, 16, 32, false, false>": (0, 2, TWO_BLOCKS),
+    "fejer_walk<*, 128, 3, 64, true, false>": (0, 15, f"over 64 slots: {TWO_BLOCKS}"),
+    "fejer_walk<*, 64, 16, 64, false, false>": (4, 0, TWO_BLOCKS),
+    "fejer_walk<*, 128, 8, 64, true, false>": (0, 24, f"over 64 slots: {TWO_BLOCKS}"),
+    "fejer_walk<*, 128, 9, 64, true, false>": (40, 35, f"over 64 slots: {TWO_BLOCKS}"),
+    "fejer_back<*, 64, 3, 32, 4>": (51, 22, TWO_BLOCKS),
+    "fejer_back<*, 64, 3, 64, 4>": (156, 23, TWO_BLOCKS),
+    "fejer_back<*, 128, 3, 32, 4>": (167, 0, ATTENDING),
+    "fejer_back<*, 128, 3, 64, 4>": (217, 12, ATTENDING),
+    "fejer_back<*, 128, 5, 32, 4>": (201, 12, ATTENDING),
+    "fejer_back<*, 128, 5, 64, 4>": (266, 12, ATTENDING),
+    "fejer_back<*, 128, 8, 32, 4>": (45, 0, ATTENDING),
+    "fejer_back<*, 128, 8, 64, 4>": (131, 0, ATTENDING),
+    "fejer_back<*, 128, 3, ??, 2>": (122, 0, ATTENDING),
+    "fejer_back<*, 128, 5, ??, 2>": (125, 0, ATTENDING),
+    "fejer_back<*, 128, 8, ??, 2>": (59, 0, ATTENDING),
+    "fejer_back<*, 128, 9, ??, 2>": (159, 18, ATTENDING),
+    "fejer_back<*, 128, 16, ??, 2>": (81, 0, ATTENDING),
     "dirichlet_weights<*, 64, ?>": (0, 10, "twelve warps leave 168 registers"),
 }
 

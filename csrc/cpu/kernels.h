@@ -81,13 +81,13 @@ struct Gradients {
 // Scratch memory the kernels need, in elements of `compute`.
 using Allocate = std::function<void*(int64_t elements)>;
 
-// "fejer" in its parallel form (window.cpp) and any kernel as a scan over time (scan.cpp). `isa`: which of each_isa.h.
+// "fejer" in its parallel form (fejer.cpp) and any kernel as a scan over time (scan.cpp). `isa`: which of each_isa.h.
 template <typename storage, typename compute>
-void window_forward(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,
+void fejer_forward(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,
+                   const Allocate& allocate, int isa);
+template <typename storage, typename compute>
+void fejer_backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients,
                     const Allocate& allocate, int isa);
-template <typename storage, typename compute>
-void window_backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients,
-                     const Allocate& allocate, int isa);
 template <typename storage, typename compute>
 void scan_forward(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,
                   const Allocate& allocate, int isa);

@@ -128,7 +128,7 @@ void run_forward(const Call& call, const at::Tensor& out, const at::Tensor& lse,
       outputs.state_value = data<compute>(*state_value);
     }
     const auto run =
-        call.kernel == Kernel::fejer ? cpu::window_forward<storage, compute> : cpu::scan_forward<storage, compute>;
+        call.kernel == Kernel::fejer ? cpu::fejer_forward<storage, compute> : cpu::scan_forward<storage, compute>;
     run(problem, outputs, std::ref(scratch), instruction_set());
   });
 }
@@ -178,14 +178,14 @@ BackwardResult backward_cpu(const BackwardArguments& given) {
       gradients.state_value = data<compute>(grad_value_in);
     }
     const auto run =
-        call.kernel == Kernel::fejer ? cpu::window_backward<storage, compute> : cpu::scan_backward<storage, compute>;
+        call.kernel == Kernel::fejer ? cpu::fejer_backward<storage, compute> : cpu::scan_backward<storage, compute>;
     run(problem, gradients, std::ref(scratch), instruction_set());
   });
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
 }
 
 std::string backend_cpu(const BackendArguments& given) {
-  return check_call(given).kernel == Kernel::fejer ? "window" : "scan: the kernel is not \"fejer\"";
+  return check_call(given).kernel == Kernel::fejer ? "fejer" : "scan: the kernel is not \"fejer\"";
 }
 
 constexpr size_t kLeastForThreads = size_t(64) << 10;  // bytes of state that one thread steps through sooner than two

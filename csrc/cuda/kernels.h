@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../law.h"
+#include "law.h"
 
 namespace blurry_attn::cuda {
 
@@ -52,7 +52,7 @@ struct Outputs {
   void* lse;                  // compute (batch, query head, token), contiguous
   void* state_key = nullptr;  // compute, as the given one; null: not wanted
   void* state_value = nullptr;
-  void* contents = nullptr;  // window_contents() bytes for window_backward; null: not wanted
+  void* contents = nullptr;  // fejer_contents() bytes for fejer_backward; null: not wanted
 };
 
 // Gradients: inputs first, results after. Null pointers: not given, or not wanted.
@@ -62,7 +62,7 @@ struct Gradients {
   const void* grad_lse = nullptr;
   const void* grad_state_key = nullptr;
   const void* grad_state_value = nullptr;
-  const void* contents = nullptr;  // what window_forward left; else window_backward makes it in its workspace
+  const void* contents = nullptr;  // what fejer_forward left; else fejer_backward makes it in its workspace
   View query, key, value;
   void* state_key = nullptr;
   void* state_value = nullptr;
@@ -72,38 +72,38 @@ struct Gradients {
 int64_t forward_workspace(const Problem& problem);
 int64_t backward_workspace(const Problem& problem);
 
-// The scan (scan.cu). Launches only; throws std::runtime_error naming the kernel whose launch failed.
+// The scan (scan/scan.cu). Launches only; throws std::runtime_error naming the kernel whose launch failed.
 void scan_forward(const Problem& problem, const Outputs& outputs, void* workspace);
 void scan_backward(const Problem& problem, const Gradients& gradients, void* workspace);
 
-// "fejer" in its parallel form (window_forward.cu), for bfloat16 and float16. window_refusal: why a problem is not for
+// "fejer" in its parallel form (fejer_forward.cu), for bfloat16 and float16. fejer_refusal: why a problem is not for
 // it, or null.
-const char* window_refusal(const Problem& problem);
-int64_t window_forward_workspace(const Problem& problem);
-void window_forward(const Problem& problem, const Outputs& outputs, void* workspace);
+const char* fejer_refusal(const Problem& problem);
+int64_t fejer_forward_workspace(const Problem& problem);
+void fejer_forward(const Problem& problem, const Outputs& outputs, void* workspace);
 
-// Its backward (window_backward.cu). window_contents: what the slots hold, in bytes, of a problem that window_refusal()
+// Its backward (fejer_backward.cu). fejer_contents: what the slots hold, in bytes, of a problem that fejer_refusal()
 // takes; 0 where the backward would refuse.
-int64_t window_contents(const Problem& problem);
-const char* window_backward_refusal(const Problem& problem, const Gradients& gradients);
-int64_t window_backward_workspace(const Problem& problem);
-int64_t window_kept_workspace(const Problem& problem);  // the same where contents are given
-void window_backward(const Problem& problem, const Gradients& gradients, void* workspace);
+int64_t fejer_contents(const Problem& problem);
+const char* fejer_backward_refusal(const Problem& problem, const Gradients& gradients);
+int64_t fejer_backward_workspace(const Problem& problem);
+int64_t fejer_kept_workspace(const Problem& problem);  // the same where contents are given
+void fejer_backward(const Problem& problem, const Gradients& gradients, void* workspace);
 
-// "dirichlet" in chunks (dirichlet_forward.cu), for bfloat16 and float16, in the same way.
+// "dirichlet" in chunks (dirichlet/forward.cu), for bfloat16 and float16, in the same way.
 const char* dirichlet_refusal(const Problem& problem);
 int64_t dirichlet_forward_workspace(const Problem& problem);
 void dirichlet_forward(const Problem& problem, const Outputs& outputs, void* workspace);
 
-// Its backward (dirichlet_backward.cu).
+// Its backward (dirichlet/backward.cu).
 const char* dirichlet_backward_refusal(const Problem& problem, const Gradients& gradients);
 int64_t dirichlet_backward_workspace(const Problem& problem);
 void dirichlet_backward(const Problem& problem, const Gradients& gradients, void* workspace);
 
-// One token per sequence (step.cu): problem.tokens is 1; updates the slots and the positions in place.
+// One token per sequence (step/step.cu): problem.tokens is 1; updates the slots and the positions in place.
 void step(const Problem& problem, const View& out, void* state_key, void* state_value, int64_t* position);
 
-// x turned into out (rotary.cu), by the law of ../rotary.h; `back`: by minus the angles, which is the adjoint.
+// x turned into out (rotary/rotary.cu), by the law of rotary.h; `back`: by minus the angles, which is the adjoint.
 struct Rotary {
   DType dtype;
   View x, out;

@@ -230,24 +230,24 @@ struct Path {
 };
 constexpr Path kScan{
     "scan", nullptr, cuda::forward_workspace, cuda::scan_forward, cuda::backward_workspace, cuda::scan_backward};
-constexpr Path kWindow{"window",
-                       cuda::window_backward_refusal,
-                       cuda::window_forward_workspace,
-                       cuda::window_forward,
-                       cuda::window_backward_workspace,
-                       cuda::window_backward,
-                       cuda::window_contents,
-                       cuda::window_kept_workspace};
-constexpr Path kPatches{"patches",
-                        cuda::dirichlet_backward_refusal,
-                        cuda::dirichlet_forward_workspace,
-                        cuda::dirichlet_forward,
-                        cuda::dirichlet_backward_workspace,
-                        cuda::dirichlet_backward};
+constexpr Path kFejer{"fejer",
+                      cuda::fejer_backward_refusal,
+                      cuda::fejer_forward_workspace,
+                      cuda::fejer_forward,
+                      cuda::fejer_backward_workspace,
+                      cuda::fejer_backward,
+                      cuda::fejer_contents,
+                      cuda::fejer_kept_workspace};
+constexpr Path kDirichlet{"dirichlet",
+                          cuda::dirichlet_backward_refusal,
+                          cuda::dirichlet_forward_workspace,
+                          cuda::dirichlet_forward,
+                          cuda::dirichlet_backward_workspace,
+                          cuda::dirichlet_backward};
 Path path_of(const cuda::Problem& problem) {
   const bool fejer = problem.kernel == Kernel::fejer;
-  Path path = fejer ? kWindow : kPatches;
-  if (const char* const refusal = (fejer ? cuda::window_refusal : cuda::dirichlet_refusal)(problem)) {
+  Path path = fejer ? kFejer : kDirichlet;
+  if (const char* const refusal = (fejer ? cuda::fejer_refusal : cuda::dirichlet_refusal)(problem)) {
     path = kScan;
     path.refusal = refusal;
   }

@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "csrc/cuda/device.cuh"
+#include "common/law.cuh"
 #include "races.h"
 #include "reference.h"
 
@@ -767,12 +767,12 @@ void run_attention(Case& c, Checks& checks) {
   cuda::Outputs outputs{out.view, lse.data(), nullptr, nullptr};
   if (c.wants_state) outputs.state_key = end_key.data(), outputs.state_value = end_value.data();
   const bool window = c.kind == "window", chunks = window && p.kernel == Kernel::dirichlet;
-  const bool forward_window = window && !(chunks ? cuda::dirichlet_refusal : cuda::window_refusal)(problem);
+  const bool forward_window = window && !(chunks ? cuda::dirichlet_refusal : cuda::fejer_refusal)(problem);
   const auto forward_bytes = !forward_window ? cuda::forward_workspace
                              : chunks        ? cuda::dirichlet_forward_workspace
-                                             : cuda::window_forward_workspace;
-  const auto forward = !forward_window ? cuda::scan_forward : chunks ? cuda::dirichlet_forward : cuda::window_forward;
-  Buffer contents(forward_window && !chunks && c.keeps ? cuda::window_contents(problem) : 0);
+                                             : cuda::fejer_forward_workspace;
+  const auto forward = !forward_window ? cuda::scan_forward : chunks ? cuda::dirichlet_forward : cuda::fejer_forward;
+  Buffer contents(forward_window && !chunks && c.keeps ? cuda::fejer_contents(problem) : 0);
   if (contents.size() > 0) outputs.contents = contents.data();
   Buffer workspace(forward_bytes(problem));
   forward(problem, outputs, workspace.data());
@@ -805,15 +805,15 @@ void run_attention(Case& c, Checks& checks) {
   gradients.value = grad_value.view;
   if (p.given) gradients.state_key = grad_given_key.data(), gradients.state_value = grad_given_value.data();
   const bool backward_window =
-      window && !(chunks ? cuda::dirichlet_backward_refusal : cuda::window_backward_refusal)(problem, gradients);
+      window && !(chunks ? cuda::dirichlet_backward_refusal : cuda::fejer_backward_refusal)(problem, gradients);
   const auto backward_bytes = !backward_window ? cuda::backward_workspace
                               : chunks         ? cuda::dirichlet_backward_workspace
-                                               : cuda::window_backward_workspace;
+                                               : cuda::fejer_backward_workspace;
   const auto backward = !backward_window ? cuda::scan_backward
                         : chunks         ? cuda::dirichlet_backward
-                                         : cuda::window_backward;
+                                         : cuda::fejer_backward;
   if (backward_window && contents.size() > 0) gradients.contents = contents.data();
-  Buffer memory((gradients.contents ? cuda::window_kept_workspace : backward_bytes)(problem));
+  Buffer memory((gradients.contents ? cuda::fejer_kept_workspace : backward_bytes)(problem));
   backward(problem, gradients, memory.data());
   if (!memory.guarded()) checks.fail("backward: the workspace was written out of bounds");
   // Gradients of query and key are differences, which say nothing where they are much smaller than their parts.

@@ -19,7 +19,7 @@ constexpr size_t kMaxSharedBytes = 227 * 1024;
 constexpr uint32_t kSharedBase = 1024;  // the 32-bit address of shared_memory: zero is none
 
 extern unsigned char shared_memory[];  // of the block that runs
-// Takes the place of the lengths in window.cuh and dirichlet.cuh: small problems then have several stretches.
+// Of common/stretches.h: small problems then have several stretches.
 extern int64_t stretch;
 extern int objects;        // streams and events that there are
 extern int until_failure;  // calls that make one and succeed before one that fails; below zero: none fails

@@ -1,6 +1,6 @@
 // "fejer" backward on tensor cores, bfloat16 and float16. A walk forward over time leaves what the slots hold; a walk
 // backward attends again, patch by patch, and takes the gradients of what the slots hold to the tokens.
-#include "window_walk.cuh"
+#include "fejer/walk.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
@@ -208,7 +208,7 @@ inline int64_t grad_seam_bytes(const Problem& p, const WalkPlan& plan, const Flu
 // of tokens before it that they go into, 64 tokens at a time.
 template <typename storage, int dim>
 __global__ void __launch_bounds__(kSeamThreads)
-    window_back_seams(Problem p, Gradients gradients, HeadList heads, Seams seams) {
+    fejer_back_seams(Problem p, Gradients gradients, HeadList heads, Seams seams) {
   seams.compare(p, heads, [&](const SeamBlock& block, const Stretch& before) {
     if (WalkBack::begins_at_end(before, seams.plan)) return false;
     constexpr int kChunks = dim / 8, kRowsAtOnce = kWarp / kChunks, kBlock = 64;
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kSeamThreads)
 // the stretch give to later tokens.
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
-    window_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads, Seams seams) {
+    fejer_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads, Seams seams) {
   wait_for_grid_before();
   if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
   if (seams.is_again && !seams.found[blockIdx.x]) return;
@@ -997,7 +997,7 @@ uint32_t back_bytes(const Problem& p, int resolution) {
   return BackLayout::make<config>(static_cast<int>(p.slots), resolution, group).bytes;
 }
 
-// Of a problem that window_refusal() takes.
+// Of a problem that fejer_refusal() takes.
 const char* refusal_of_slots(const Problem& p) {
   if (p.slots > 64) return "backward: there are more than 64 slots";
   for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -1012,24 +1012,24 @@ const char* refusal_of_slots(const Problem& p) {
 
 }  // namespace
 
-const char* window_backward_refusal(const Problem& p, const Gradients& gradients) {
-  if (const char* const refusal = window_refusal(p)) return refusal;
+const char* fejer_backward_refusal(const Problem& p, const Gradients& gradients) {
+  if (const char* const refusal = fejer_refusal(p)) return refusal;
   if (const char* const refusal = refusal_of_slots(p)) return refusal;
   if (const char* const refusal = range_refusal(p, gradients)) return refusal;
   return aligned(gradients.grad_out) ? nullptr : "backward: rows are not aligned to 16 bytes";
 }
 
-int64_t window_contents(const Problem& p) {
+int64_t fejer_contents(const Problem& p) {
   return refusal_of_slots(p) || range_refusal(p, Gradients()) ? 0 : Contents::bytes(p);
 }
-int64_t window_kept_workspace(const Problem& p) {
+int64_t fejer_kept_workspace(const Problem& p) {
   int64_t bytes = 0;
   for (const FluxClass& c : flux_classes(p, Contents(), Task::backward)) {
     with_walks(p, c, [&](auto, const WalkPlan&, const WalkPlan& back) { bytes += grad_seam_bytes(p, back, c); });
   }
   return bytes;
 }
-int64_t window_backward_workspace(const Problem& p) {
+int64_t fejer_backward_workspace(const Problem& p) {
   int64_t bytes = Contents::bytes(p);
   for (const FluxClass& c : flux_classes(p, Contents(), Task::backward)) {
     with_walks(p, c, [&](auto, const WalkPlan& forward, const WalkPlan& back) {
@@ -1039,7 +1039,7 @@ int64_t window_backward_workspace(const Problem& p) {
   return bytes;
 }
 
-void window_backward(const Problem& p, const Gradients& gradients, void* workspace) {
+void fejer_backward(const Problem& p, const Gradients& gradients, void* workspace) {
   const bool kept = gradients.contents;
   const Contents contents(p, kept ? const_cast<void*>(gradients.contents) : workspace);
   uint8_t* seam_rows = static_cast<uint8_t*>(workspace) + (kept ? 0 : Contents::bytes(p));
@@ -1051,25 +1051,25 @@ void window_backward(const Problem& p, const Gradients& gradients, void* workspa
         if (p.state_key) launch_given<config>(problem, contents, heads);
         if constexpr (!config::kSelecting) {
           if (p.tokens > 0) {
-            launch_walk<ContentsConfig<config>>("window_walk of contents", problem, Outputs{}, contents, forward, c,
+            launch_walk<ContentsConfig<config>>("fejer_walk of contents", problem, Outputs{}, contents, forward, c,
                                                 seam_rows, nullptr);
           }
         }
         seam_rows += cell_seam_bytes(p, forward, c);
       }
-      const uint32_t bytes = shared_memory_of<window_back<config>>(
+      const uint32_t bytes = shared_memory_of<fejer_back<config>>(
           p, heads, [&](int resolution) { return back_bytes<config>(p, resolution); });
       const int64_t seam_bytes = grad_seam_bytes(p, back, c);
       const Seams seams(p, back, heads, grad_seam_rows(p), seam_bytes, seam_rows);
       const auto walk = [&](const WalkPlan& plan, const Seams& seams) {
-        launch_early<kPair>("window_back", window_back<config>, plan.count * heads.count, config::kThreads, bytes,
+        launch_early<kPair>("fejer_back", fejer_back<config>, plan.count * heads.count, config::kThreads, bytes,
                             problem.stream, problem, gradients, contents, plan, heads, seams);
       };
       walk(back, seams);
       seam_rows += seam_bytes;
       if (!seams.rows) return;
-      launch_early("window_back at seams", window_back_seams<typename config::storage, config::kDim>,
-                   seams.blocks(heads), kSeamThreads, 0, problem.stream, problem, gradients, heads, seams);
+      launch_early("fejer_back at seams", fejer_back_seams<typename config::storage, config::kDim>, seams.blocks(heads),
+                   kSeamThreads, 0, problem.stream, problem, gradients, heads, seams);
       walk(back.whole(p), seams.again());
     });
   });

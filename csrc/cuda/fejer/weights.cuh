@@ -4,7 +4,8 @@
 
 #include <type_traits>
 
-#include "window.cuh"
+#include "common/rows.cuh"
+#include "fejer/classes.cuh"
 
 namespace blurry_attn::cuda {
 

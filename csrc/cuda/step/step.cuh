@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "device.cuh"
+#include "common/law.cuh"
 
 namespace blurry_attn::cuda {
 

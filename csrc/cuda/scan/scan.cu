@@ -10,7 +10,10 @@
 #include <type_traits>
 #include <utility>
 
-#include "device.cuh"
+#include "common/launch.cuh"
+#include "common/law.cuh"
+#include "common/shared.cuh"
+#include "common/tuning.h"
 
 namespace blurry_attn::cuda {
 namespace {
@@ -18,9 +21,6 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kSlotsPerThread = 4, kDimsPerThread = 16;  // of dot: a tile of 64 numbers
 constexpr int kMixNumbers = 64;                          // of mix and adjoint: slots x dims of a tile
-constexpr int64_t kWeights = int64_t(1) << 26;           // numbers in a workspace of logits or weights
-constexpr int64_t kChunkBytes = 10 << 10;                // shared memory of a chunk of rows, of which a block has two
-constexpr int kReadsAhead = 8;                           // tokens of a slot that are read at once
 constexpr int kMaxChunk = 32;                            // rows of a chunk: at most a thread each
 
 template <typename compute>
@@ -50,7 +50,7 @@ struct Plan {
   int64_t weights_per_stretch(const Problem& p) const { return rows * p.query_heads * p.slots; }
   // Stretches whose logits are held at once.
   int64_t at_once(const Problem& p) const {
-    const int64_t each = weights_per_stretch(p), held = each < kWeights ? kWeights / (each > 0 ? each : 1) : 1;
+    const int64_t each = weights_per_stretch(p), held = each < kScanWeights ? kScanWeights / (each > 0 ? each : 1) : 1;
     return held < count ? held : count;
   }
 };
@@ -308,7 +308,7 @@ Shape make_shape(int64_t summed, int per_thread_summed, int64_t other, int per_t
   return shape;
 }
 int rows_that_fit(int64_t bytes_per_row) {
-  return between(1, static_cast<int>(kChunkBytes / bytes_per_row), kMaxChunk);
+  return between(1, static_cast<int>(kScanChunkBytes / bytes_per_row), kMaxChunk);
 }
 
 // The tokens of one side, key or value, and the slots that hold them.
@@ -370,8 +370,6 @@ struct DotTile {
     }
   }
 };
-
-extern __shared__ __align__(32) unsigned char shared_memory[];
 
 // "dirichlet": what the slots hold before each stretch, and at the end of each sequence if `end` is given. A gate of 1
 // replaces what a slot held, so one period tells it all.
@@ -453,19 +451,19 @@ __global__ void __launch_bounds__(kMaxThreads) scan_chains(Problem p, Plan plan,
     const int64_t to = from + plan.length < sequence.end() ? from + plan.length : sequence.end();
     for_lobes(law, slot, from, to, [&](int64_t begin, int64_t end, const compute* gates, bool opens) {
       const storage* token = tokens + (begin - sequence.position) * side.tokens.token;
-      for (int64_t left = end - begin; left > 0; left -= kReadsAhead, gates += kReadsAhead, opens = false) {
-        const int count = left < kReadsAhead ? static_cast<int>(left) : kReadsAhead;
-        storage read[kReadsAhead];
-        compute gate[kReadsAhead];
+      for (int64_t left = end - begin; left > 0; left -= kScanReadsAhead, gates += kScanReadsAhead, opens = false) {
+        const int count = left < kScanReadsAhead ? static_cast<int>(left) : kScanReadsAhead;
+        storage read[kScanReadsAhead];
+        compute gate[kScanReadsAhead];
 #pragma unroll
-        for (int i = 0; i < kReadsAhead; ++i) {  // past the end: the last token again, its gate 0
+        for (int i = 0; i < kScanReadsAhead; ++i) {  // past the end: the last token again, its gate 0
           read[i] = *token;
           gate[i] = gates[min(i, count - 1)];
           token += i + 1 < left ? side.tokens.token : 0;
         }
         if (opens) gate[0] = 1;
 #pragma unroll
-        for (int i = 0; i < kReadsAhead; ++i) {
+        for (int i = 0; i < kScanReadsAhead; ++i) {
           content = written(content, to_compute<compute>(read[i]), i < count ? gate[i] : compute(0));
         }
       }

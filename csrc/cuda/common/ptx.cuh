@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "common/numbers.cuh"
 
 namespace blurry_attn::cuda {
 

@@ -1,7 +1,7 @@
 // Where two walks meet: what each of them holds there, compared.
 #pragma once
 
-#include "window.cuh"
+#include "common/half.cuh"
 
 namespace blurry_attn::cuda {
 

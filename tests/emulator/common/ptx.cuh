@@ -1,10 +1,10 @@
-// csrc/cuda/mma.cuh for the emulator: the same functions without instructions of a card. What lanes do together goes
+// csrc/cuda/common/ptx.cuh for the emulator: the same functions without instructions of a card. What lanes do together goes
 // through emulator::together: each brings its part, the last to come computes for all.
 #pragma once
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "common/numbers.cuh"
 
 namespace blurry_attn::cuda {
 

@@ -10,7 +10,10 @@
 // gate of 1 has replaced all that the slots held.
 #pragma once
 
-#include "window.cuh"
+#include "common/half.cuh"
+#include "common/rows.cuh"
+#include "common/shared.cuh"
+#include "common/tuning.h"
 
 namespace blurry_attn::cuda {
 
@@ -50,8 +53,8 @@ struct PatchRow {
 struct RowTables {
   uint32_t* words;
   int owners;
-  uint16_t owner[kMaxWindowHeads];  // one head for each resolution
-  int32_t first[kMaxWindowHeads];   // row of offset 0, by head
+  uint16_t owner[kMostHeads];  // one head for each resolution
+  int32_t first[kMostHeads];   // row of offset 0, by head
 
   int64_t make(const Problem& p, void* memory) {  // returns the bytes
     words = static_cast<uint32_t*>(memory);
@@ -89,14 +92,12 @@ void launch_rows(const Problem& p, const RowTables& tables) {
 }
 
 // How time is cut. Where a walk only brings contents along, forward, it does a quarter of its work, backward half.
-// Lengths are such that 128 heads, over all sequences, of 8192 tokens fill 132 multiprocessors once: three blocks on
-// each, or two where heads are wide.
 inline WalkPlan make_patch_plan(const Problem& p, bool backward) {
   WalkPlan plan{};
   plan.patches = 1;
   const int64_t least = 2 * p.longest_window;
-  plan.length = std::max<int64_t>(least, is_wide(p) ? 4096 : 2816);
-  plan.halved = std::max<int64_t>(least, 2048);
+  plan.length = std::max<int64_t>(least, is_wide(p) ? kWideStretch : kNarrowStretch);
+  plan.halved = std::max<int64_t>(least, kHalvedPatchStretch);
   plan.warm_up = p.longest_window;
   plan.extra = plan.warm_up / (backward ? 2 : 4);
   plan.backward = backward;

@@ -1,6 +1,6 @@
 // "dirichlet" forward on tensor cores, bfloat16 and float16: a walk over patches of 16 tokens, the slots in registers.
-#include "dirichlet.cuh"
-#include "repair.cuh"
+#include "common/repair.cuh"
+#include "dirichlet/patches.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
@@ -332,14 +332,8 @@ Plans make_plans(const Problem& p) { return {{make_patch_plan(p, false)}, false}
 
 const char* dirichlet_refusal(const Problem& p) {
   if (p.kernel != Kernel::dirichlet) return "the kernel is not \"dirichlet\"";
-  if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) return "the dtype is neither bfloat16 nor float16";
-  if (p.key_dim > 128 || p.value_dim > 128) return "head sizes are over 128";
-  if (p.key_dim % 8 || p.value_dim % 8) return "head sizes are no multiples of 8";
-  if (!aligned(p.query) || !aligned(p.key) || !aligned(p.value)) return "rows are not aligned to 16 bytes";
-  if (p.tokens > INT32_MAX / 2) return "there are more than 2^30 tokens";
-  if (p.slots < kWarpSlots) return "there are fewer than 16 slots";
+  if (const char* const refusal = half_refusal(p)) return refusal;
   if (p.slots > kMaxPatchSlots) return "there are more than 64 slots";
-  if (p.kv_heads > kMaxWindowHeads) return "there are more than 256 key/value heads";
   bool fits = true;
   with_config(p, [&](auto config) { fits = Layout::make<decltype(config)>().bytes <= shared_memory_limit(); });
   return fits ? nullptr : "a patch does not fit into shared memory";
@@ -352,7 +346,7 @@ int64_t dirichlet_forward_workspace(const Problem& p) {
 
 void dirichlet_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   const Plans plans = make_plans(p);
-  const WalkPlan& plan = plans.of_class[0];
+  const WalkPlan& plan = plans.plan[0];
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   RowTables tables;
   tables.make(p, unsound + (repair_workspace(p, plans) + 15) / 16 * 16);

@@ -1,14 +1,15 @@
 // Rotary embedding: a tensor is read and written once, angles are made on the way.
 #include <algorithm>
 
-#include "../rotary.h"
-#include "device.cuh"
+#include "common/launch.cuh"
+#include "common/numbers.cuh"
+#include "common/tuning.h"
+#include "rotary.h"
 
 namespace blurry_attn::cuda {
 namespace {
 
-constexpr int kThreads = 256, kBlocks = 4;   // of a multiprocessor: enough rows are on their way
-constexpr int64_t kEnoughThreads = 1 << 17;  // where there are fewer, heads are divided among more
+constexpr int kThreads = 256;
 
 // Cosine and sine of an angle in radians, to a rounding of theirs. The reduction to half turns is exact to a few
 // roundings of float64, and has no slow path, whose table the compiler would keep in local memory; most cards are slow
@@ -29,7 +30,7 @@ __device__ __forceinline__ void turn_of(double angle, compute* cos, compute* sin
 
 // A thread turns `count` neighbouring pairs of one token for `group` heads.
 template <typename storage, typename compute, int count>
-__global__ void __launch_bounds__(kThreads, kBlocks) rotary_turn(Rotary p, int64_t groups, int64_t group) {
+__global__ void __launch_bounds__(kThreads, kRotaryBlocks) rotary_turn(Rotary p, int64_t groups, int64_t group) {
   __shared__ double frequency[kMaxHeadDim / 2];
   __shared__ compute angles[2][count][kThreads];
   const int64_t half = p.dim / 2, packs = half / count;
@@ -85,7 +86,7 @@ void rotary(const Rotary& p) {
       constexpr int count = decltype(count_tag)::value;
       const int64_t threads = p.batch * p.tokens * (p.dim / 2 / count);
       if (threads == 0 || p.heads == 0) return;
-      const int64_t wanted = std::clamp<int64_t>(kEnoughThreads / threads, 1, p.heads);
+      const int64_t wanted = std::clamp<int64_t>(kRotaryThreads / threads, 1, p.heads);
       const int64_t group = (p.heads + wanted - 1) / wanted, groups = (p.heads + group - 1) / group;
       launch("rotary_turn", rotary_turn<storage, compute, count>, (threads * groups + kThreads - 1) / kThreads,
              kThreads, 0, p.stream, p, groups, group);

@@ -4,12 +4,10 @@
 // weights.
 #include <algorithm>
 
-#include "dirichlet.cuh"
+#include "dirichlet/patches.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
-
-extern __shared__ __align__(128) unsigned char shared_memory[];
 
 // What the first walk leaves for the second, of every patch, query head and side: for each warp's 16 slots, then for
 // the patch's tokens, 16 x 16 weights as the lanes of an mma have them. Where slots amplify much, second parts of the

@@ -2,34 +2,33 @@
 // again, token by token, with their state at the end.
 #pragma once
 
-#include "step.cuh"
-#include "window.cuh"
+#include "common/half.cuh"
+#include "common/shared.cuh"
+#include "step/step.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
 
-extern __shared__ __align__(128) unsigned char shared_memory[];
-
-// How the walks of a launch were cut: all heads alike, or by flux_class().
+// How the walks of all launches of a call were cut, and which of these plans was each head's.
 struct Plans {
-  WalkPlan of_class[kFluxClasses];
-  bool by_class;
+  static constexpr int kMost = 5;
+  WalkPlan plan[kMost];
+  uint8_t of_head[kMostHeads];
 
-  __device__ const WalkPlan& of(const HeadLaw& law) const { return of_class[by_class ? flux_class(law) : 0]; }
   int64_t count() const {
     int64_t most = 0;
-    for (const WalkPlan& plan : of_class) most = std::max(most, plan.count);
+    for (const WalkPlan& p : plan) most = std::max(most, p.count);
     return most;
   }
 };
 
 template <typename storage>
 __global__ void __launch_bounds__(kStepThreads)
-    window_repair(Problem p, Outputs outputs, Plans plans, const uint8_t* unsound, float* contents) {
+    repair_walks(Problem p, Outputs outputs, Plans plans, const uint8_t* unsound, float* contents) {
   wait_for_grid_before();
   const Sequence sequence(p, blockIdx.x / p.kv_heads);
   const int64_t head = blockIdx.x % p.kv_heads;
-  const WalkPlan& plan = plans.of(p.laws[head]);
+  const WalkPlan& plan = plans.plan[plans.of_head[head]];
   bool sound = true;
   for (int64_t i = 0; i < plan.stretches(sequence.length); ++i) {
     sound = sound && !unsound[plan.index(p, sequence.index, i) * p.kv_heads + head];
@@ -75,7 +74,7 @@ template <typename storage>
 void launch_repair(const Problem& p, const Outputs& outputs, const Plans& plans, void* workspace) {
   const StepShape<float, 1> shape(p);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
-  launch_early("window_repair", window_repair<storage>, p.sequences * p.kv_heads, shape.threads(), shape.shared_bytes(),
+  launch_early("repair_walks", repair_walks<storage>, p.sequences * p.kv_heads, shape.threads(), shape.shared_bytes(),
                p.stream, p, outputs, plans, unsound, reinterpret_cast<float*>(unsound + marks(p, plans)));
 }
 

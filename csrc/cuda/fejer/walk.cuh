@@ -1,13 +1,23 @@
+// "fejer" in its parallel form on tensor cores: what the forward and the backward share.
+//
+// A block walks over time in tiles of kTile tokens, on a grid that begins at the head's phase; each of its warps has 16
+// of a tile's tokens, its patch. At the beginning of a patch every slot holds something: a finished cell, which lies in
+// a ring in shared memory, or the beginning of one of the first kFlux cells from the patch's trailing cell on, which
+// lie in rows of their own. A token of the patch sees a slot in flux as
+//     decay * (what it held at the beginning of the patch) + sum over the patch's tokens s <= t of weight * token s,
+// with the same decays and weights in every patch that lies alike between two cells.
+//
 // The walk forward over time, for one of two tasks: the output, or what the slots hold for the walk backward.
 #pragma once
 
-#include "window_attend.cuh"
-#include "window_seams.cuh"
+#include "common/shared.cuh"
+#include "fejer/attend.cuh"
+#include "fejer/place.cuh"
+#include "fejer/plans.cuh"
+#include "fejer/seams.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
-
-extern __shared__ __align__(128) unsigned char shared_memory[];
 
 // Shapes of a walk at compile time. kColumns: slots that are taken at once; kMore: there may be more of them.
 template <typename storage_type, int dim, int flux, int columns, bool more, bool contents = false>
@@ -130,7 +140,7 @@ __device__ __noinline__ void leave_cells(const Walk& walk, int slots, int until,
 // Finds the sequences whose walks found cells unlike that ended in the lap before a seam. A row is as wide as a few
 // neighbouring threads' chunks.
 template <typename storage, int dim>
-__global__ void __launch_bounds__(kSeamThreads) window_walk_seams(Problem p, HeadList heads, Seams seams) {
+__global__ void __launch_bounds__(kSeamThreads) fejer_walk_seams(Problem p, HeadList heads, Seams seams) {
   seams.compare(p, heads, [&](const SeamBlock& block, const Stretch& before) {
     if (before.end - before.sequence.position <= seams.plan.warm_up) return false;  // nothing is missing after it
     constexpr int kChunks = dim / 8;
@@ -167,8 +177,8 @@ __global__ void __launch_bounds__(kSeamThreads) window_walk_seams(Problem p, Hea
 
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
-    window_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, Seams seams,
-                uint8_t* unsound) {
+    fejer_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, Seams seams,
+               uint8_t* unsound) {
   wait_for_grid_before();
   if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
   if (seams.is_again && !seams.found[blockIdx.x]) return;
@@ -578,7 +588,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 
 // What the slots of a given state hold, as if cells held it that ended before the sequence.
 template <typename storage, int dim>
-__global__ void __launch_bounds__(256) window_given(Problem p, Contents contents, HeadList heads) {
+__global__ void __launch_bounds__(256) fejer_given(Problem p, Contents contents, HeadList heads) {
   const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
   const Cells cells = p.laws[head].cells;
   const Sequence s(p, blockIdx.x / heads.count);
@@ -603,7 +613,7 @@ inline int64_t cell_seam_bytes(const Problem& p, const WalkPlan& plan, const Flu
 
 template <typename config>
 void launch_given(const Problem& p, const Contents& contents, const HeadList& heads) {
-  launch("window_given", window_given<typename config::storage, config::kDim>, p.sequences * heads.count, 256, 0,
+  launch("fejer_given", fejer_given<typename config::storage, config::kDim>, p.sequences * heads.count, 256, 0,
          p.stream, p, contents, heads);
 }
 
@@ -612,16 +622,16 @@ template <typename config>
 void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Contents& contents,
                  const WalkPlan& plan, const FluxClass& c, void* seam_rows, uint8_t* unsound) {
   const HeadList& heads = c.heads;
-  const uint32_t bytes = shared_memory_of<window_walk<config>>(
+  const uint32_t bytes = shared_memory_of<fejer_walk<config>>(
       p, heads, [&](int resolution) { return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes; });
   const Seams seams(p, plan, heads, p.slots, cell_seam_bytes(p, plan, c), seam_rows);
   const auto walk = [&](const WalkPlan& plan, const Seams& seams, uint8_t* unsound) {
-    launch_early<kPair>(name, window_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
+    launch_early<kPair>(name, fejer_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
                         outputs, contents, plan, heads, seams, unsound);
   };
   walk(plan, seams, unsound);
   if (!seams.rows) return;
-  launch_early("window_walk at seams", window_walk_seams<typename config::storage, config::kDim>, seams.blocks(heads),
+  launch_early("fejer_walk at seams", fejer_walk_seams<typename config::storage, config::kDim>, seams.blocks(heads),
                kSeamThreads, 0, p.stream, p, heads, seams);
   walk(plan.whole(p), seams.again(), unsound);
 }

@@ -1,4 +1,4 @@
-// "fejer" on the CPU: one build of window.inl per instruction set.
+// "fejer" on the CPU: one build of fejer.inl per instruction set.
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -7,7 +7,7 @@
 
 #include "kernels.h"
 
-#define BLURRY_BODY "window.inl"
+#define BLURRY_BODY "fejer.inl"
 #include "each_isa.h"
 
-BLURRY_DEFINE_ENTRIES(window)
+BLURRY_DEFINE_ENTRIES(fejer)

@@ -4,7 +4,7 @@
 
 #include <cfloat>
 
-#include "window_weights.cuh"
+#include "fejer/weights.cuh"
 
 namespace blurry_attn::cuda {
 

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "repair.cuh"
-#include "window_walk.cuh"
+#include "common/repair.cuh"
+#include "fejer/walk.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 // The state after the last token, in float32.
 template <typename storage>
 __global__ void __launch_bounds__(256)
-    window_state(Problem p, View tokens, int dim, const float* state, int tiles, float* end) {
+    fejer_state(Problem p, View tokens, int dim, const float* state, int tiles, float* end) {
   const int64_t element = blockIdx.x % tiles * 256 + threadIdx.x, head = blockIdx.x / tiles % p.kv_heads;
   const Sequence sequence(p, blockIdx.x / tiles / p.kv_heads);
   if (element >= p.slots * dim) return;
@@ -57,22 +57,18 @@ void with_config(const Problem& p, int flux, const body_type& body) {
 
 Plans make_plans(const Problem& p, const std::vector<FluxClass>& classes) {
   Plans plans{};
-  for (const FluxClass& c : classes) plans.of_class[c.number] = make_plan(p, c);
-  plans.by_class = true;
+  for (const FluxClass& c : classes) {
+    plans.plan[c.number] = make_plan(p, c);
+    for (int i = 0; i < c.heads.count; ++i) plans.of_head[c.heads.head[i]] = static_cast<uint8_t>(c.number);
+  }
   return plans;
 }
 
 }  // namespace
 
-const char* window_refusal(const Problem& p) {
+const char* fejer_refusal(const Problem& p) {
   if (p.kernel != Kernel::fejer) return "the kernel is not \"fejer\"";
-  if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) return "the dtype is neither bfloat16 nor float16";
-  if (p.key_dim > 128 || p.value_dim > 128) return "head sizes are over 128";
-  if (p.key_dim % 8 || p.value_dim % 8) return "head sizes are no multiples of 8";
-  if (!aligned(p.query) || !aligned(p.key) || !aligned(p.value)) return "rows are not aligned to 16 bytes";
-  if (p.tokens > INT32_MAX / 2) return "there are more than 2^30 tokens";
-  if (p.slots < 16) return "there are fewer than 16 slots";
-  if (p.kv_heads > kMaxWindowHeads) return "there are more than 256 key/value heads";
+  if (const char* const refusal = half_refusal(p)) return refusal;
   if (p.query_heads > INT32_MAX) return "there are more than 2^31 query heads";
   const int64_t limit = shared_memory_limit();
   for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -86,15 +82,15 @@ const char* window_refusal(const Problem& p) {
   return nullptr;
 }
 
-int64_t window_forward_workspace(const Problem& p) {
+int64_t fejer_forward_workspace(const Problem& p) {
   const std::vector<FluxClass> classes = flux_classes(p, Contents(), Task::forward);
   const Plans plans = make_plans(p, classes);
   int64_t bytes = repair_workspace(p, plans);
-  for (const FluxClass& c : classes) bytes += cell_seam_bytes(p, plans.of_class[c.number], c);
+  for (const FluxClass& c : classes) bytes += cell_seam_bytes(p, plans.plan[c.number], c);
   return bytes;
 }
 
-void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
+void fejer_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   const Contents contents = outputs.contents ? Contents(p, outputs.contents) : Contents();
   const std::vector<FluxClass> classes = flux_classes(p, contents, Task::forward);
   const Plans plans = make_plans(p, classes);
@@ -102,10 +98,10 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
   uint8_t* seam_rows = unsound + repair_workspace(p, plans);
   if (p.tokens > 0) {
     two_at_once(p, classes, [&](const FluxClass& c, const Problem& problem) {
-      const WalkPlan& plan = plans.of_class[c.number];
+      const WalkPlan& plan = plans.plan[c.number];
       with_config(p, flux_of_class(c.number), [&](auto config) {
         if (outputs.contents && p.state_key) launch_given<decltype(config)>(problem, contents, c.heads);
-        launch_walk<decltype(config)>("window_walk", problem, outputs, contents, plan, c, seam_rows, unsound);
+        launch_walk<decltype(config)>("fejer_walk", problem, outputs, contents, plan, c, seam_rows, unsound);
       });
       seam_rows += cell_seam_bytes(p, plan, c);
     });
@@ -115,7 +111,7 @@ void window_forward(const Problem& p, const Outputs& outputs, void* workspace) {
     if (outputs.state_key) {
       const auto state = [&](const View& tokens, int64_t dim, const void* given, void* end) {
         const int tiles = static_cast<int>((p.slots * dim + 255) / 256);
-        launch("window_state", window_state<storage>, p.sequences * p.kv_heads * tiles, 256, 0, p.stream, p, tokens,
+        launch("fejer_state", fejer_state<storage>, p.sequences * p.kv_heads * tiles, 256, 0, p.stream, p, tokens,
                static_cast<int>(dim), static_cast<const float*>(given), tiles, static_cast<float*>(end));
       };
       state(p.key, p.key_dim, p.state_key, outputs.state_key);

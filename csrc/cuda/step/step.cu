@@ -1,12 +1,12 @@
 // One token per sequence, in place: a block per (sequence, kv head).
 #include <algorithm>
 
-#include "step.cuh"
+#include "common/launch.cuh"
+#include "common/shared.cuh"
+#include "step/step.cuh"
 
 namespace blurry_attn::cuda {
 namespace {
-
-extern __shared__ __align__(32) unsigned char shared_memory[];
 
 // As many threads of a multiprocessor as have registers for what they hold of the slots.
 template <bool whole, typename Shape>

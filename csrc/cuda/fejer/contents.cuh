@@ -1,0 +1,63 @@
+// What slots hold, as the forward leaves it for the backward.
+#pragma once
+
+#include "common/half.cuh"
+
+namespace blurry_attn::cuda {
+
+constexpr int64_t kSpareCells = 4;  // of a sequence: those that begin before it or end later
+
+// Whether cells hold a token in the end, and kernels know it: nothing is to be advanced, or kept, of them.
+BLURRY_HOST_DEVICE inline bool cells_are_tokens(const HeadLaw& law) { return law.selects && law.cells.resolution <= 2; }
+
+// What the walk backward needs of what the slots hold, in rows of both sides: [key, value][element].
+struct Contents {
+  void* cells = nullptr;  // of every head, what cells hold in the end; those of a given state first
+  void* started =
+      nullptr;  // of every patch and head, what two cells hold that go on in it: [patch][head][side][2][element]
+  int64_t of_states = 0;  // rows of a sequence's given state
+
+  Contents() = default;
+  Contents(const Problem& p, void* memory) : cells(memory), of_states(p.state_key ? p.slots : 0) {
+    started = static_cast<unsigned char*>(memory) + all_cell_rows(p) * row_bytes(p);
+  }
+  static int64_t bytes(const Problem& p) {
+    Contents contents;
+    contents.of_states = p.state_key ? p.slots : 0;
+    return (contents.all_cell_rows(p) + started_rows(p)) * row_bytes(p);
+  }
+
+  // Row of the cell that trails at the sequence's first token, within a head.
+  __device__ int64_t cell_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row,
+                              const HeadLaw& law) const {
+    if (cells_are_tokens(law)) return of_states * (sequence + 1);
+    const int64_t spare = kSpareCells + of_states, resolution = law.cells.resolution;
+    return of_states + (p.cu_seqlens ? row / resolution + sequence * spare : batch * (p.tokens / resolution + spare));
+  }
+  __host__ __device__ int64_t cell_rows(const Problem& p, const HeadLaw& law) const {
+    if (cells_are_tokens(law)) return of_states * p.sequences;
+    const int64_t spare = kSpareCells + of_states, resolution = law.cells.resolution;
+    return p.cu_seqlens ? p.tokens / resolution + p.sequences * spare : p.batch * (p.tokens / resolution + spare);
+  }
+  __device__ int64_t started_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row, int64_t patch,
+                                 int64_t head) const {
+    const int64_t base =
+        p.cu_seqlens ? row / kPatch + sequence * kSparePatches : batch * (p.tokens / kPatch + kSparePatches);
+    return ((base + patch) * p.kv_heads + head) * 2;
+  }
+  __host__ __device__ static int64_t started_rows(const Problem& p) {
+    return 2 * p.kv_heads *
+           (p.cu_seqlens ? p.tokens / kPatch + p.sequences * kSparePatches
+                         : p.batch * (p.tokens / kPatch + kSparePatches));
+  }
+
+ private:
+  int64_t all_cell_rows(const Problem& p) const {
+    int64_t rows = 0;
+    for (int64_t h = 0; h < p.kv_heads; ++h) rows += cell_rows(p, p.host_laws[h]);
+    return rows;
+  }
+  static int64_t row_bytes(const Problem& p) { return (is_wide(p) ? 128 : 64) * 2 * 2; }
+};
+
+}  // namespace blurry_attn::cuda
