@@ -334,12 +334,12 @@ def _forward_shapes(
     out = _empty_beside(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=_state_dtype(query))
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    contents = query.new_empty(0, dtype=torch.uint8)  # a trace keeps none
+    kept = query.new_empty(0, dtype=torch.uint8)  # a trace keeps nothing
     if return_state:
         states = _empty_state(query, sequences, key, value, slots)
-        return out, lse, *states, query.new_empty(sequences, dtype=torch.int64), contents
+        return out, lse, *states, query.new_empty(sequences, dtype=torch.int64), kept
     none = query.new_empty(0, dtype=_state_dtype(query))
-    return out, lse, none, torch.empty_like(none), query.new_empty(0, dtype=torch.int64), contents
+    return out, lse, none, torch.empty_like(none), query.new_empty(0, dtype=torch.int64), kept
 
 
 @torch.library.register_fake("blurry_attn::backward")
@@ -363,11 +363,11 @@ def _backward_shapes(
     position: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    contents: Tensor,
+    kept: Tensor,
 ) -> tuple[Tensor, ...]:
     given = {"grad_out": grad_out, "grad_lse": grad_lse, "key": key, "value": value, "out": out, "lse": lse}
     given |= {"grad_state_key": grad_state_key, "grad_state_value": grad_state_value, "cu_seqlens": cu_seqlens}
-    given |= {"state.key": state_key, "state.value": state_value, "state.position": position, "contents": contents}
+    given |= {"state.key": state_key, "state.value": state_value, "state.position": position, "kept": kept}
     _check_places(query, given)
     gradients = tuple(_empty_beside(tensor, tensor.shape[3]) for tensor in (query, key, value))
     if state_key is None:

@@ -14,7 +14,7 @@ namespace blurry_attn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// (out, lse, state_key, state_value, position, contents); what was not asked for is empty.
+// (out, lse, state_key, state_value, position, kept); what was not asked for is empty.
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // Gradients of (query, key, value, state_key, state_value).
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -55,7 +55,7 @@ struct ForwardArguments : CallArguments {
   static constexpr const char* kOperator = "blurry_attn::forward";
   using Result = ForwardResult;
   bool return_state;
-  bool keep;  // contents for the backward, where a device's kernels have some
+  bool keep;  // what slots held, for the backward, where a device's kernels have some
 
   auto fields() const { return std::tuple_cat(CallArguments::fields(), std::tuple<bool, bool>(return_state, keep)); }
 };
@@ -73,11 +73,11 @@ struct IncomingGradients {
 struct BackwardArguments : IncomingGradients, CallArguments {
   static constexpr const char* kOperator = "blurry_attn::backward";
   using Result = BackwardResult;
-  const at::Tensor &out, &lse, &contents;  // the forward's results
+  const at::Tensor &out, &lse, &kept;  // the forward's results
 
   auto fields() const {
     return std::tuple_cat(IncomingGradients::fields(), CallArguments::fields(),
-                          std::tuple<const at::Tensor&, const at::Tensor&, const at::Tensor&>(out, lse, contents));
+                          std::tuple<const at::Tensor&, const at::Tensor&, const at::Tensor&>(out, lse, kept));
   }
 };
 

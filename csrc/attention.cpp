@@ -36,7 +36,7 @@ Attention forward(const at::Tensor& query, const at::Tensor& key, const at::Tens
   const CallArguments call{
       {query, key, value}, law_of(window), or_default(options.scale, query), options.cu_seqlens, state_key,
       state_value,         position};
-  auto [out, lse, end_key, end_value, end_position, contents] =
+  auto [out, lse, end_key, end_value, end_position, kept] =
       dispatch(ForwardArguments{call, options.return_state, /*keep=*/false});
   return {out, lse, {end_key, end_value, end_position}};
 }

@@ -79,19 +79,19 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const CallArguments call{{query, key, value}, given,       given.scale,   given.cu_seqlens,
                              state_key,           state_value, given.position};
-    auto [out, lse, end_key, end_value, end_position, contents] =
+    auto [out, lse, end_key, end_value, end_position, kept] =
         dispatch(ForwardArguments{call, given.return_state, is_worth_keeping(query)});
     context->save_for_backward({query, key, value, or_undefined(given.cu_seqlens), or_undefined(state_key),
-                                or_undefined(state_value), or_undefined(given.position), out, lse, contents});
+                                or_undefined(state_value), or_undefined(given.position), out, lse, kept});
     context->set_materialize_grads(false);
     KeptLaw(given).save(context->saved_data);
     context->saved_data["scale"] = given.scale;
     if (given.return_state) {
-      context->mark_non_differentiable({end_position, contents});
+      context->mark_non_differentiable({end_position, kept});
     } else {
-      context->mark_non_differentiable({end_key, end_value, end_position, contents});
+      context->mark_non_differentiable({end_key, end_value, end_position, kept});
     }
-    return {out, lse, end_key, end_value, end_position, contents};
+    return {out, lse, end_key, end_value, end_position, kept};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
@@ -99,7 +99,7 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
     const auto saved = context->get_saved_variables();
     const OptionalTensor cu_seqlens = given(saved[3]), state_key = given(saved[4]), state_value = given(saved[5]),
                          position = given(saved[6]);
-    const at::Tensor &out = saved[7], &lse = saved[8], &contents = saved[9];
+    const at::Tensor &out = saved[7], &lse = saved[8], &kept = saved[9];
     const at::Tensor grad_out = gradients[0].defined() ? gradients[0] : at::zeros_like(out);
     const OptionalTensor grad_lse = given(gradients[1]), grad_key = given(gradients[2]),
                          grad_value = given(gradients[3]);
@@ -112,7 +112,7 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
                              state_value,
                              position};
     auto [query, key, value, given_key, given_value] =
-        dispatch(BackwardArguments{{grad_out, grad_lse, grad_key, grad_value}, call, out, lse, contents});
+        dispatch(BackwardArguments{{grad_out, grad_lse, grad_key, grad_value}, call, out, lse, kept});
     const at::Tensor none;
     return {query, key, value, state_key ? given_key : none, state_key ? given_value : none, none};
   }

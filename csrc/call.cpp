@@ -303,7 +303,7 @@ void check_gradients(const Call& call, const BackwardArguments& given) {
     check_shape(*grad_state_value, "grad_state_value", {states, kv_heads, slots, call.value_dim()}, compute,
                 call.query);
   }
-  check_shape(given.contents, "contents", {given.contents.numel()}, at::kByte, call.query);
+  check_shape(given.kept, "kept", {given.kept.numel()}, at::kByte, call.query);
 }
 
 void check_rotary(const RotaryArguments& given) {

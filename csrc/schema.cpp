@@ -13,9 +13,9 @@ TORCH_LIBRARY(blurry_attn, m) {
   m.def("backend(" BLURRY_INPUTS ", " BLURRY_LAW ") -> str");
   m.def("forward(" BLURRY_CALL
         ", bool return_state, bool keep=False) -> "
-        "(Tensor out, Tensor lse, Tensor state_key, Tensor state_value, Tensor position, Tensor contents)");
+        "(Tensor out, Tensor lse, Tensor state_key, Tensor state_value, Tensor position, Tensor kept)");
   m.def("backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_state_key, Tensor? grad_state_value, " BLURRY_CALL
-        ", Tensor out, Tensor lse, Tensor contents) -> "
+        ", Tensor out, Tensor lse, Tensor kept) -> "
         "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_state_key, Tensor grad_state_value)");
   m.def("step(" BLURRY_INPUTS ", Tensor(a!) state_key, Tensor(b!) state_value, Tensor(c!) position, " BLURRY_LAW
         ", float scale) -> Tensor");

@@ -188,7 +188,7 @@ def test_what_the_forward_keeps(device):
     for kept, made in zip(backward(contents), backward(none), strict=True):
         assert relative_error(kept, made) <= 1e-2
     for wrong in (contents[1:], contents.float(), contents[None], contents.cpu()):
-        with pytest.raises((TypeError, ValueError), match=r"^contents must"):
+        with pytest.raises((TypeError, ValueError), match=r"^kept must"):
             backward(wrong)
 
 

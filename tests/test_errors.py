@@ -303,7 +303,7 @@ def placed(operator, device):
     elif operator == "backward":
         results = torch.ops.blurry_attn.forward(*tensors[:3], *law, None, *state, True)
         given = [*tensors[:3], *state, *results[:2], results[5], *results[:4]]
-        names += ["out", "lse", "contents", "grad_out", "grad_lse", "grad_state_key", "grad_state_value"]
+        names += ["out", "lse", "kept", "grad_out", "grad_lse", "grad_state_key", "grad_state_value"]
         call = direct = lambda *x: torch.ops.blurry_attn.backward(*x[9:], *x[:3], *law, None, *x[3:6], *x[6:9])
     else:
         names, given = ["x", "positions"], [tensors[0], position]

@@ -501,16 +501,16 @@ def test_a_packing_is_made_of_a_mask_alone(junk):
         Packing(junk)
 
 
-def test_the_backward_on_a_cpu_takes_no_contents():
+def test_the_backward_on_a_cpu_takes_nothing_kept():
     query, key, value = make_inputs(tokens=6)
     law = (4, [12, 20], [2, 0], "fejer", 6.0, 1.0)
     out, lse, *_ = torch.ops.blurry_attn.forward(query, key, value, *law, None, None, None, None, False)
     contents = torch.empty(0, dtype=torch.uint8)
     arguments = (out, None, None, None, query, key, value, *law, None, None, None, None, out, lse)
     torch.ops.blurry_attn.backward(*arguments, contents)
-    with pytest.raises(ValueError, match=r"^contents must be empty"):
+    with pytest.raises(ValueError, match=r"^kept must be empty"):
         torch.ops.blurry_attn.backward(*arguments, contents.new_zeros(1))
-    with pytest.raises(TypeError, match=r"^contents must"):
+    with pytest.raises(TypeError, match=r"^kept must"):
         torch.ops.blurry_attn.backward(*arguments, contents.float())
 
 

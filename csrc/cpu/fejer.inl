@@ -1,7 +1,7 @@
-// "fejer" in its parallel form, for one instruction set. Per sequence and kv head ("lane"), two tables hold one row of
+// "fejer" in its parallel form, for one instruction set. Per sequence and kv head ("track"), two tables hold one row of
 // contents per cell: rows 0 .. slots - 1 are the slots as given, then come the cells of this call. A query sees
 // slots - 2 standing cells, which are rows of the tables, and two cells in flux, whose contents are carried along.
-// Lanes are worked on in rounds, so that the tables stay in the caches and small, however long a call is.
+// Tracks are worked on in rounds, so that the tables stay in the caches and small, however long a call is.
 #include "vec.h"
 
 namespace blurry_attn::cpu::BLURRY_ISA {
@@ -12,8 +12,8 @@ constexpr int64_t kBlock = 16;     // query rows handled at once, at most
 constexpr int64_t kSlotsPerItem = 16;
 constexpr int64_t kRoundBytes = int64_t(4) << 20;  // of tables and thread
 
-// The geometry of one lane: which cells its tables hold.
-struct Lane {
+// The geometry of one track: which cells its tables hold.
+struct Track {
   Sequence sequence;
   Cells cells;
   int64_t batch_entry, head;
@@ -39,23 +39,23 @@ struct Lane {
 };
 
 struct Stretch {
-  int64_t lane, begin, end;
+  int64_t track, begin, end;
 };
 
-// Contents (or their gradients) of a round's lanes: one row of `width` numbers per cell.
+// Contents (or their gradients) of a round's tracks: one row of `width` numbers per cell.
 template <typename compute>
 struct Table {
   compute* data = nullptr;
   int64_t width = 0;
 
-  compute* row(const Lane& lane, int64_t cell) const { return data + lane.row(cell) * width; }
+  compute* row(const Track& track, int64_t cell) const { return data + track.row(cell) * width; }
 };
 
 template <typename storage, typename compute>
 struct Window {
   const Problem<storage, compute>& problem;
   const Allocate& allocate;
-  std::vector<Lane> lanes;  // of the round
+  std::vector<Track> tracks;  // of the round
   int64_t key_width, value_width;
   Table<compute> keys, values;
 
@@ -65,14 +65,14 @@ struct Window {
     int64_t rows = 0, scalars = 0;
     for (size_t s = 0; s < p.sequences.size(); ++s) {
       for (int64_t h = 0; h < p.kv_heads(); ++h) {
-        Lane lane{p.sequences[s], p.cells[h], static_cast<int64_t>(s), h, rows, scalars};
-        if (rounds.empty() || rows + lane.rows() > round_rows) {
+        Track track{p.sequences[s], p.cells[h], static_cast<int64_t>(s), h, rows, scalars};
+        if (rounds.empty() || rows + track.rows() > round_rows) {
           rounds.emplace_back();
-          rows = scalars = lane.first_row = lane.first_scalar = 0;
+          rows = scalars = track.first_row = track.first_scalar = 0;
         }
-        rounds.back().push_back(lane);
-        rows += lane.rows();
-        scalars += p.group() * lane.sequence.length;
+        rounds.back().push_back(track);
+        rows += track.rows();
+        scalars += p.group() * track.sequence.length;
         most_rows = rows > most_rows ? rows : most_rows;
         most_scalars = scalars > most_scalars ? scalars : most_scalars;
       }
@@ -87,8 +87,8 @@ struct Window {
 
   template <typename body_type>
   void for_rounds(const body_type& body) {
-    for (const std::vector<Lane>& round : rounds) {
-      lanes = round;
+    for (const std::vector<Track>& round : rounds) {
+      tracks = round;
       fill_cells();
       body();
     }
@@ -96,115 +96,116 @@ struct Window {
 
   std::vector<Stretch> stretches(bool span_the_window) const {
     std::vector<Stretch> items;
-    for (size_t i = 0; i < lanes.size(); ++i) {
-      const Lane& lane = lanes[i];
-      const int64_t reach = span_the_window ? lane.cells.window() : 8 * lane.cells.resolution;
+    for (size_t i = 0; i < tracks.size(); ++i) {
+      const Track& track = tracks[i];
+      const int64_t reach = span_the_window ? track.cells.window() : 8 * track.cells.resolution;
       const int64_t length = reach > kStretch ? reach : kStretch;
-      for (int64_t t = lane.begin(); t < lane.end(); t += length) {
-        items.push_back({static_cast<int64_t>(i), t, t + length < lane.end() ? t + length : lane.end()});
+      for (int64_t t = track.begin(); t < track.end(); t += length) {
+        items.push_back({static_cast<int64_t>(i), t, t + length < track.end() ? t + length : track.end()});
       }
     }
     return items;
   }
 
-  const compute* gates(const Lane& lane) const { return problem.gates[lane.head]->data(); }
-  // Row of a tensor's view for a token of the lane.
+  const compute* gates(const Track& track) const { return problem.gates[track.head]->data(); }
+  // Row of a tensor's view for a token of the track.
   template <typename any>
-  any* at(const View<any>& view, const Lane& lane, int64_t head, int64_t token) const {
-    return view.row(lane.sequence.batch, head, lane.sequence.begin + token - lane.begin());
+  any* at(const View<any>& view, const Track& track, int64_t head, int64_t token) const {
+    return view.row(track.sequence.batch, head, track.sequence.begin + token - track.begin());
   }
-  const compute* read_key(const Lane& lane, int64_t token, compute* scratch) const {
-    return read_row(at(problem.key, lane, lane.head, token), problem.key.element, problem.key_dim, scratch);
+  const compute* read_key(const Track& track, int64_t token, compute* scratch) const {
+    return read_row(at(problem.key, track, track.head, token), problem.key.element, problem.key_dim, scratch);
   }
-  const compute* read_value(const Lane& lane, int64_t token, compute* scratch) const {
-    return read_row(at(problem.value, lane, lane.head, token), problem.value.element, problem.value_dim, scratch);
+  const compute* read_value(const Track& track, int64_t token, compute* scratch) const {
+    return read_row(at(problem.value, track, track.head, token), problem.value.element, problem.value_dim, scratch);
   }
   // The query, times the scale.
-  void load_query(const Lane& lane, int64_t head, int64_t token, compute* to) const {
-    load_row(at(problem.query, lane, head, token), problem.query.element, problem.key_dim, to, problem.scale);
+  void load_query(const Track& track, int64_t head, int64_t token, compute* to) const {
+    load_row(at(problem.query, track, head, token), problem.query.element, problem.key_dim, to, problem.scale);
   }
   // Offset into contiguous (batch, query head, token) rows of numbers.
-  int64_t scalar_at(const Lane& lane, int64_t head, int64_t token) const {
-    return (lane.sequence.batch * problem.query_heads + head) * problem.tokens + lane.sequence.begin + token -
-           lane.begin();
+  int64_t scalar_at(const Track& track, int64_t head, int64_t token) const {
+    return (track.sequence.batch * problem.query_heads + head) * problem.tokens + track.sequence.begin + token -
+           track.begin();
   }
   // Offset into the scalars of the round.
-  int64_t round_scalar_at(const Lane& lane, int64_t head, int64_t token) const {
-    return lane.first_scalar + (head - lane.head * problem.group()) * lane.sequence.length + token - lane.begin();
+  int64_t round_scalar_at(const Track& track, int64_t head, int64_t token) const {
+    return track.first_scalar + (head - track.head * problem.group()) * track.sequence.length + token - track.begin();
   }
   // Slots of (sequence, kv head, slot, element) tensors.
-  int64_t slot_at(const Lane& lane, int64_t cell) const {
-    return (lane.batch_entry * problem.kv_heads() + lane.head) * lane.cells.slots + lane.cells.slot(cell);
+  int64_t slot_at(const Track& track, int64_t cell) const {
+    return (track.batch_entry * problem.kv_heads() + track.head) * track.cells.slots + track.cells.slot(cell);
   }
 
-  // Work items of a pass over slots: lane and first slot, counted from the table's first cell.
+  // Work items of a pass over slots: track and first slot, counted from the table's first cell.
   template <typename body_type>
   void for_slots(const body_type& body) const {
     const int64_t chunks = (problem.slots() + kSlotsPerItem - 1) / kSlotsPerItem;
-    problem.parallel(static_cast<int64_t>(lanes.size()) * chunks, [&](int64_t i) {
+    problem.parallel(static_cast<int64_t>(tracks.size()) * chunks, [&](int64_t i) {
       const int64_t first = i % chunks * kSlotsPerItem;
       const int64_t last = first + kSlotsPerItem;
-      body(lanes[i / chunks], first, last < problem.slots() ? last : problem.slots());
+      body(tracks[i / chunks], first, last < problem.slots() ? last : problem.slots());
     });
   }
 
   // Pass 1: what every cell holds at the end of its flux (or of the sequence), slot by slot from cell to cell.
   void fill_cells() const {
-    for_slots([this](const Lane& lane, int64_t first, int64_t last) { fill_slots(lane, first, last); });
+    for_slots([this](const Track& track, int64_t first, int64_t last) { fill_slots(track, first, last); });
   }
-  void fill_slots(const Lane& lane, int64_t first, int64_t last) const {
-    const Cells& cells = lane.cells;
+  void fill_slots(const Track& track, int64_t first, int64_t last) const {
+    const Cells& cells = track.cells;
     std::vector<compute> scratch(key_width > value_width ? key_width : value_width);
-    for (int64_t cell = lane.base() + first; cell < lane.base() + last; ++cell) {
-      if (problem.state_key && lane.opened(cell, lane.begin())) {
-        load_row(problem.state_key + slot_at(lane, cell) * problem.key_dim, 1, problem.key_dim, keys.row(lane, cell));
-        load_row(problem.state_value + slot_at(lane, cell) * problem.value_dim, 1, problem.value_dim,
-                 values.row(lane, cell));
+    for (int64_t cell = track.base() + first; cell < track.base() + last; ++cell) {
+      if (problem.state_key && track.opened(cell, track.begin())) {
+        load_row(problem.state_key + slot_at(track, cell) * problem.key_dim, 1, problem.key_dim, keys.row(track, cell));
+        load_row(problem.state_value + slot_at(track, cell) * problem.value_dim, 1, problem.value_dim,
+                 values.row(track, cell));
       } else {
-        zero_row(keys.row(lane, cell), key_width);
-        zero_row(values.row(lane, cell), value_width);
+        zero_row(keys.row(track, cell), key_width);
+        zero_row(values.row(track, cell), value_width);
       }
     }
-    for (int64_t lap = lane.base() + cells.slots + first; lap <= lane.newest(); lap += cells.slots) {
-      for (int64_t cell = lap; cell < lap + last - first && cell <= lane.newest(); ++cell) {
-        compute* key = keys.row(lane, cell);
-        compute* value = values.row(lane, cell);
-        copy_row(keys.row(lane, cell - cells.slots), key_width, key);
-        copy_row(values.row(lane, cell - cells.slots), value_width, value);
-        const int64_t from = first_token(lane, cell), to = last_token(lane, cell);
+    for (int64_t lap = track.base() + cells.slots + first; lap <= track.newest(); lap += cells.slots) {
+      for (int64_t cell = lap; cell < lap + last - first && cell <= track.newest(); ++cell) {
+        compute* key = keys.row(track, cell);
+        compute* value = values.row(track, cell);
+        copy_row(keys.row(track, cell - cells.slots), key_width, key);
+        copy_row(values.row(track, cell - cells.slots), value_width, value);
+        const int64_t from = first_token(track, cell), to = last_token(track, cell);
         for (int64_t t = from; t <= to; ++t) {
-          const compute share = cells.gate(gates(lane), cell, t);
+          const compute share = cells.gate(gates(track), cell, t);
           if (share == 0) continue;
-          write_row(share, read_key(lane, t, scratch.data()), key, key_width, key);
-          write_row(share, read_value(lane, t, scratch.data()), value, value_width, value);
+          write_row(share, read_key(track, t, scratch.data()), key, key_width, key);
+          write_row(share, read_value(track, t, scratch.data()), value, value_width, value);
         }
       }
     }
   }
   // The tokens of this call at which a cell is in flux and its slot open.
-  int64_t first_token(const Lane& lane, int64_t cell) const {
-    int64_t from = lane.cells.flux_begin(cell);
-    if (lane.cells.opens(cell) && lane.cells.opening(cell) > from) from = lane.cells.opening(cell);
-    return from > lane.begin() ? from : lane.begin();
+  int64_t first_token(const Track& track, int64_t cell) const {
+    int64_t from = track.cells.flux_begin(cell);
+    if (track.cells.opens(cell) && track.cells.opening(cell) > from) from = track.cells.opening(cell);
+    return from > track.begin() ? from : track.begin();
   }
-  int64_t last_token(const Lane& lane, int64_t cell) const {
-    const int64_t to = lane.cells.flux_end(cell);
-    return to < lane.end() - 1 ? to : lane.end() - 1;
+  int64_t last_token(const Track& track, int64_t cell) const {
+    const int64_t to = track.cells.flux_end(cell);
+    return to < track.end() - 1 ? to : track.end() - 1;
   }
 
   void write_state(compute* state_key, compute* state_value) const {
-    problem.parallel(static_cast<int64_t>(lanes.size()), [&](int64_t i) {
-      const Lane& lane = lanes[i];
-      for (int64_t cell = lane.newest() - lane.cells.slots + 1; cell <= lane.newest(); ++cell) {
+    problem.parallel(static_cast<int64_t>(tracks.size()), [&](int64_t i) {
+      const Track& track = tracks[i];
+      for (int64_t cell = track.newest() - track.cells.slots + 1; cell <= track.newest(); ++cell) {
         // A slot whose first cell is yet to come is zero, as its row is.
-        store_row(keys.row(lane, cell), problem.key_dim, state_key + slot_at(lane, cell) * problem.key_dim, 1);
-        store_row(values.row(lane, cell), problem.value_dim, state_value + slot_at(lane, cell) * problem.value_dim, 1);
+        store_row(keys.row(track, cell), problem.key_dim, state_key + slot_at(track, cell) * problem.key_dim, 1);
+        store_row(values.row(track, cell), problem.value_dim, state_value + slot_at(track, cell) * problem.value_dim,
+                  1);
       }
     });
   }
 
  private:
-  std::vector<std::vector<Lane>> rounds;
+  std::vector<std::vector<Track>> rounds;
   int64_t most_rows = 0, most_scalars = 0;
 };
 
@@ -213,7 +214,7 @@ struct Window {
 template <typename storage, typename compute>
 struct StretchView {
   const Window<storage, compute>& window;
-  const Lane& lane;
+  const Track& track;
   const Cells& cells;
   const compute* gates;
   int64_t first_cell, columns, row_width;  // standing cells first_cell .. first_cell + columns - 1
@@ -222,7 +223,7 @@ struct StretchView {
   int64_t trailing;  // the trailing cell of the last token
 
   StretchView(const Window<storage, compute>& w, const Stretch& stretch, bool with_values)
-      : window(w), lane(w.lanes[stretch.lane]), cells(lane.cells), gates(w.gates(lane)) {
+      : window(w), track(w.tracks[stretch.track]), cells(track.cells), gates(w.gates(track)) {
     first_cell = first_standing(cells.trailing(stretch.begin));
     columns = cells.trailing(stretch.end - 1) - first_cell;
     if (columns < 0) columns = 0;
@@ -246,7 +247,7 @@ struct StretchView {
   void transpose(const Table<compute>& table, int64_t dim, std::vector<compute>& to) const {
     to.assign(dim * row_width, 0);
     for (int64_t c = 0; c < columns; ++c) {
-      const compute* row = table.row(lane, first_cell + c);
+      const compute* row = table.row(track, first_cell + c);
       for (int64_t d = 0; d < dim; ++d) to[d * row_width + c] = row[d];
     }
   }
@@ -262,13 +263,13 @@ struct StretchView {
     trailing = cells.trailing(t);
     for (int which = 0; which < 2; ++which) {
       const int64_t cell = trailing + which;
-      copy_row(window.keys.row(lane, cell - cells.slots), window.key_width, flux_key(-1, which));
-      copy_row(window.values.row(lane, cell - cells.slots), window.value_width, flux_value(-1, which));
-      for (int64_t s = window.first_token(lane, cell); s < t; ++s) {
+      copy_row(window.keys.row(track, cell - cells.slots), window.key_width, flux_key(-1, which));
+      copy_row(window.values.row(track, cell - cells.slots), window.value_width, flux_value(-1, which));
+      for (int64_t s = window.first_token(track, cell); s < t; ++s) {
         const compute share = cells.gate(gates, cell, s);
-        write_row(share, window.read_key(lane, s, scratch.data()), flux_key(-1, which), window.key_width,
+        write_row(share, window.read_key(track, s, scratch.data()), flux_key(-1, which), window.key_width,
                   flux_key(-1, which));
-        write_row(share, window.read_value(lane, s, scratch.data()), flux_value(-1, which), window.value_width,
+        write_row(share, window.read_value(track, s, scratch.data()), flux_value(-1, which), window.value_width,
                   flux_value(-1, which));
       }
     }
@@ -280,8 +281,8 @@ struct StretchView {
       copy_row(flux_value(rows_before - 1, 0), 2 * window.value_width, flux_value(-1, 0));
     }
     for (int64_t t = t0; t < t1; ++t) {
-      const compute* key = window.read_key(lane, t, scratch.data());
-      const compute* value = window.read_value(lane, t, scratch.data() + window.key_width);
+      const compute* key = window.read_key(track, t, scratch.data());
+      const compute* value = window.read_value(track, t, scratch.data() + window.key_width);
       const bool turns = t == cells.flux_end(trailing) + 1;  // the leading cell becomes the trailing one
       if (turns) ++trailing;
       for (int which = 0; which < 2; ++which) {
@@ -292,8 +293,8 @@ struct StretchView {
           key_before = flux_key(row - 1, 1);
           value_before = flux_value(row - 1, 1);
         } else if (turns) {
-          key_before = window.keys.row(lane, cell - cells.slots);
-          value_before = window.values.row(lane, cell - cells.slots);
+          key_before = window.keys.row(track, cell - cells.slots);
+          value_before = window.values.row(track, cell - cells.slots);
         }
         const compute share = cells.is_open(cell, t) ? cells.gate(gates, cell, t) : compute(0);
         write_row(share, key, key_before, window.key_width, flux_key(row, which));
@@ -344,7 +345,7 @@ struct Columns {
   void gather(const compute* weights, const Table<compute>& contents,
               compute* (StretchView<storage, compute>::*flux)(int64_t, int), compute* out) const {
     const int64_t width = contents.width, ld = view.row_width;
-    const compute* standing = contents.row(view.lane, view.first_cell);
+    const compute* standing = contents.row(view.track, view.first_cell);
     if (common_end > common) {
       product(rows, width, common_end - common, weights + common, ld, int64_t(1), standing + common * width, width, out,
               width, false);
@@ -366,7 +367,7 @@ struct Columns {
   // gradients[column] += sum over the rows that see it of weights[row][column] right[row].
   void scatter(const compute* weights, const compute* right, const Table<compute>& gradients) const {
     const int64_t width = gradients.width, ld = view.row_width;
-    compute* standing = gradients.row(view.lane, view.first_cell);
+    compute* standing = gradients.row(view.track, view.first_cell);
     if (common_end > common) {
       product(common_end - common, width, rows, weights + common, int64_t(1), ld, right, width,
               standing + common * width, width, true);
@@ -389,11 +390,11 @@ void attend(const Window<storage, compute>& window, const Stretch& stretch, cons
   std::vector<compute> query(kBlock * kw), out(kBlock * vw), scores(kBlock * ld);
   int64_t rows_before = 0;
   for (int64_t t0 = stretch.begin; t0 < stretch.end;) {
-    const int64_t t1 = view.lane.block_end(t0, stretch.end);
+    const int64_t t1 = view.track.block_end(t0, stretch.end);
     const Columns<storage, compute> columns(view, t0, t1);
     view.advance(t0, t1, rows_before);
-    for (int64_t head = view.lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
-      for (int64_t t = t0; t < t1; ++t) window.load_query(view.lane, head, t, query.data() + (t - t0) * kw);
+    for (int64_t head = view.track.head * problem.group(), end = head + problem.group(); head < end; ++head) {
+      for (int64_t t = t0; t < t1; ++t) window.load_query(view.track, head, t, query.data() + (t - t0) * kw);
       columns.score(query.data(), kw, problem.key_dim, view.keys_t, &View::flux_key, scores.data());
       for (int64_t i = 0; i < columns.rows; ++i) {
         compute* seen = scores.data() + i * ld + columns.low[i];
@@ -401,11 +402,11 @@ void attend(const Window<storage, compute>& window, const Stretch& stretch, cons
         const compute top = largest(seen, count, seen[count - 1]);
         const compute total = exponentials(seen, count, top), inverse = 1 / total;
         for (int64_t c = 0; c < count; ++c) seen[c] *= inverse;
-        outputs.lse[window.scalar_at(view.lane, head, t0 + i)] = top + std::log(total);
+        outputs.lse[window.scalar_at(view.track, head, t0 + i)] = top + std::log(total);
       }
       columns.gather(scores.data(), window.values, &View::flux_value, out.data());
       for (int64_t t = t0; t < t1; ++t) {
-        store_row(out.data() + (t - t0) * vw, problem.value_dim, window.at(outputs.out, view.lane, head, t),
+        store_row(out.data() + (t - t0) * vw, problem.value_dim, window.at(outputs.out, view.track, head, t),
                   outputs.out.element);
       }
     }
@@ -446,25 +447,25 @@ void attend_backward(const Window<storage, compute>& window, const Stretch& stre
   std::vector<compute> scores(kBlock * ld), grad_scores(kBlock * ld);
   int64_t rows_before = 0;
   for (int64_t t0 = stretch.begin; t0 < stretch.end;) {
-    const int64_t t1 = view.lane.block_end(t0, stretch.end);
+    const int64_t t1 = view.track.block_end(t0, stretch.end);
     const Columns<storage, compute> columns(view, t0, t1);
     view.advance(t0, t1, rows_before);
-    for (int64_t head = view.lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
+    for (int64_t head = view.track.head * problem.group(), end = head + problem.group(); head < end; ++head) {
       for (int64_t t = t0; t < t1; ++t) {
-        window.load_query(view.lane, head, t, query.data() + (t - t0) * kw);
-        load_row(window.at(gradients.grad_out, view.lane, head, t), gradients.grad_out.element, problem.value_dim,
+        window.load_query(view.track, head, t, query.data() + (t - t0) * kw);
+        load_row(window.at(gradients.grad_out, view.track, head, t), gradients.grad_out.element, problem.value_dim,
                  grad_out.data() + (t - t0) * vw);
       }
       columns.score(query.data(), kw, problem.key_dim, view.keys_t, &View::flux_key, scores.data());
       columns.score(grad_out.data(), vw, problem.value_dim, view.values_t, &View::flux_value, grad_scores.data());
       for (int64_t i = 0; i < columns.rows; ++i) {
-        const int64_t at = window.scalar_at(view.lane, head, t0 + i), count = columns.seen(i);
+        const int64_t at = window.scalar_at(view.track, head, t0 + i), count = columns.seen(i);
         compute* p = scores.data() + i * ld + columns.low[i];
         compute* dz = grad_scores.data() + i * ld + columns.low[i];
         const compute total = exponentials(p, count, gradients.lse[at]);
         softmax_backward(p, count, total, gradients.grad_lse ? gradients.grad_lse[at] : compute(0), dz);
         const int64_t standing = columns.high[i] - columns.low[i];
-        const int64_t in_flux = 2 * window.round_scalar_at(view.lane, head, t0 + i);
+        const int64_t in_flux = 2 * window.round_scalar_at(view.track, head, t0 + i);
         for (int which = 0; which < 2; ++which) {
           const bool seen = standing + which < count;
           flux.logit[in_flux + which] = seen ? dz[standing + which] * problem.scale : 0;
@@ -476,7 +477,7 @@ void attend_backward(const Window<storage, compute>& window, const Stretch& stre
       columns.scatter(scores.data(), grad_out.data(), grad_values);
       scale_row(problem.scale, columns.rows * kw, grad_query.data());
       for (int64_t t = t0; t < t1; ++t) {
-        store_row(grad_query.data() + (t - t0) * kw, problem.key_dim, window.at(gradients.query, view.lane, head, t),
+        store_row(grad_query.data() + (t - t0) * kw, problem.key_dim, window.at(gradients.query, view.track, head, t),
                   gradients.query.element);
       }
     }
@@ -489,15 +490,15 @@ void attend_backward(const Window<storage, compute>& window, const Stretch& stre
 template <typename storage, typename compute>
 struct Adjoint {
   const Window<storage, compute>& window;
-  const Lane& lane;
+  const Track& track;
   const Gradients<storage, compute>& gradients;
   const Flux<compute>& flux;
   std::vector<compute> key, value, row;
 
-  Adjoint(const Window<storage, compute>& w, const Lane& l, const Gradients<storage, compute>& g,
+  Adjoint(const Window<storage, compute>& w, const Track& l, const Gradients<storage, compute>& g,
           const Flux<compute>& f)
       : window(w),
-        lane(l),
+        track(l),
         gradients(g),
         flux(f),
         key(w.key_width),
@@ -505,25 +506,25 @@ struct Adjoint {
         row(w.key_width > w.value_width ? w.key_width : w.value_width) {}
 
   void begin(int64_t cell, const Table<compute>& grad_keys, const Table<compute>& grad_values) {
-    copy_row(grad_keys.row(lane, cell), window.key_width, key.data());
-    copy_row(grad_values.row(lane, cell), window.value_width, value.data());
+    copy_row(grad_keys.row(track, cell), window.key_width, key.data());
+    copy_row(grad_values.row(track, cell), window.value_width, value.data());
   }
   // Adds what the queries of token t saw of the cell.
   void see(int64_t cell, int64_t t) {
-    const int which = cell == lane.cells.trailing(t) ? 0 : 1;
+    const int which = cell == track.cells.trailing(t) ? 0 : 1;
     const Problem<storage, compute>& problem = window.problem;
-    for (int64_t head = lane.head * problem.group(), end = head + problem.group(); head < end; ++head) {
-      const int64_t at = 2 * window.round_scalar_at(lane, head, t) + which;
+    for (int64_t head = track.head * problem.group(), end = head + problem.group(); head < end; ++head) {
+      const int64_t at = 2 * window.round_scalar_at(track, head, t) + which;
       add_scaled(flux.logit[at],
-                 read_row(window.at(problem.query, lane, head, t), problem.query.element, problem.key_dim, row.data()),
+                 read_row(window.at(problem.query, track, head, t), problem.query.element, problem.key_dim, row.data()),
                  window.key_width, key.data());
       add_scaled(flux.probability[at],
-                 read_row(window.at(gradients.grad_out, lane, head, t), gradients.grad_out.element, problem.value_dim,
+                 read_row(window.at(gradients.grad_out, track, head, t), gradients.grad_out.element, problem.value_dim,
                           row.data()),
                  window.value_width, value.data());
     }
   }
-  compute share(int64_t cell, int64_t t) const { return lane.cells.gate(window.gates(lane), cell, t); }
+  compute share(int64_t cell, int64_t t) const { return track.cells.gate(window.gates(track), cell, t); }
   // Steps from after token t's write to before it.
   void keep(compute share) {
     keep_row(share, window.key_width, key.data());
@@ -533,42 +534,42 @@ struct Adjoint {
 
 // Pass 3: the echo. What a cell's gradient leaves to the cell before it in the same slot, from the last to the given.
 template <typename storage, typename compute>
-void echo(const Window<storage, compute>& window, const Lane& lane, int64_t first, int64_t last,
+void echo(const Window<storage, compute>& window, const Track& track, int64_t first, int64_t last,
           const Gradients<storage, compute>& gradients, const Flux<compute>& flux, const Table<compute>& grad_keys,
           const Table<compute>& grad_values) {
   const Problem<storage, compute>& problem = window.problem;
-  const int64_t slots = lane.cells.slots;
-  Adjoint<storage, compute> adjoint(window, lane, gradients, flux);
-  for (int64_t start = lane.base() + first; start < lane.base() + last; ++start) {
-    int64_t cell = start + (lane.newest() - start) / slots * slots;
-    if (lane.opened(cell, lane.end()) && gradients.grad_state_key) {
-      load_row(gradients.grad_state_key + window.slot_at(lane, cell) * problem.key_dim, 1, problem.key_dim,
+  const int64_t slots = track.cells.slots;
+  Adjoint<storage, compute> adjoint(window, track, gradients, flux);
+  for (int64_t start = track.base() + first; start < track.base() + last; ++start) {
+    int64_t cell = start + (track.newest() - start) / slots * slots;
+    if (track.opened(cell, track.end()) && gradients.grad_state_key) {
+      load_row(gradients.grad_state_key + window.slot_at(track, cell) * problem.key_dim, 1, problem.key_dim,
                adjoint.row.data());
-      add_scaled(compute(1), adjoint.row.data(), window.key_width, grad_keys.row(lane, cell));
+      add_scaled(compute(1), adjoint.row.data(), window.key_width, grad_keys.row(track, cell));
     }
-    if (lane.opened(cell, lane.end()) && gradients.grad_state_value) {
-      load_row(gradients.grad_state_value + window.slot_at(lane, cell) * problem.value_dim, 1, problem.value_dim,
+    if (track.opened(cell, track.end()) && gradients.grad_state_value) {
+      load_row(gradients.grad_state_value + window.slot_at(track, cell) * problem.value_dim, 1, problem.value_dim,
                adjoint.row.data());
-      add_scaled(compute(1), adjoint.row.data(), window.value_width, grad_values.row(lane, cell));
+      add_scaled(compute(1), adjoint.row.data(), window.value_width, grad_values.row(track, cell));
     }
     for (; cell != start; cell -= slots) {
       adjoint.begin(cell, grad_keys, grad_values);
-      for (int64_t t = window.last_token(lane, cell), from = window.first_token(lane, cell); t >= from; --t) {
+      for (int64_t t = window.last_token(track, cell), from = window.first_token(track, cell); t >= from; --t) {
         adjoint.see(cell, t);
         adjoint.keep(adjoint.share(cell, t));
       }
-      add_scaled(compute(1), adjoint.key.data(), window.key_width, grad_keys.row(lane, cell - slots));
-      add_scaled(compute(1), adjoint.value.data(), window.value_width, grad_values.row(lane, cell - slots));
+      add_scaled(compute(1), adjoint.key.data(), window.key_width, grad_keys.row(track, cell - slots));
+      add_scaled(compute(1), adjoint.value.data(), window.value_width, grad_values.row(track, cell - slots));
     }
     if (gradients.state_key) {
       // A slot that was shut was not read: its gradient is zero.
-      const bool given = lane.opened(start, lane.begin());
-      if (!given) zero_row(grad_keys.row(lane, start), window.key_width);
-      if (!given) zero_row(grad_values.row(lane, start), window.value_width);
-      store_row(grad_keys.row(lane, start), problem.key_dim,
-                gradients.state_key + window.slot_at(lane, start) * problem.key_dim, 1);
-      store_row(grad_values.row(lane, start), problem.value_dim,
-                gradients.state_value + window.slot_at(lane, start) * problem.value_dim, 1);
+      const bool given = track.opened(start, track.begin());
+      if (!given) zero_row(grad_keys.row(track, start), window.key_width);
+      if (!given) zero_row(grad_values.row(track, start), window.value_width);
+      store_row(grad_keys.row(track, start), problem.key_dim,
+                gradients.state_key + window.slot_at(track, start) * problem.key_dim, 1);
+      store_row(grad_values.row(track, start), problem.value_dim,
+                gradients.state_value + window.slot_at(track, start) * problem.value_dim, 1);
     }
   }
 }
@@ -578,9 +579,9 @@ template <typename storage, typename compute>
 void tokens_backward(const Window<storage, compute>& window, const Stretch& stretch,
                      const Gradients<storage, compute>& gradients, const Flux<compute>& flux,
                      const Table<compute>& grad_keys, const Table<compute>& grad_values) {
-  const Lane& lane = window.lanes[stretch.lane];
-  const Cells& cells = lane.cells;
-  Adjoint<storage, compute> a(window, lane, gradients, flux), b(window, lane, gradients, flux);
+  const Track& track = window.tracks[stretch.track];
+  const Cells& cells = track.cells;
+  Adjoint<storage, compute> a(window, track, gradients, flux), b(window, track, gradients, flux);
   Adjoint<storage, compute>*trailing = &a, *leading = &b;
   std::vector<compute> key(window.key_width), value(window.value_width);
   int64_t cell = cells.trailing(stretch.end - 1);
@@ -588,7 +589,7 @@ void tokens_backward(const Window<storage, compute>& window, const Stretch& stre
   for (int which = 0; which < 2; ++which) {
     Adjoint<storage, compute>& adjoint = which ? *leading : *trailing;
     adjoint.begin(cell + which, grad_keys, grad_values);
-    for (int64_t t = window.last_token(lane, cell + which); t >= stretch.end; --t) {
+    for (int64_t t = window.last_token(track, cell + which); t >= stretch.end; --t) {
       adjoint.see(cell + which, t);
       adjoint.keep(adjoint.share(cell + which, t));
     }
@@ -610,8 +611,9 @@ void tokens_backward(const Window<storage, compute>& window, const Stretch& stre
       add_scaled(share, adjoint.value.data(), window.value_width, value.data());
       adjoint.keep(share);
     }
-    store_row(key.data(), window.problem.key_dim, window.at(gradients.key, lane, lane.head, t), gradients.key.element);
-    store_row(value.data(), window.problem.value_dim, window.at(gradients.value, lane, lane.head, t),
+    store_row(key.data(), window.problem.key_dim, window.at(gradients.key, track, track.head, t),
+              gradients.key.element);
+    store_row(value.data(), window.problem.value_dim, window.at(gradients.value, track, track.head, t),
               gradients.value.element);
   }
 }
@@ -624,24 +626,24 @@ void backward(const Problem<storage, compute>& problem, const Gradients<storage,
   const Table<compute> grad_values = window.make_table(window.value_width);
   const Flux<compute> flux{window.make_scalars(2), window.make_scalars(2)};
   window.for_rounds([&] {
-    problem.parallel(static_cast<int64_t>(window.lanes.size()), [&](int64_t i) {
-      const Lane& lane = window.lanes[i];
-      zero_row(grad_keys.row(lane, lane.base()), lane.rows() * window.key_width);
-      zero_row(grad_values.row(lane, lane.base()), lane.rows() * window.value_width);
+    problem.parallel(static_cast<int64_t>(window.tracks.size()), [&](int64_t i) {
+      const Track& track = window.tracks[i];
+      zero_row(grad_keys.row(track, track.base()), track.rows() * window.key_width);
+      zero_row(grad_values.row(track, track.base()), track.rows() * window.value_width);
     });
     // Stretches that span the window add to cells which only their neighbours share: every second one at a time.
     std::vector<Stretch> colours[2];
     for (const Stretch& s : window.stretches(true)) {
-      const Lane& lane = window.lanes[s.lane];
-      const int64_t length = lane.cells.window() > kStretch ? lane.cells.window() : kStretch;
-      colours[(s.begin - lane.begin()) / length % 2].push_back(s);
+      const Track& track = window.tracks[s.track];
+      const int64_t length = track.cells.window() > kStretch ? track.cells.window() : kStretch;
+      colours[(s.begin - track.begin()) / length % 2].push_back(s);
     }
     for (const std::vector<Stretch>& items : colours) {
       problem.parallel(static_cast<int64_t>(items.size()),
                        [&](int64_t i) { attend_backward(window, items[i], gradients, flux, grad_keys, grad_values); });
     }
-    window.for_slots([&](const Lane& lane, int64_t first, int64_t last) {
-      echo(window, lane, first, last, gradients, flux, grad_keys, grad_values);
+    window.for_slots([&](const Track& track, int64_t first, int64_t last) {
+      echo(window, track, first, last, gradients, flux, grad_keys, grad_values);
     });
     const std::vector<Stretch> items = window.stretches(false);
     problem.parallel(static_cast<int64_t>(items.size()),

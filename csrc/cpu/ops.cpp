@@ -136,21 +136,21 @@ void run_forward(const Call& call, const at::Tensor& out, const at::Tensor& lse,
 ForwardResult forward_cpu(const ForwardArguments& given) {
   const Call call = check_call(given);
   const at::Tensor out = in_huge_pages(empty_beside(call.query, call.value_dim())), lse = call.empty_lse();
-  const at::Tensor contents = call.none(at::kByte);
+  const at::Tensor kept = call.none(at::kByte);
   if (!given.return_state) {
     run_forward(call, out, lse, {}, {});
     const at::Tensor none = call.none(call.compute_type());
-    return {out, lse, none, call.none(call.compute_type()), call.none(at::kLong), contents};
+    return {out, lse, none, call.none(call.compute_type()), call.none(at::kLong), kept};
   }
   const at::Tensor end_key = call.empty_state_key(), end_value = call.empty_state_value();
   run_forward(call, out, lse, end_key, end_value);
-  return {out, lse, end_key, end_value, call.positions_after(), contents};
+  return {out, lse, end_key, end_value, call.positions_after(), kept};
 }
 
 BackwardResult backward_cpu(const BackwardArguments& given) {
   const Call call = check_call(given);
   check_gradients(call, given);
-  TORCH_CHECK_VALUE(given.contents.numel() == 0, "contents must be empty on the CPU");
+  TORCH_CHECK_VALUE(given.kept.numel() == 0, "kept must be empty on the CPU");
   const at::Tensor grad_query = in_huge_pages(empty_beside(call.query, call.key_dim()));
   const at::Tensor grad_key = in_huge_pages(empty_beside(call.key, call.key_dim()));
   const at::Tensor grad_value = in_huge_pages(empty_beside(call.value, call.value_dim()));

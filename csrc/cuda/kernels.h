@@ -11,8 +11,8 @@ namespace blurry_attn::cuda {
 
 enum class DType : int { float64, float32, bfloat16, float16 };
 
-constexpr int64_t kMaxSlots = 1024;
-constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMostSlots = 1024;
+constexpr int64_t kMostHeadDim = 512;
 
 // A (batch, head, token, element) tensor, read or written through its strides (counted in elements).
 struct View {
@@ -52,7 +52,7 @@ struct Outputs {
   void* lse;                  // compute (batch, query head, token), contiguous
   void* state_key = nullptr;  // compute, as the given one; null: not wanted
   void* state_value = nullptr;
-  void* contents = nullptr;  // fejer_contents() bytes for fejer_backward; null: not wanted
+  void* kept = nullptr;  // fejer_kept() bytes for fejer_backward; null: not wanted
 };
 
 // Gradients: inputs first, results after. Null pointers: not given, or not wanted.
@@ -62,7 +62,7 @@ struct Gradients {
   const void* grad_lse = nullptr;
   const void* grad_state_key = nullptr;
   const void* grad_state_value = nullptr;
-  const void* contents = nullptr;  // what fejer_forward left; else fejer_backward makes it in its workspace
+  const void* kept = nullptr;  // what fejer_forward left; else fejer_backward makes it in its workspace
   View query, key, value;
   void* state_key = nullptr;
   void* state_value = nullptr;
@@ -82,12 +82,12 @@ const char* fejer_refusal(const Problem& problem);
 int64_t fejer_forward_workspace(const Problem& problem);
 void fejer_forward(const Problem& problem, const Outputs& outputs, void* workspace);
 
-// Its backward (fejer_backward.cu). fejer_contents: what the slots hold, in bytes, of a problem that fejer_refusal()
+// Its backward (fejer_backward.cu). fejer_kept: what slots held, in bytes, of a problem that fejer_refusal()
 // takes; 0 where the backward would refuse.
-int64_t fejer_contents(const Problem& problem);
+int64_t fejer_kept(const Problem& problem);
 const char* fejer_backward_refusal(const Problem& problem, const Gradients& gradients);
 int64_t fejer_backward_workspace(const Problem& problem);
-int64_t fejer_kept_workspace(const Problem& problem);  // the same where contents are given
+int64_t fejer_backward_workspace_with_kept(const Problem& problem);  // the same where the forward kept some
 void fejer_backward(const Problem& problem, const Gradients& gradients, void* workspace);
 
 // "dirichlet" in chunks (dirichlet/forward.cu), for bfloat16 and float16, in the same way.
@@ -107,7 +107,7 @@ void step(const Problem& problem, const View& out, void* state_key, void* state_
 struct Rotary {
   DType dtype;
   View x, out;
-  int64_t batch, heads, tokens, dim;  // dim at most kMaxHeadDim
+  int64_t batch, heads, tokens, dim;  // dim at most kMostHeadDim
   const int64_t* position;            // of token t in batch entry b: [b * position_batch + t]
   int64_t position_batch;
   double base;

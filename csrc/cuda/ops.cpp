@@ -147,12 +147,12 @@ cuda::DType dtype_of(at::ScalarType type) {
 }
 
 void check_limits(const Call& call) {
-  TORCH_CHECK_NOT_IMPLEMENTED(call.slots() <= cuda::kMaxSlots, "slots must be at most ", cuda::kMaxSlots,
+  TORCH_CHECK_NOT_IMPLEMENTED(call.slots() <= cuda::kMostSlots, "slots must be at most ", cuda::kMostSlots,
                               " on CUDA, got ", call.slots());
-  TORCH_CHECK_NOT_IMPLEMENTED(call.key_dim() <= cuda::kMaxHeadDim, "query must have a head_dim of at most ",
-                              cuda::kMaxHeadDim, " on CUDA, got ", call.key_dim());
-  TORCH_CHECK_NOT_IMPLEMENTED(call.value_dim() <= cuda::kMaxHeadDim, "value must have a head_dim of at most ",
-                              cuda::kMaxHeadDim, " on CUDA, got ", call.value_dim());
+  TORCH_CHECK_NOT_IMPLEMENTED(call.key_dim() <= cuda::kMostHeadDim, "query must have a head_dim of at most ",
+                              cuda::kMostHeadDim, " on CUDA, got ", call.key_dim());
+  TORCH_CHECK_NOT_IMPLEMENTED(call.value_dim() <= cuda::kMostHeadDim, "value must have a head_dim of at most ",
+                              cuda::kMostHeadDim, " on CUDA, got ", call.value_dim());
 }
 
 // A look at values of device tensors waits for the device, so a captured call goes without; the kernels clamp them.
@@ -222,11 +222,11 @@ struct Path {
   void (*forward)(const cuda::Problem&, const cuda::Outputs&, void*);
   int64_t (*backward_workspace)(const cuda::Problem&);
   void (*backward)(const cuda::Problem&, const cuda::Gradients&, void*);
-  int64_t (*contents)(const cuda::Problem&) = nullptr;        // bytes that the forward can leave for the backward
+  int64_t (*kept)(const cuda::Problem&) = nullptr;            // bytes that the forward can leave for the backward
   int64_t (*kept_workspace)(const cuda::Problem&) = nullptr;  // of a backward that is given them
   const char* refusal = nullptr;                              // why it is none but the scan
 
-  int64_t contents_of(const cuda::Problem& problem) const { return contents ? contents(problem) : 0; }
+  int64_t kept_bytes_of(const cuda::Problem& problem) const { return kept ? kept(problem) : 0; }
 };
 constexpr Path kScan{
     "scan", nullptr, cuda::forward_workspace, cuda::scan_forward, cuda::backward_workspace, cuda::scan_backward};
@@ -236,8 +236,8 @@ constexpr Path kFejer{"fejer",
                       cuda::fejer_forward,
                       cuda::fejer_backward_workspace,
                       cuda::fejer_backward,
-                      cuda::fejer_contents,
-                      cuda::fejer_kept_workspace};
+                      cuda::fejer_kept,
+                      cuda::fejer_backward_workspace_with_kept};
 constexpr Path kDirichlet{"dirichlet",
                           cuda::dirichlet_backward_refusal,
                           cuda::dirichlet_forward_workspace,
@@ -279,11 +279,11 @@ ForwardResult forward_cuda(const ForwardArguments& given) {
     outputs.state_value = end_value.mutable_data_ptr();
   }
   const Path path = path_of(problem);
-  const at::Tensor contents = workspace(call, given.keep ? path.contents_of(problem) : 0);
-  if (contents.numel() > 0) outputs.contents = contents.mutable_data_ptr();
+  const at::Tensor kept = workspace(call, given.keep ? path.kept_bytes_of(problem) : 0);
+  if (kept.numel() > 0) outputs.kept = kept.mutable_data_ptr();
   const at::Tensor memory = workspace(call, path.forward_workspace(problem));
   path.forward(problem, outputs, memory.mutable_data_ptr());
-  return {out, lse, end_key, end_value, return_state ? call.positions_after() : call.none(at::kLong), contents};
+  return {out, lse, end_key, end_value, return_state ? call.positions_after() : call.none(at::kLong), kept};
 }
 
 BackwardResult backward_cuda(const BackwardArguments& given) {
@@ -315,12 +315,12 @@ BackwardResult backward_cuda(const BackwardArguments& given) {
     gradients.state_value = grad_value_in.mutable_data_ptr();
   }
   Path path = path_of(problem);
-  const int64_t kept = given.contents.numel();
-  TORCH_CHECK_VALUE(kept == 0 || kept == path.contents_of(problem),
-                    "contents must be what forward returned for the same arguments");
+  const int64_t kept_bytes = given.kept.numel();
+  TORCH_CHECK_VALUE(kept_bytes == 0 || kept_bytes == path.kept_bytes_of(problem),
+                    "kept must be what forward returned for the same arguments");
   if (!path.refusal && path.backward_refusal(problem, gradients)) path = kScan;
-  if (kept > 0 && path.contents) gradients.contents = given.contents.const_data_ptr();
-  const auto bytes = gradients.contents ? path.kept_workspace : path.backward_workspace;
+  if (kept_bytes > 0 && path.kept) gradients.kept = given.kept.const_data_ptr();
+  const auto bytes = gradients.kept ? path.kept_workspace : path.backward_workspace;
   const at::Tensor memory = workspace(call, bytes(problem));
   path.backward(problem, gradients, memory.mutable_data_ptr());
   return {grad_query, grad_key, grad_value, grad_key_in, grad_value_in};
@@ -352,7 +352,7 @@ at::Tensor step_cuda(const StepArguments& given) {
 at::Tensor rotary_cuda(const RotaryArguments& given) {
   check_rotary(given);
   const at::Tensor &x = given.x, &positions = given.positions;
-  TORCH_CHECK_NOT_IMPLEMENTED(x.size(3) <= cuda::kMaxHeadDim, "x must have a head_dim of at most ", cuda::kMaxHeadDim,
+  TORCH_CHECK_NOT_IMPLEMENTED(x.size(3) <= cuda::kMostHeadDim, "x must have a head_dim of at most ", cuda::kMostHeadDim,
                               " on CUDA, got ", x.size(3));
   const c10::DeviceGuard guard(x.device());
   const at::Tensor out = empty_beside(x, x.size(3)), dense = positions.contiguous();

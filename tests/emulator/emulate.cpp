@@ -772,8 +772,8 @@ void run_attention(Case& c, Checks& checks) {
                              : chunks        ? cuda::dirichlet_forward_workspace
                                              : cuda::fejer_forward_workspace;
   const auto forward = !forward_window ? cuda::scan_forward : chunks ? cuda::dirichlet_forward : cuda::fejer_forward;
-  Buffer contents(forward_window && !chunks && c.keeps ? cuda::fejer_contents(problem) : 0);
-  if (contents.size() > 0) outputs.contents = contents.data();
+  Buffer contents(forward_window && !chunks && c.keeps ? cuda::fejer_kept(problem) : 0);
+  if (contents.size() > 0) outputs.kept = contents.data();
   Buffer workspace(forward_bytes(problem));
   forward(problem, outputs, workspace.data());
   if (!workspace.guarded() || !contents.guarded()) checks.fail("forward: the workspace was written out of bounds");
@@ -812,8 +812,8 @@ void run_attention(Case& c, Checks& checks) {
   const auto backward = !backward_window ? cuda::scan_backward
                         : chunks         ? cuda::dirichlet_backward
                                          : cuda::fejer_backward;
-  if (backward_window && contents.size() > 0) gradients.contents = contents.data();
-  Buffer memory((gradients.contents ? cuda::fejer_kept_workspace : backward_bytes)(problem));
+  if (backward_window && contents.size() > 0) gradients.kept = contents.data();
+  Buffer memory((gradients.kept ? cuda::fejer_backward_workspace_with_kept : backward_bytes)(problem));
   backward(problem, gradients, memory.data());
   if (!memory.guarded()) checks.fail("backward: the workspace was written out of bounds");
   // Gradients of query and key are differences, which say nothing where they are much smaller than their parts.

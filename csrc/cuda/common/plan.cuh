@@ -14,7 +14,7 @@ constexpr int kMostHeads = 256;
 struct HeadList {
   int count;
   uint16_t head[kMostHeads];
-  int64_t cell_rows[kMostHeads];  // of Contents, before the head's
+  int64_t cell_rows[kMostHeads];  // of Kept, before the head's
 };
 
 // How time is cut for the walks. A sequence of this call is cut by its own length alone, into stretches of about the

@@ -34,14 +34,14 @@ __global__ void __launch_bounds__(kStepThreads)
     sound = sound && !unsound[plan.index(p, sequence.index, i) * p.kv_heads + head];
   }
   if (sound) return;
-  const int64_t lane = sequence.index * p.kv_heads + head;
-  float* const keys = contents + lane * p.slots * (p.key_dim + p.value_dim);
+  const int64_t track = sequence.index * p.kv_heads + head;
+  float* const keys = contents + track * p.slots * (p.key_dim + p.value_dim);
   float* const values = keys + p.slots * p.key_dim;
   const auto given = [](const void* state, int64_t i) { return state ? static_cast<const float*>(state)[i] : 0.f; };
   const int64_t key_size = p.slots * p.key_dim, value_size = p.slots * p.value_dim;
-  for (int64_t i = threadIdx.x; i < key_size; i += blockDim.x) keys[i] = given(p.state_key, lane * key_size + i);
+  for (int64_t i = threadIdx.x; i < key_size; i += blockDim.x) keys[i] = given(p.state_key, track * key_size + i);
   for (int64_t i = threadIdx.x; i < value_size; i += blockDim.x) {
-    values[i] = given(p.state_value, lane * value_size + i);
+    values[i] = given(p.state_value, track * value_size + i);
   }
   __syncthreads();
   const StepShape<float, 1> shape(p);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kStepThreads)
   const auto keep = [&](const float* slots, int64_t dim, void* state) {
     for (int64_t i = threadIdx.x; i < p.slots * dim; i += blockDim.x) {
       const bool open = sequence.length > 0 && law.is_open(static_cast<int>(i / dim), sequence.end() - 1);
-      static_cast<float*>(state)[lane * p.slots * dim + i] = open ? slots[i] : 0.f;
+      static_cast<float*>(state)[track * p.slots * dim + i] = open ? slots[i] : 0.f;
     }
   };
   keep(keys, p.key_dim, outputs.state_key);

@@ -27,10 +27,10 @@ struct Rows {
 // The same number, which the compiler takes for another, for each `use` or at each turn of a loop: what is made of it
 // is made anew, and not kept in registers. Grids have one dimension.
 template <int use = 0>
-__device__ __forceinline__ uint32_t made_anew(uint32_t x) {
+__device__ __forceinline__ uint32_t hidden_from_loop(uint32_t x) {
   return x ^ (use == 0 ? blockIdx.y : use == 1 ? blockIdx.z : blockIdx.y + blockIdx.z);
 }
-__device__ __forceinline__ uint32_t made_anew(uint32_t x, int turn) { return x ^ (blockIdx.y & turn); }
+__device__ __forceinline__ uint32_t hidden_from_loop(uint32_t x, int turn) { return x ^ (blockIdx.y & turn); }
 
 __device__ __forceinline__ int wrap(int row, int rows) { return row >= rows ? row - rows : row; }
 

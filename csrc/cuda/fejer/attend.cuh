@@ -29,12 +29,12 @@ struct Attend {
   int lane, g, q, slots, ring_rows;
   // Shared memory. Of the keys, and `side_bytes` further on of the values: cells, number c in row c mod ring_rows; the
   // cells that go on in this patch, as they were when it began (not permuted). The patch's own tokens, by side.
-  uint32_t ring, started, side_bytes, tokens[2];
-  int row;       // of the trailing cell's slot before the patch
-  int going_on;  // cells that go on in this patch
-  int ended;     // the slots of cells that ended before the walk hold them, not what was before them
-  int masked;    // columns that are shut, but for fresh ones
-  int missing;   // with a stride: columns whose own cells lie before the first of all
+  uint32_t ring, started_rows, side_bytes, tokens[2];
+  int row;             // of the trailing cell's slot before the patch
+  int cells_going_on;  // cells that go on in this patch
+  int ended_columns;   // the slots of cells that ended before the walk hold them, not what was before them
+  int masked;          // columns that are shut, but for fresh ones
+  int missing;         // with a stride: columns whose own cells lie before the first of all
   bool irregular;
   uint32_t places[(kColumns + kWarp - 1) / kWarp];  // of the columns lane, lane + 32, ..
   uint32_t rows[kSteps][4];                         // of one query head: query, or the gradient of the output
@@ -91,7 +91,7 @@ struct Attend {
   __device__ __forceinline__ void store_rows(const Tiles<chunks>& sums, const float (&times)[2], const View& view,
                                              int64_t batch, int64_t head, int64_t first, int from, int to, int dim,
                                              uint32_t staged, int first_chunk = 0) {
-    const uint32_t place = made_anew(Row::at(staged, lane % 16, lane / 16)) + 16 * first_chunk;
+    const uint32_t place = hidden_from_loop(Row::at(staged, lane % 16, lane / 16)) + 16 * first_chunk;
 #pragma unroll
     for (int m = 0; m < chunks / 2; ++m) {
       const uint32_t words[4] = {pack<storage>(sums[2 * m][0] * times[0], sums[2 * m][1] * times[0]),
@@ -121,8 +121,8 @@ struct Attend {
     for (int i = 0; i < (kColumns + kWarp - 1) / kWarp; ++i) {
       const int column = min(first + i * kWarp + lane, slots - 1);  // those past the last are masked later
       int at = wrap(row + column, ring_rows);
-      if (column < ended) at = wrap(at + slots, ring_rows);
-      places[i] = column < going_on ? started + column * Row::kBytes : Row::at(ring, at, 0);
+      if (column < ended_columns) at = wrap(at + slots, ring_rows);
+      places[i] = column < cells_going_on ? started_rows + column * Row::kBytes : Row::at(ring, at, 0);
     }
   }
   // The products of `rows` with eight rows, of which this thread's lies at `place`.
@@ -157,7 +157,7 @@ struct Attend {
   // Where cells are tokens: whether the row's token, or one of the patch before it, has replaced the column's cell.
   __device__ __forceinline__ bool fresh(int tile, int e) const {
     const int column = 8 * tile + 2 * q + e % 2;
-    return kSelecting && tile < 2 && column * kStride < g + 8 * (e / 2) + kStride && column >= ended;
+    return kSelecting && tile < 2 && column * kStride < g + 8 * (e / 2) + kStride && column >= ended_columns;
   }
   // What a fresh column holds, where every other token is a cell: that token, or the row's own, which is the cell's
   // first, or, if the cell has not begun but for its lobe, the cell before it.
@@ -199,8 +199,8 @@ struct Attend {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int column = first + 8 * tile + 2 * q + e % 2;
-          const bool old = kSelecting ? column >= ended && !(first == 0 && fresh(tile, e)) : column >= kFlux;
-          const bool none = kStride > 1 && column < ended && column < missing;
+          const bool old = kSelecting ? column >= ended_columns && !(first == 0 && fresh(tile, e)) : column >= kFlux;
+          const bool none = kStride > 1 && column < ended_columns && column < missing;
           if (column >= slots || (old && column < masked) || none) score[tile][e] = -INFINITY;
         }
       }

@@ -37,9 +37,9 @@ struct BackConfig {
 
 // Where a patch lies among the rows of gradients.
 struct alignas(16) PatchPlace {
-  int own;       // the trailing cell's row
-  int ended;     // cells that ended before the walk
-  int going_on;  // cells that go on in the patch
+  int own;             // the trailing cell's row
+  int ended_cells;     // before the walk
+  int cells_going_on;  // cells that go on in the patch
 };
 // The first element's place in the rows of its cells in flux: of their slots before the patch, and their own.
 template <int flux>
@@ -58,7 +58,7 @@ struct BackLayout {
   // Rows of a patch's weights, 16 tokens each: of the cells in grad_rows, of the cells that go on and of the patch's
   // tokens; where two warps share a patch, some that nobody reads.
   int piece_started, piece_tokens, piece_spare, piece_rows;
-  uint32_t ring, started, side_bytes, tokens, grads, grads_started, sums, pieces, gates, weights, decays, patches,
+  uint32_t ring, started_rows, side_bytes, tokens, grads, grads_started, sums, pieces, gates, weights, decays, patches,
       places, shared_weights, shared_sums, barriers, bytes;
 
   template <typename config>
@@ -77,8 +77,8 @@ struct BackLayout {
     l.piece_spare = l.piece_tokens + kPatch;
     l.piece_rows = l.piece_spare + (config::kSharing > 1 ? kPatch : 0);
     uint32_t at = 0;
-    l.ring = at;                                  // of each side: [cell],
-    l.started = at + l.ring_rows * config::kRow;  // [tile mod 2][patch][2]
+    l.ring = at;                                       // of each side: [cell],
+    l.started_rows = at + l.ring_rows * config::kRow;  // [tile mod 2][patch][2]
     l.side_bytes = (l.ring_rows + (config::kSelecting ? 0 : 4 * config::kPatches)) * config::kRow;
     at += 2 * l.side_bytes;
     l.tokens = at;  // the patches' own: [patch][side][token]
@@ -129,23 +129,23 @@ struct WalkBack {
   Cells cells;
   int64_t sequence, batch, row, position;
   int64_t base;                   // the cell that is number 0
-  int64_t cell_row, started_row;  // of Contents, of cell 0 and of tile 0
+  int64_t cell_row, started_row;  // of Kept, of cell 0 and of tile 0
   int head, group, slots, resolution;
   int lead;    // token of tile 0, the stretch's first
   int length;  // tokens of the sequence
   int last_tile, tile;
   int own_begin, own_end, walk_end;  // tokens: the stretch's, and where the walk begins
   int first_offset;                  // of tile 0 from the centre of the cell that trails there
-  int given;                         // the trailing cell where the given state ends
-  int given_last;                    // the last token of its lobe
+  int given_cell;                    // the trailing cell where the given state ends
+  int given_last_token;              // the last token of its lobe
   int first;                         // the first cell of all
-  int ended;                         // the first cell that does not end in this call
+  int unended_cell;                  // the first cell that does not end in this call
   int end_tile;                      // the one that begins where the stretch ends
   bool from_begin, to_end;           // of the sequence
 
   WalkBack() = default;
-  __device__ WalkBack(const Problem& p, const Contents& contents, const WalkPlan& plan, const HeadList& heads,
-                      int64_t stretch, int tile_tokens)
+  __device__ WalkBack(const Problem& p, const Kept& kept, const WalkPlan& plan, const HeadList& heads, int64_t stretch,
+                      int tile_tokens)
       : tile(tile_tokens) {
     const int head_index = blockIdx.x % heads.count;
     head = heads.head[head_index];
@@ -173,13 +173,13 @@ struct WalkBack {
     base = cells.trailing(token) - slots;
     first_offset = static_cast<int>(token - cells.centre(base + slots));
     const auto bounded = [](int64_t cell) { return static_cast<int>(cell > -(1 << 30) ? cell : -(1 << 30)); };
-    given = bounded(cells.trailing(position) - base);
-    given_last = static_cast<int>(cells.centre(cells.trailing(position)) + resolution - 1 - position);
+    given_cell = bounded(cells.trailing(position) - base);
+    given_last_token = static_cast<int>(cells.centre(cells.trailing(position)) + resolution - 1 - position);
     first = bounded(cells.first() - base);
-    ended = bounded(cells.trailing(s.end()) - base);
-    cell_row = heads.cell_rows[head_index] + contents.cell_row(p, s.index, batch, row, p.laws[head]) -
+    unended_cell = bounded(cells.trailing(s.end()) - base);
+    cell_row = heads.cell_rows[head_index] + kept.cell_row(p, s.index, batch, row, p.laws[head]) -
                (cells.trailing(position) - base);
-    started_row = contents.started_row(p, s.index, batch, row, first_patch, head);
+    started_row = kept.started_row(p, s.index, batch, row, first_patch, head);
   }
   // Where the walk of a stretch begins: at the sequence's end, or so much later than the stretch's.
   __device__ static int64_t begin_of(const Stretch& own, const WalkPlan& plan) {
@@ -200,7 +200,7 @@ struct WalkBack {
 
 // Of gradients at a seam: of the cells in the slots, and of two that may go on there.
 inline int64_t grad_seam_rows(const Problem& p) { return p.slots + 2; }
-inline int64_t grad_seam_bytes(const Problem& p, const WalkPlan& plan, const FluxClass& c) {
+inline int64_t grad_seam_bytes(const Problem& p, const WalkPlan& plan, const HeadClass& c) {
   return Seams::bytes(p, plan, c.heads, c.echo, grad_seam_rows(p), sizeof(float));
 }
 
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kSeamThreads)
 // the stretch give to later tokens.
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
-    fejer_back(Problem p, Gradients gradients, Contents contents, WalkPlan plan, HeadList heads, Seams seams) {
+    fejer_back(Problem p, Gradients gradients, Kept kept, WalkPlan plan, HeadList heads, Seams seams) {
   wait_for_grid_before();
   if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
   if (seams.is_again && !seams.found[blockIdx.x]) return;
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __shared__ WalkBack walk;
   __shared__ BackLayout layout;
   if (threadIdx.x == 0) {
-    walk = WalkBack(p, contents, plan, heads, blockIdx.x / heads.count, config::kTile);
+    walk = WalkBack(p, kept, plan, heads, blockIdx.x / heads.count, config::kTile);
     if (seams.rows && walk.from_begin) seams.found[walk.sequence * heads.count + blockIdx.x % heads.count] = 0;
     layout = BackLayout::make<config>(walk.slots, walk.resolution, walk.group);
     barrier_init(shared_address(shared_memory) + layout.barriers, config::kAttending);
@@ -328,16 +328,16 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const uint32_t ring = shared + layout.ring + at * layout.side_bytes;
     int cell = from + thread / (2 * Row::kChunks);
     // Where cells are tokens: of the cell.
-    int t = (config::kStride > 1 ? walk.given_last : 0) + (cell - walk.given) * config::kStride;
+    int t = (config::kStride > 1 ? walk.given_last_token : 0) + (cell - walk.given_cell) * config::kStride;
     const storage* token = row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8;
     const int64_t token_step = step * config::kStride * view.token;
 #pragma unroll 1
     for (; cell < until; cell += step, t += step * config::kStride, token += token_step) {
       const uint32_t to = Row::at(ring, cell % ring_rows, chunk);
-      const bool is_token = kSelecting && cell >= walk.given;
-      if (is_token ? inside && t < walk.length : cell >= walk.given - contents.of_states && cell < walk.ended) {
+      const bool is_token = kSelecting && cell >= walk.given_cell;
+      if (is_token ? inside && t < walk.length : cell >= walk.given_cell - kept.of_states && cell < walk.unended_cell) {
         const int64_t row = 2 * (walk.cell_row + cell) + at;
-        const void* const content = static_cast<const uint4*>(contents.cells) + row * Row::kChunks + chunk;
+        const void* const content = static_cast<const uint4*>(kept.cells) + row * Row::kChunks + chunk;
         copy_async(to, is_token ? static_cast<const void*>(token) : content);
       } else {
         store_shared(to, make_uint4(0, 0, 0, 0));
@@ -356,9 +356,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         const bool exists = t + kPatch > 0 && t < walk.length && row % 2 < goes_on(offset);
         const int64_t from = walk.started_row + static_cast<int64_t>(tile * kPatches + patch) * 2 * p.kv_heads;
         copy_async_or_zero(
-            shared + layout.started + row / 2 % 2 * layout.side_bytes +
+            shared + layout.started_rows + row / 2 % 2 * layout.side_bytes +
                 (((tile & 1) * kPatches + patch) * 2 + row % 2) * kRow + chunk * 16,
-            static_cast<const uint4*>(contents.started) + (exists ? (2 * from + row % 4) * Row::kChunks + chunk : 0),
+            static_cast<const uint4*>(kept.started) + (exists ? (2 * from + row % 4) * Row::kChunks + chunk : 0),
             exists);
       }
     }
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     store_shared(shared + layout.pieces + 16 * i, make_uint4(0, 0, 0, 0));
   }
   __syncthreads();
-  load_cells(oldest(last_tile), max(walk.trailing(last_tile, kPatches - 1, nullptr), walk.given), threadIdx.x,
+  load_cells(oldest(last_tile), max(walk.trailing(last_tile, kPatches - 1, nullptr), walk.given_cell), threadIdx.x,
              kThreads);
   load_started(last_tile, threadIdx.x, kThreads);
   if (last_tile > 0) {
@@ -486,9 +486,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       attend.irregular = irregular;
       attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
       if (config::kStride > 1) attend.missing = irregular ? walk.first - cell : 0;
-      attend.ended = irregular ? walk.given - cell : 0;
-      attend.going_on = goes_on(offset);
-      attend.started = shared + layout.started + ((tile & 1) * kPatches + patch) * 2 * kRow;
+      attend.ended_columns = irregular ? walk.given_cell - cell : 0;
+      attend.cells_going_on = goes_on(offset);
+      attend.started_rows = shared + layout.started_rows + ((tile & 1) * kPatches + patch) * 2 * kRow;
       attend.find_places(0);
       const int from = own_begin - t, until = walk_end - t;  // of the patch's tokens
       for (int i = 0; i < group; ++i) {
@@ -519,7 +519,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           if constexpr (kFirst) attend.template advance<-1>(score, raw);
           attend.mask(score, 8 * kFrom);
           if constexpr (!kAhead) fetch_grad(tile, i);
-          attend.take_rows(grad_out_rows, made_anew(0, tile));
+          attend.take_rows(grad_out_rows, hidden_from_loop(0, tile));
           if constexpr (kFirst) attend.token_products(raw, 1);
           attend.column_products(grad, 1, kFrom);
           if constexpr (kFirst) attend.template advance<0>(grad, raw);
@@ -626,13 +626,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         if (is_next) barrier_wait(cells_read, parity);
         // The gradients' rows of cells that no column has are cleared.
         const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
-        const int clear = irregular ? grad_rows : grad_rows - slots + attend.going_on;
+        const int clear = irregular ? grad_rows : grad_rows - slots + attend.cells_going_on;
 #pragma unroll 1
         for (int n = warp / kPatches * kWarp + lane; n < 4 * clear; n += config::kSharing * kWarp) {
           store_shared(pieces + (n & 1) * of_values + piece_at(wrap(own_row + n / 4, grad_rows), n / 2 % 2),
                        make_uint4(0, 0, 0, 0));
         }
-        if (kFirst && attend.going_on == 1 && lane < 4) {
+        if (kFirst && attend.cells_going_on == 1 && lane < 4) {
           store_shared(pieces + (lane & 1) * of_values + piece_at(layout.piece_started + 2 * patch + 1, lane / 2),
                        make_uint4(0, 0, 0, 0));
         }
@@ -652,15 +652,15 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           const bool exists = of_all < slots;
           if (kAlone && !exists) of_all = column;
           int row = wrap(before_row + of_all, grad_rows);
-          if (of_all < attend.ended) row = wrap(row + slots, grad_rows);
-          if (of_all < attend.going_on) row = layout.piece_started + 2 * patch + of_all;
+          if (of_all < attend.ended_columns) row = wrap(row + slots, grad_rows);
+          if (of_all < attend.cells_going_on) row = layout.piece_started + 2 * patch + of_all;
           if (!kAlone && !exists) row = layout.piece_spare + column;
           store_pair(m, row);
         }
         if constexpr (kFirst) {
           if (is_next) barrier_wait(all_read, parity);
           if (make && i == 0) Weights::make_end(gates, end_decays, end_weights);
-          if (lane == 0) place = {own_row, walk.given - cell, attend.going_on};
+          if (lane == 0) place = {own_row, walk.given_cell - cell, attend.cells_going_on};
           if (!kSelecting && lane < kFlux) {
             places.before[lane] = config::grad_row(wrap(before_row + lane, grad_rows));
             places.own[lane] = config::grad_row(wrap(own_row + lane, grad_rows));
@@ -758,7 +758,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   int parity = 0;
   for (int tile = last_tile; tile >= 0; --tile) {
     const int t = walk.tile_token(tile);
-    const int zero = made_anew(0, tile);
+    const int zero = hidden_from_loop(0, tile);
     float* const grads = all_grads + zero;
     float* const grads_started = all_grads_started + zero;
     const uint32_t pieces = all_pieces + zero;
@@ -857,7 +857,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half, cell = token / config::kStride;
-            if (cell < place.ended) continue;
+            if (cell < place.ended_cells) continue;
             if constexpr (config::kStride > 1) {  // the cell's last token that exists
               const int left = walk.length - (t + w * kPatch + token);
               if (left < 1 || (left > 1 && token % config::kStride + 1 < config::kStride)) continue;
@@ -902,9 +902,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
           for (int j = 0; j < kFlux; ++j) {
             float& now = grads[own[j] ^ lane];
-            if (j < 2 && j < place.going_on) {  // two go on at most: no code for the others
+            if (j < 2 && j < place.cells_going_on) {  // two go on at most: no code for the others
               now = at_begin[j] + grads_started[at_lane(2 * w + j)];
-            } else if (j >= place.ended) {
+            } else if (j >= place.ended_cells) {
               now = 0.f;
               grads[before[j]] = held[j] + at_begin[j];
             } else {
@@ -937,12 +937,12 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     int offset;
     const int cell = walk.trailing(0, 0, &offset);
     for (int j = 0; j < goes_on(offset); ++j) {
-      if (cell + j < walk.given) continue;
+      if (cell + j < walk.given_cell) continue;
       all_grads[at_lane((cell + j - slots) % grad_rows)] += all_grads[at_lane((cell + j) % grad_rows)];
     }
   }
   for (int i = 0; i < slots; ++i) {
-    const int cell = walk.given - 1 - i, slot = static_cast<int>(walk.cells.slot(walk.base + cell));
+    const int cell = walk.given_cell - 1 - i, slot = static_cast<int>(walk.cells.slot(walk.base + cell));
     const bool open = walk.position > walk.cells.slot_opening(slot);
     static_cast<float*>(grad_given)[state_at(slot)] = open ? all_grads[at_lane(cell % grad_rows)] : 0.f;
   }
@@ -979,14 +979,14 @@ void with_back_config(const Problem& p, int flux, const body_type& body) {
   for_half(p.dtype, [&](auto storage) { with_back_flux<decltype(storage)>(p, flux, body); });
 }
 
-// Calls body(config{}, forward, back) with the plans of a class: of the walk for contents and of the walk back.
+// Calls body(config{}, forward, back) with the plans of a class: of the walk for what is kept and of the walk back.
 template <typename config>
-using ContentsConfig = Config<typename config::storage, config::kDim, config::kFlux, 32, false, true>;
+using KeepingConfig = Config<typename config::storage, config::kDim, config::kFlux, 32, false, true>;
 template <typename body_type>
-void with_walks(const Problem& p, const FluxClass& c, const body_type& body) {
-  with_back_config(p, flux_of_class(c.number), [&](auto config_tag) {
+void with_walks(const Problem& p, const HeadClass& c, const body_type& body) {
+  with_back_config(p, flux_of(c.number), [&](auto config_tag) {
     using config = decltype(config_tag);
-    body(config_tag, make_back_plan(p, c, Task::contents, ContentsConfig<config>::kBlocks),
+    body(config_tag, make_back_plan(p, c, Task::keep, KeepingConfig<config>::kBlocks),
          make_back_plan(p, c, Task::backward, config::kBlocks));
   });
 }
@@ -1003,7 +1003,7 @@ const char* refusal_of_slots(const Problem& p) {
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     const int resolution = static_cast<int>(p.host_laws[h].cells.resolution);
     bool fits = true;
-    with_back_config(p, flux_of_class(flux_class(p.host_laws[h])),
+    with_back_config(p, flux_of(head_class(p.host_laws[h])),
                      [&](auto config) { fits = back_bytes<decltype(config)>(p, resolution) <= shared_memory_limit(); });
     if (!fits) return "backward: the slots do not fit into shared memory";
   }
@@ -1019,19 +1019,19 @@ const char* fejer_backward_refusal(const Problem& p, const Gradients& gradients)
   return aligned(gradients.grad_out) ? nullptr : "backward: rows are not aligned to 16 bytes";
 }
 
-int64_t fejer_contents(const Problem& p) {
-  return refusal_of_slots(p) || range_refusal(p, Gradients()) ? 0 : Contents::bytes(p);
+int64_t fejer_kept(const Problem& p) {
+  return refusal_of_slots(p) || range_refusal(p, Gradients()) ? 0 : Kept::bytes(p);
 }
-int64_t fejer_kept_workspace(const Problem& p) {
+int64_t fejer_backward_workspace_with_kept(const Problem& p) {
   int64_t bytes = 0;
-  for (const FluxClass& c : flux_classes(p, Contents(), Task::backward)) {
+  for (const HeadClass& c : head_classes(p, Kept(), Task::backward)) {
     with_walks(p, c, [&](auto, const WalkPlan&, const WalkPlan& back) { bytes += grad_seam_bytes(p, back, c); });
   }
   return bytes;
 }
 int64_t fejer_backward_workspace(const Problem& p) {
-  int64_t bytes = Contents::bytes(p);
-  for (const FluxClass& c : flux_classes(p, Contents(), Task::backward)) {
+  int64_t bytes = Kept::bytes(p);
+  for (const HeadClass& c : head_classes(p, Kept(), Task::backward)) {
     with_walks(p, c, [&](auto, const WalkPlan& forward, const WalkPlan& back) {
       bytes += cell_seam_bytes(p, forward, c) + grad_seam_bytes(p, back, c);
     });
@@ -1040,19 +1040,19 @@ int64_t fejer_backward_workspace(const Problem& p) {
 }
 
 void fejer_backward(const Problem& p, const Gradients& gradients, void* workspace) {
-  const bool kept = gradients.contents;
-  const Contents contents(p, kept ? const_cast<void*>(gradients.contents) : workspace);
-  uint8_t* seam_rows = static_cast<uint8_t*>(workspace) + (kept ? 0 : Contents::bytes(p));
-  two_at_once(p, flux_classes(p, contents, Task::backward), [&](const FluxClass& c, const Problem& problem) {
+  const bool is_given = gradients.kept;
+  const Kept kept(p, is_given ? const_cast<void*>(gradients.kept) : workspace);
+  uint8_t* seam_rows = static_cast<uint8_t*>(workspace) + (is_given ? 0 : Kept::bytes(p));
+  two_at_once(p, head_classes(p, kept, Task::backward), [&](const HeadClass& c, const Problem& problem) {
     const HeadList& heads = c.heads;
     with_walks(p, c, [&](auto config_tag, const WalkPlan& forward, const WalkPlan& back) {
       using config = decltype(config_tag);
-      if (!kept) {
-        if (p.state_key) launch_given<config>(problem, contents, heads);
+      if (!is_given) {
+        if (p.state_key) launch_given<config>(problem, kept, heads);
         if constexpr (!config::kSelecting) {
           if (p.tokens > 0) {
-            launch_walk<ContentsConfig<config>>("fejer_walk of contents", problem, Outputs{}, contents, forward, c,
-                                                seam_rows, nullptr);
+            launch_walk<KeepingConfig<config>>("fejer_walk of what is kept", problem, Outputs{}, kept, forward, c,
+                                               seam_rows, nullptr);
           }
         }
         seam_rows += cell_seam_bytes(p, forward, c);
@@ -1063,7 +1063,7 @@ void fejer_backward(const Problem& p, const Gradients& gradients, void* workspac
       const Seams seams(p, back, heads, grad_seam_rows(p), seam_bytes, seam_rows);
       const auto walk = [&](const WalkPlan& plan, const Seams& seams) {
         launch_early<kPair>("fejer_back", fejer_back<config>, plan.count * heads.count, config::kThreads, bytes,
-                            problem.stream, problem, gradients, contents, plan, heads, seams);
+                            problem.stream, problem, gradients, kept, plan, heads, seams);
       };
       walk(back, seams);
       seam_rows += seam_bytes;

@@ -55,9 +55,9 @@ void with_config(const Problem& p, int flux, const body_type& body) {
   return with_flux<__half, 64>(p, flux, body);
 }
 
-Plans make_plans(const Problem& p, const std::vector<FluxClass>& classes) {
+Plans make_plans(const Problem& p, const std::vector<HeadClass>& classes) {
   Plans plans{};
-  for (const FluxClass& c : classes) {
+  for (const HeadClass& c : classes) {
     plans.plan[c.number] = make_plan(p, c);
     for (int i = 0; i < c.heads.count; ++i) plans.of_head[c.heads.head[i]] = static_cast<uint8_t>(c.number);
   }
@@ -74,7 +74,7 @@ const char* fejer_refusal(const Problem& p) {
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     const int64_t r = p.host_laws[h].cells.resolution;
     bool fits = true;
-    with_config(p, flux_of_class(flux_class(p.host_laws[h])), [&](auto config) {
+    with_config(p, flux_of(head_class(p.host_laws[h])), [&](auto config) {
       fits = Layout::make<decltype(config)>(static_cast<int>(p.slots), static_cast<int>(r)).bytes <= limit;
     });
     if (!fits) return "the slots do not fit into shared memory";
@@ -83,25 +83,25 @@ const char* fejer_refusal(const Problem& p) {
 }
 
 int64_t fejer_forward_workspace(const Problem& p) {
-  const std::vector<FluxClass> classes = flux_classes(p, Contents(), Task::forward);
+  const std::vector<HeadClass> classes = head_classes(p, Kept(), Task::forward);
   const Plans plans = make_plans(p, classes);
   int64_t bytes = repair_workspace(p, plans);
-  for (const FluxClass& c : classes) bytes += cell_seam_bytes(p, plans.plan[c.number], c);
+  for (const HeadClass& c : classes) bytes += cell_seam_bytes(p, plans.plan[c.number], c);
   return bytes;
 }
 
 void fejer_forward(const Problem& p, const Outputs& outputs, void* workspace) {
-  const Contents contents = outputs.contents ? Contents(p, outputs.contents) : Contents();
-  const std::vector<FluxClass> classes = flux_classes(p, contents, Task::forward);
+  const Kept kept = outputs.kept ? Kept(p, outputs.kept) : Kept();
+  const std::vector<HeadClass> classes = head_classes(p, kept, Task::forward);
   const Plans plans = make_plans(p, classes);
   uint8_t* const unsound = static_cast<uint8_t*>(workspace);
   uint8_t* seam_rows = unsound + repair_workspace(p, plans);
   if (p.tokens > 0) {
-    two_at_once(p, classes, [&](const FluxClass& c, const Problem& problem) {
+    two_at_once(p, classes, [&](const HeadClass& c, const Problem& problem) {
       const WalkPlan& plan = plans.plan[c.number];
-      with_config(p, flux_of_class(c.number), [&](auto config) {
-        if (outputs.contents && p.state_key) launch_given<decltype(config)>(problem, contents, c.heads);
-        launch_walk<decltype(config)>("fejer_walk", problem, outputs, contents, plan, c, seam_rows, unsound);
+      with_config(p, flux_of(c.number), [&](auto config) {
+        if (outputs.kept && p.state_key) launch_given<decltype(config)>(problem, kept, c.heads);
+        launch_walk<decltype(config)>("fejer_walk", problem, outputs, kept, plan, c, seam_rows, unsound);
       });
       seam_rows += cell_seam_bytes(p, plan, c);
     });

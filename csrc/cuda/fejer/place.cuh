@@ -20,7 +20,7 @@ struct Walk {
   int own_begin, own_end;     // the stretch's
   int offset, resolution;     // of time 0 from the first cell's centre
   int first;                  // the first cell of all, or a bound below it
-  int given;                  // the trailing cell when the contents that the walk begins with were left, in ring rows
+  int given_cell;             // the trailing cell when the contents that the walk begins with were left, in ring rows
   bool from_begin;
   // Whether another walk knows what this one warms up for, and the reverse.
   bool seam_before, seam_after;
@@ -55,14 +55,14 @@ struct Walk {
     resolution = static_cast<int>(cells.resolution);
     const int64_t first_of_all = cells.first() - cell;
     first = static_cast<int>(first_of_all > -(int64_t(1) << 30) ? first_of_all : -(int64_t(1) << 30));
-    given = static_cast<int>((from_begin ? cells.trailing(s.position) : cell) - cell + cells.slots);
+    given_cell = static_cast<int>((from_begin ? cells.trailing(s.position) : cell) - cell + cells.slots);
     cells_ = cells;
   }
   __device__ int64_t time(int t) const { return first_time + t; }
   // The slot of the cell `back` before the newest given one, or -1 where none is open.
   __device__ int given_slot(int back, int slots) const {
     if (back >= slots) return -1;
-    const int64_t c = cell + given - slots - 1 - back;
+    const int64_t c = cell + given_cell - slots - 1 - back;
     const int64_t slot = cells_.slot(c);
     return position > cells_.slot_opening(slot) ? static_cast<int>(slot) : -1;
   }

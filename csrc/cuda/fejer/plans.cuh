@@ -14,10 +14,10 @@ inline int laps_until(double rounding, double echo) {
   return laps;
 }
 
-inline bool is_alone(const Problem& problem, const FluxClass& c) { return c.heads.count == problem.kv_heads; }
+inline bool is_alone(const Problem& problem, const HeadClass& c) { return c.heads.count == problem.kv_heads; }
 
 // What plans begin with.
-inline WalkPlan plan_of(const Problem& problem, const FluxClass& c) {
+inline WalkPlan plan_of(const Problem& problem, const HeadClass& c) {
   WalkPlan plan{};
   plan.patches = 1;
   // Walks begin with empty slots so much before the tokens they own.
@@ -31,7 +31,7 @@ inline WalkPlan plan_of(const Problem& problem, const FluxClass& c) {
 }
 
 // Of the walk for the output, which is cut by each sequence's own length alone.
-inline WalkPlan make_plan(const Problem& problem, const FluxClass& c) {
+inline WalkPlan make_plan(const Problem& problem, const HeadClass& c) {
   WalkPlan plan = plan_of(problem, c);
   plan.extra = plan.warm_up / 3;  // of its work it does so much where it warms up
   plan.halved = std::max<int64_t>(plan.warm_up + plan.warm_up / 2, kHalvedStretch);
@@ -39,15 +39,15 @@ inline WalkPlan make_plan(const Problem& problem, const FluxClass& c) {
   return plan;
 }
 
-// Of the walk back, or of the one that makes contents for it, of which `at_once` blocks fit on a multiprocessor.
-inline WalkPlan make_back_plan(const Problem& problem, const FluxClass& c, Task task, int64_t at_once) {
+// Of the walk back, or of the one that makes what it needs to keep, of which `at_once` blocks fit on a multiprocessor.
+inline WalkPlan make_back_plan(const Problem& problem, const HeadClass& c, Task task, int64_t at_once) {
   WalkPlan plan = plan_of(problem, c);
   plan.backward = task == Task::backward;
   plan.patches = kSeamPatches;
   plan.extra = plan.backward ? plan.warm_up - plan.warm_up / 8 : plan.warm_up;  // back without gradients of queries
   int64_t tokens = 0, count = 1;
   if (problem.sequences > 0) {
-    const int64_t lanes = problem.sequences * problem.kv_heads;
+    const int64_t tracks = problem.sequences * problem.kv_heads;
     tokens = problem.cu_seqlens ? problem.tokens / problem.sequences : problem.tokens;
     const int64_t finest = tokens / (std::max(plan.warm_up / 2, kLeastStretch) + 1);
     if (is_alone(problem, c)) {
@@ -55,15 +55,15 @@ inline WalkPlan make_back_plan(const Problem& problem, const FluxClass& c, Task 
       const int64_t blocks = at_once * kMultiprocessors;
       const auto time = [&](int64_t n) {
         const int64_t own = (tokens - plan.warm_up) / n;
-        return (lanes * n + blocks - 1) / blocks * (n > 1 ? own + plan.warm_up : tokens);
+        return (tracks * n + blocks - 1) / blocks * (n > 1 ? own + plan.warm_up : tokens);
       };
       for (int64_t times = 1; times <= 8; ++times) {
-        const int64_t n = std::min(times * blocks / lanes, finest);
+        const int64_t n = std::min(times * blocks / tracks, finest);
         if (n > 1 && time(n) < time(count)) count = n;
       }
     } else {
       // Sequences that could stay whole are cut in two, unless they are short.
-      const int64_t even = (kSharedBlocks + lanes / 2) / lanes;
+      const int64_t even = (kSharedBlocks + tracks / 2) / tracks;
       const int64_t least = problem.cu_seqlens || tokens < plan.length ? 1 : 2;
       count = std::max(least, std::min(even * kHalves[is_wide(problem)][c.number] / 2, finest));
     }

@@ -20,11 +20,11 @@ namespace blurry_attn::cuda {
 namespace {
 
 // Shapes of a walk at compile time. kColumns: slots that are taken at once; kMore: there may be more of them.
-template <typename storage_type, int dim, int flux, int columns, bool more, bool contents = false>
+template <typename storage_type, int dim, int flux, int columns, bool more, bool keeps_only = false>
 struct Config {
   using storage = storage_type;
   static constexpr int kDim = dim, kFlux = flux, kColumns = columns;
-  static constexpr bool kMore = more, kContents = contents;
+  static constexpr bool kMore = more, kKeepsOnly = keeps_only;
   static constexpr bool kSelecting = is_selecting(flux);
   static constexpr int kStride = stride_of(flux);
   static constexpr int kWarps = dim <= 64 ? 8 : 4;
@@ -46,7 +46,7 @@ struct Config {
 // Shared memory of a walk, by offsets in bytes.
 struct Layout {
   int ring_rows;
-  uint32_t tiles, ring, started, side_bytes, carried, scratch, ends, decays, table, cells, bytes;
+  uint32_t tiles, ring, started_rows, side_bytes, carried, scratch, ends, decays, table, cells, bytes;
 
   template <typename config>
   __host__ __device__ static Layout make(int slots, int resolution) {
@@ -58,8 +58,9 @@ struct Layout {
     l.tiles = at;  // tokens: [stage][side][token]
     at += config::kStages * 2 * config::kTile * config::kRow;
     const int in_flux = config::kSelecting ? 0 : config::kFlux;
-    l.ring = at;                                  // of each side: cells,
-    l.started = at + l.ring_rows * config::kRow;  // cells at the beginning of a patch in which they go on, [warp][2]
+    l.ring = at;  // of each side: cells,
+    l.started_rows =
+        at + l.ring_rows * config::kRow;  // cells at the beginning of a patch in which they go on, [warp][2]
     l.side_bytes = (l.ring_rows + (config::kSelecting ? 0 : 2 * config::kWarps)) * config::kRow;
     at += 2 * l.side_bytes;
     l.carried = at;  // and at the end of a tile, for the next: [tile mod
@@ -177,8 +178,7 @@ __global__ void __launch_bounds__(kSeamThreads) fejer_walk_seams(Problem p, Head
 
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
-    fejer_walk(Problem p, Outputs outputs, Contents contents, WalkPlan plan, HeadList heads, Seams seams,
-               uint8_t* unsound) {
+    fejer_walk(Problem p, Outputs outputs, Kept kept, WalkPlan plan, HeadList heads, Seams seams, uint8_t* unsound) {
   wait_for_grid_before();
   if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
   if (seams.is_again && !seams.found[blockIdx.x]) return;
@@ -194,14 +194,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   __shared__ WalkMarks marks;
   // Rows of both sides of what cells hold in the end, from the walk's first cell on, and of what goes on in patches.
   __shared__ int64_t cell_row, started_row;
-  const bool keeps = config::kContents || (!config::kMore && contents.cells);
+  const bool keeps = config::kKeepsOnly || (!config::kMore && kept.cells);
   if (threadIdx.x == 0) {
     walk = Walk(p, plan, blockIdx.x / heads.count, head);
     marks = WalkMarks(p, walk, heads, seams, Row::kChunks, unsound);
     if (keeps) {
       cell_row = heads.cell_rows[head_index] - walk.trailing_at_begin +
-                 contents.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, p.laws[head]);
-      started_row = contents.started_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.first_patch, head);
+                 kept.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, p.laws[head]);
+      started_row = kept.started_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.first_patch, head);
     }
   }
   prepare<config>(p, head);  // while one thread finds the walk
@@ -225,14 +225,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   int* const patch_cells = reinterpret_cast<int*>(shared_memory + layout.cells);
 
   const auto report = [&] {  // something is not finite
-    if (!config::kContents) *marks.unsound = 1;
+    if (!config::kKeepsOnly) *marks.unsound = 1;
   };
 
-  // Contents before the walk, where they are given. Cell number c lies in row c mod ring_rows.
+  // Kept before the walk, where they are given. Cell number c lies in row c mod ring_rows.
   if (p.state_key && walk.from_begin) {
     for (int i = threadIdx.x; i < 2 * slots * kDim; i += config::kThreads) {
       const int d = i % kDim, back = i / kDim % slots, side = i / kDim / slots;
-      const int slot = walk.given_slot(back, slots), row = (walk.given - 1 - back) % ring_rows;
+      const int slot = walk.given_slot(back, slots), row = (walk.given_cell - 1 - back) % ring_rows;
       const int dim = static_cast<int>(side ? p.value_dim : p.key_dim);
       if (slot < 0 || d >= dim) continue;
       const float* const state = static_cast<const float*>(side ? p.state_value : p.state_key);
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   };
   const auto take_query = [&] { attend.take_rows(query_rows, query_sign); };
   attend.ring = shared + layout.ring;
-  attend.started = shared + layout.started + 2 * warp * config::kRow;
+  attend.started_rows = shared + layout.started_rows + 2 * warp * config::kRow;
   attend.side_bytes = side_bytes;
   int made_for = -1;  // the likeness of the patch that weights are of
   // Of the tile: the trailing cell, the offset from its centre. The ring counts cells from `slots` before the first:
@@ -316,11 +316,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const Cells cells = p.laws[head].cells;
       Weights::make_gates(cells, walk.time(walk.begin), walk.time(walk.end), walk.cell + cell, walk.time(patch), table,
                           gates);
-      if constexpr (!config::kContents) attend.weights.make(cells, walk.cell + cell, walk.time(patch), gates);
+      if constexpr (!config::kKeepsOnly) attend.weights.make(cells, walk.cell + cell, walk.time(patch), gates);
       Weights::make_end(gates, decays + warp * kFlux, end_weights);
       made_for = likeness;
     }
-    if constexpr (!config::kContents) {
+    if constexpr (!config::kKeepsOnly) {
       fetch_query(patch, 0);
       if (!config::kAhead) take_query();
     }
@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
         }
         if (strays) report();
-        if (config::kContents && config::kStages == 1) {
+        if (config::kKeepsOnly && config::kStages == 1) {
           for (int side = from_side; side < from_side + config::kSidesAtOnce; ++side) fetch_next(side);
         }
         __syncthreads();
@@ -406,7 +406,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             const int before_row = wrap(tile_row + number, ring_rows), own_row = wrap(before_row + slots, ring_rows);
             const uint32_t own = Row::at(ring, own_row, chunk);
             uint32_t from = Row::at(ring, before_row, chunk);
-            if (c < walk.given - slots) from = own;  // left by what came before the walk
+            if (c < walk.given_cell - slots) from = own;  // left by what came before the walk
             if (lobe < 0 && time > 0) from = carried + odd * carried_tile;
             uint4 words = load_shared(from);
             float content[8];
@@ -421,14 +421,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             };
             unpack_words();
             const int end_patch = min(last / kPatch, kWarps - 1);
-            const uint32_t started = shared + layout.started + side * side_bytes + chunk * 16;
+            const uint32_t started = shared + layout.started_rows + side * side_bytes + chunk * 16;
             for (int w = max(lobe, 0) / kPatch; w <= end_patch; ++w) {
               const int j = c - patch_cells[w];
               if (lobe < w * kPatch) {
-                if constexpr (!config::kContents) store_shared(started + (2 * w + j) * config::kRow, words);
+                if constexpr (!config::kKeepsOnly) store_shared(started + (2 * w + j) * config::kRow, words);
                 if (keeps && time + w * kPatch + kPatch > walk.own_begin && time + w * kPatch < walk.own_end) {
                   const int64_t row = started_row + (time / kPatch + w) * 2 * p.kv_heads;
-                  store_row(contents.started, 2 * row + 2 * side + j, chunk, words);
+                  store_row(kept.started, 2 * row + 2 * side + j, chunk, words);
                 }
               }
               const float4* sums = reinterpret_cast<const float4*>(added(w, side, j) + chunk * 8);
@@ -447,7 +447,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             }
             store_shared(last < kTile ? own : carried + (odd ^ 1) * carried_tile, words);
             if (keeps && last < kTile && owns(time + last)) {
-              store_row(contents.cells, 2 * (cell_row + c) + side, chunk, words);
+              store_row(kept.cells, 2 * (cell_row + c) + side, chunk, words);
             }
           }
         }
@@ -466,8 +466,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     attend.irregular = irregular;
     attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
     if (config::kStride > 1) attend.missing = irregular ? walk.first - cell : 0;
-    attend.going_on = config::kSelecting ? 0 : offset >= 2 ? 2 : 1;
-    attend.ended = irregular ? walk.given - slots - cell : 0;
+    attend.cells_going_on = config::kSelecting ? 0 : offset >= 2 ? 2 : 1;
+    attend.ended_columns = irregular ? walk.given_cell - slots - cell : 0;
     attend.tokens[0] = tile_base + warp * kPatch * config::kRow;
     attend.tokens[1] = attend.tokens[0] + kTile * config::kRow;
     tile_cell += cells_per_tile;
@@ -479,14 +479,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       ++tile_row;
     }
     tile_row = wrap(tile_row, ring_rows);
-    if constexpr (config::kContents) continue;
+    if constexpr (config::kKeepsOnly) continue;
     if (patch + kPatch <= walk.own_begin || patch >= walk.own_end) {
       if constexpr (config::kStages == 1) {
         for (int side = 0; side < 2; ++side) fetch_next(side);
       }
       continue;
     }
-    if constexpr (!config::kContents) {
+    if constexpr (!config::kKeepsOnly) {
       const float factor = score_factor(p.scale);
       const uint32_t staged = shared + layout.scratch + warp * config::kScratch;
       for (int i = 0; i < group; ++i) {
@@ -588,12 +588,12 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 
 // What the slots of a given state hold, as if cells held it that ended before the sequence.
 template <typename storage, int dim>
-__global__ void __launch_bounds__(256) fejer_given(Problem p, Contents contents, HeadList heads) {
+__global__ void __launch_bounds__(256) fejer_given(Problem p, Kept kept, HeadList heads) {
   const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
   const Cells cells = p.laws[head].cells;
   const Sequence s(p, blockIdx.x / heads.count);
   const int64_t first_row =
-      heads.cell_rows[head_index] + contents.cell_row(p, s.index, s.batch, s.row, p.laws[head]) - p.slots;
+      heads.cell_rows[head_index] + kept.cell_row(p, s.index, s.batch, s.row, p.laws[head]) - p.slots;
   const int64_t oldest = cells.trailing(s.position) - p.slots;
   for (int64_t i = threadIdx.x; i < p.slots * 2 * dim; i += 256) {
     const int64_t row = i / (2 * dim), side = i / dim % 2, d = i % dim;
@@ -603,31 +603,31 @@ __global__ void __launch_bounds__(256) fejer_given(Problem p, Contents contents,
     if (d < width && s.position > cells.slot_opening(slot)) {
       content = state[((s.index * p.kv_heads + head) * p.slots + slot) * width + d];
     }
-    static_cast<storage*>(contents.cells)[first_row * 2 * dim + i] = to_storage<storage>(content);
+    static_cast<storage*>(kept.cells)[first_row * 2 * dim + i] = to_storage<storage>(content);
   }
 }
 
-inline int64_t cell_seam_bytes(const Problem& p, const WalkPlan& plan, const FluxClass& c) {
+inline int64_t cell_seam_bytes(const Problem& p, const WalkPlan& plan, const HeadClass& c) {
   return Seams::bytes(p, plan, c.heads, c.echo, p.slots, 2);
 }
 
 template <typename config>
-void launch_given(const Problem& p, const Contents& contents, const HeadList& heads) {
+void launch_given(const Problem& p, const Kept& kept, const HeadList& heads) {
   launch("fejer_given", fejer_given<typename config::storage, config::kDim>, p.sequences * heads.count, 256, 0,
-         p.stream, p, contents, heads);
+         p.stream, p, kept, heads);
 }
 
 // `seam_rows`: cell_seam_bytes() of memory.
 template <typename config>
-void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Contents& contents,
-                 const WalkPlan& plan, const FluxClass& c, void* seam_rows, uint8_t* unsound) {
+void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Kept& kept, const WalkPlan& plan,
+                 const HeadClass& c, void* seam_rows, uint8_t* unsound) {
   const HeadList& heads = c.heads;
   const uint32_t bytes = shared_memory_of<fejer_walk<config>>(
       p, heads, [&](int resolution) { return Layout::make<config>(static_cast<int>(p.slots), resolution).bytes; });
   const Seams seams(p, plan, heads, p.slots, cell_seam_bytes(p, plan, c), seam_rows);
   const auto walk = [&](const WalkPlan& plan, const Seams& seams, uint8_t* unsound) {
     launch_early<kPair>(name, fejer_walk<config>, plan.count * heads.count, config::kThreads, bytes, p.stream, p,
-                        outputs, contents, plan, heads, seams, unsound);
+                        outputs, kept, plan, heads, seams, unsound);
   };
   walk(plan, seams, unsound);
   if (!seams.rows) return;

@@ -130,7 +130,7 @@ struct FewWeights : PatchGates<storage, kFlux> {
   template <int use>
   __device__ __forceinline__ float2 pair(int j, int half, int tile) const {
     const uint32_t words = weight[j][half + tile];
-    return unpack<__half>(use < 0 ? words : made_anew<use>(words));
+    return unpack<__half>(use < 0 ? words : hidden_from_loop<use>(words));
   }
   // Leaves behind the gates, [kFlux][kPatch] too, the logarithm of how much is left at each token of what a slot held
   // when the patch began. What a token weighs at a later one is its gate times a ratio of two such.

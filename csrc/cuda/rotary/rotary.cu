@@ -31,7 +31,7 @@ __device__ __forceinline__ void turn_of(double angle, compute* cos, compute* sin
 // A thread turns `count` neighbouring pairs of one token for `group` heads.
 template <typename storage, typename compute, int count>
 __global__ void __launch_bounds__(kThreads, kRotaryBlocks) rotary_turn(Rotary p, int64_t groups, int64_t group) {
-  __shared__ double frequency[kMaxHeadDim / 2];
+  __shared__ double frequency[kMostHeadDim / 2];
   __shared__ compute angles[2][count][kThreads];
   const int64_t half = p.dim / 2, packs = half / count;
   for (int64_t i = threadIdx.x; i < half; i += kThreads) frequency[i] = rotary_frequency(i, p.dim, p.base);

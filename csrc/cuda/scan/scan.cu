@@ -28,13 +28,13 @@ constexpr int kBlocksPerProcessor = sizeof(compute) == 4 ? 2 : 1;
 
 // How time is cut. The cut of a sequence depends on its own length alone, so that a packed batch gives the bits that
 // its sequences give alone.
-struct Plan {
+struct ScanPlan {
   int64_t length;     // tokens of a stretch
   int64_t rows;       // tokens of the longest one that there can be
   int64_t per_batch;  // stretches of a batch entry; 0: sequences are packed
   int64_t count;      // of stretches, those included that hold no token
 
-  explicit Plan(const Problem& problem) {
+  explicit ScanPlan(const Problem& problem) {
     length = problem.slots * 4 > 512 ? problem.slots * 4 : 512;
     if (problem.kernel != Kernel::fejer && 2 * problem.longest_window > length) length = 2 * problem.longest_window;
     rows = length < problem.tokens ? length : problem.tokens;
@@ -55,15 +55,16 @@ struct Plan {
   }
 };
 
-// Stretch number `x` of a plan.
-struct Stretch {
+// ScanStretch number `x` of a plan.
+struct ScanStretch {
   Sequence sequence;
   int64_t number;  // in its sequence
   int64_t time;    // of its first token
   int length;      // tokens; 0 only if the sequence is empty
   bool exists, last;
 
-  __device__ Stretch(const Problem& problem, const Plan& plan, int64_t x) : sequence(problem, find(problem, plan, x)) {
+  __device__ ScanStretch(const Problem& problem, const ScanPlan& plan, int64_t x)
+      : sequence(problem, find(problem, plan, x)) {
     number = x - first(problem, plan, sequence.index);
     const int64_t begin = number * plan.length, left = sequence.length - begin;
     exists = number == 0 || (number > 0 && left > 0);  // below zero only where cu_seqlens is wrong
@@ -74,10 +75,10 @@ struct Stretch {
   __device__ int64_t row() const { return sequence.row + time - sequence.position; }
 
   // Number of the first stretch of a sequence: later ones begin after the last one that an earlier one can need.
-  __device__ static int64_t first(const Problem& problem, const Plan& plan, int64_t i) {
+  __device__ static int64_t first(const Problem& problem, const ScanPlan& plan, int64_t i) {
     return plan.per_batch ? i * plan.per_batch : Sequence::boundary(problem, i) / plan.length + i;
   }
-  __device__ static int64_t find(const Problem& problem, const Plan& plan, int64_t x) {
+  __device__ static int64_t find(const Problem& problem, const ScanPlan& plan, int64_t x) {
     if (plan.per_batch) return x / plan.per_batch;
     int64_t low = 0, high = problem.sequences;  // first(low) <= x, and first(high) > x or high is past the last
     while (high - low > 1) {
@@ -375,11 +376,11 @@ struct DotTile {
 // replaces what a slot held, so one period tells it all.
 template <typename storage, typename compute>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
-    scan_boundaries(Problem p, Plan plan, Side side, Shape shape, int64_t stretches, compute* end) {
+    scan_boundaries(Problem p, ScanPlan plan, Side side, Shape shape, int64_t stretches, compute* end) {
   const BlockIndex block(p, shape.tiles);
   const bool at_end = block.entry >= stretches;
   const int64_t x = at_end ? block.entry - stretches : block.entry;
-  const Stretch stretch(p, plan, x);
+  const ScanStretch stretch(p, plan, x);
   if (!stretch.exists || (at_end && !stretch.last)) return;
   const Law<compute> law(p, block.head);
   const Sequence& sequence = stretch.sequence;
@@ -433,7 +434,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
 // "fejer": the same, each element of a slot going along the slot's cells through the whole sequence. Tokens between
 // lobes cost nothing.
 template <typename storage, typename compute>
-__global__ void __launch_bounds__(kMaxThreads) scan_chains(Problem p, Plan plan, Side side, int tiles, compute* end) {
+__global__ void __launch_bounds__(kMaxThreads)
+    scan_chains(Problem p, ScanPlan plan, Side side, int tiles, compute* end) {
   const BlockIndex block(p, tiles);
   const int64_t element = static_cast<int64_t>(block.tile) * blockDim.x + threadIdx.x;
   if (element >= p.slots * side.dim) return;
@@ -443,7 +445,7 @@ __global__ void __launch_bounds__(kMaxThreads) scan_chains(Problem p, Plan plan,
   const storage* tokens =
       row_of<const storage>(side.tokens, sequence.batch, block.head, sequence.row) + d * side.tokens.element;
   compute* boundaries = static_cast<compute*>(side.boundaries) +
-                        slot_at(p, Stretch::first(p, plan, block.entry), block.head, slot, side.dim) + d;
+                        slot_at(p, ScanStretch::first(p, plan, block.entry), block.head, slot, side.dim) + d;
   const int64_t step = slot_at(p, 1, 0, 0, side.dim);
   compute content = given_content(p, law, side.given, sequence, block.head, slot, side.dim, d);
   for (int64_t from = sequence.position; from < sequence.end(); from += plan.length, boundaries += step) {
@@ -475,10 +477,10 @@ __global__ void __launch_bounds__(kMaxThreads) scan_chains(Problem p, Plan plan,
 // dot. `rows` are the a_t, one per query head; results [stretch - first][kv head][row][slot], -inf for shut slots.
 template <typename storage, typename compute>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
-    scan_dot(Problem p, Plan plan, Side side, Shape shape, int64_t first_stretch, View rows, bool rows_whole,
+    scan_dot(Problem p, ScanPlan plan, Side side, Shape shape, int64_t first_stretch, View rows, bool rows_whole,
              compute scale, compute* results) {
   const BlockIndex block(p, shape.tiles);
-  const Stretch stretch(p, plan, first_stretch + block.entry);
+  const ScanStretch stretch(p, plan, first_stretch + block.entry);
   if (stretch.length == 0) return;
   const Law<compute> law(p, block.head);
   const int group = static_cast<int>(p.query_heads / p.kv_heads);
@@ -548,10 +550,10 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
 // Goes over the rows of a workspace of logits, a warp per row: body(number of the row's (batch, query head, token),
 // offset of its logits).
 template <typename body_type>
-__device__ __forceinline__ void for_rows(const Problem& p, const Plan& plan, int64_t first_stretch, int tiles,
+__device__ __forceinline__ void for_rows(const Problem& p, const ScanPlan& plan, int64_t first_stretch, int tiles,
                                          const body_type& body) {
   const BlockIndex block(p, tiles);
-  const Stretch stretch(p, plan, first_stretch + block.entry);
+  const ScanStretch stretch(p, plan, first_stretch + block.entry);
   const int group = static_cast<int>(p.query_heads / p.kv_heads), warps = blockDim.x / kWarp;
   const int64_t offset = (block.entry * p.kv_heads + block.head) * plan.rows * group;
   for (int i = block.tile * warps + threadIdx.x / kWarp; i < stretch.length * group; i += tiles * warps) {
@@ -579,7 +581,7 @@ __device__ __forceinline__ void store_row(const compute (&values)[per_lane], com
 // Logits to probabilities, in place, and their lse.
 template <typename compute, int per_lane>
 __global__ void __launch_bounds__(kMaxThreads)
-    softmax_rows(Problem p, Plan plan, int tiles, int64_t first_stretch, compute* logits, compute* lse) {
+    softmax_rows(Problem p, ScanPlan plan, int tiles, int64_t first_stretch, compute* logits, compute* lse) {
   const int slots = static_cast<int>(p.slots);
   for_rows(p, plan, first_stretch, tiles, [&](int64_t row, int64_t offset) {
     const compute shut = -static_cast<compute>(INFINITY);
@@ -602,7 +604,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 // that of other kernels, with their rounding: probabilities are brought to a sum of one.
 template <typename compute, int per_lane>
 __global__ void __launch_bounds__(kMaxThreads)
-    softmax_rows_backward(Problem p, Plan plan, int tiles, int64_t first_stretch, compute scale, const compute* lse,
+    softmax_rows_backward(Problem p, ScanPlan plan, int tiles, int64_t first_stretch, compute scale, const compute* lse,
                           const compute* grad_lse, compute* logits, compute* grads) {
   const int slots = static_cast<int>(p.slots);
   for_rows(p, plan, first_stretch, tiles, [&](int64_t row, int64_t offset) {
@@ -722,11 +724,11 @@ struct MixTile {
 // mix. `results` has the shape of the query with the side's dim.
 template <typename storage, typename compute, int dims>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
-    scan_mix(Problem p, Plan plan, Side side, Shape shape, int64_t first_stretch, const compute* weights,
+    scan_mix(Problem p, ScanPlan plan, Side side, Shape shape, int64_t first_stretch, const compute* weights,
              View results) {
   using Tile = MixTile<compute, dims>;
   const BlockIndex block(p, shape.tiles);
-  const Stretch stretch(p, plan, first_stretch + block.entry);
+  const ScanStretch stretch(p, plan, first_stretch + block.entry);
   if (stretch.length == 0) return;
   const Law<compute> law(p, block.head);
   const int group = static_cast<int>(p.query_heads / p.kv_heads);
@@ -806,11 +808,11 @@ struct Adjoint {
 // (for "dirichlet", one period tells it all); else from the next stretch's carry, for the gradients of its tokens.
 template <typename storage, typename compute, int dims, bool local>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
-    scan_adjoint(Problem p, Plan plan, Side side, Shape shape, int64_t first_stretch, Adjoint adjoint) {
+    scan_adjoint(Problem p, ScanPlan plan, Side side, Shape shape, int64_t first_stretch, Adjoint adjoint) {
   using Tile = MixTile<compute, dims>;
   const BlockIndex block(p, shape.tiles);
   const int64_t x = first_stretch + block.entry;
-  const Stretch stretch(p, plan, x);
+  const ScanStretch stretch(p, plan, x);
   if (!stretch.exists || (local && stretch.number == 0)) return;
   const Law<compute> law(p, block.head);
   const Sequence& sequence = stretch.sequence;
@@ -906,9 +908,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
 
 // What is left after each stretch of what a slot held before it: [stretch][kv head][slot].
 template <typename compute>
-__global__ void __launch_bounds__(kMaxThreads) scan_decays(Problem p, Plan plan, int tiles, compute* decays) {
+__global__ void __launch_bounds__(kMaxThreads) scan_decays(Problem p, ScanPlan plan, int tiles, compute* decays) {
   const BlockIndex block(p, tiles);
-  const Stretch stretch(p, plan, block.entry);
+  const ScanStretch stretch(p, plan, block.entry);
   const int slot = block.tile * blockDim.x + threadIdx.x;
   if (slot >= p.slots || !stretch.exists) return;
   const Law<compute> law(p, block.head);
@@ -926,11 +928,11 @@ __global__ void __launch_bounds__(kMaxThreads) scan_decays(Problem p, Plan plan,
 // first.
 template <typename compute>
 __global__ void __launch_bounds__(kMaxThreads)
-    scan_carries(Problem p, Plan plan, int tiles, int64_t first_stretch, int64_t end_stretch, const compute* decays,
+    scan_carries(Problem p, ScanPlan plan, int tiles, int64_t first_stretch, int64_t end_stretch, const compute* decays,
                  Side side, Adjoint adjoint) {
   const BlockIndex block(p, tiles);
   const int64_t x = first_stretch + block.entry;
-  const Stretch stretch(p, plan, x);
+  const ScanStretch stretch(p, plan, x);
   const int64_t element = static_cast<int64_t>(block.tile) * blockDim.x + threadIdx.x;
   if (!stretch.exists || !(stretch.last || x == end_stretch - 1) || element >= p.slots * side.dim) return;
   const Law<compute> law(p, block.head);
@@ -955,7 +957,7 @@ int tiles_of(int64_t elements) { return static_cast<int>((elements + kMaxThreads
 template <typename storage, typename compute>
 struct Scan {
   const Problem& p;
-  Plan plan;
+  ScanPlan plan;
   int64_t stretches;  // whose logits are held at once
 
   explicit Scan(const Problem& problem) : p(problem), plan(problem), stretches(plan.at_once(problem)) {}
@@ -1027,7 +1029,7 @@ struct Scan {
   void with_slots_per_lane(const body_type& body) const {
     if (p.slots <= 2 * kWarp) return body(std::integral_constant<int, 2>());
     if (p.slots <= 8 * kWarp) return body(std::integral_constant<int, 8>());
-    static_assert(kMaxSlots == 32 * kWarp);
+    static_assert(kMostSlots == 32 * kWarp);
     body(std::integral_constant<int, 32>());
   }
   int row_tiles() const { return static_cast<int>((plan.rows * (p.query_heads / p.kv_heads) + 63) / 64); }

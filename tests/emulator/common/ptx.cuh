@@ -1,5 +1,5 @@
-// csrc/cuda/common/ptx.cuh for the emulator: the same functions without instructions of a card. What lanes do together goes
-// through emulator::together: each brings its part, the last to come computes for all.
+// csrc/cuda/common/ptx.cuh for the emulator: the same functions without instructions of a card. What lanes do together
+// goes through emulator::together: each brings its part, the last to come computes for all.
 #pragma once
 
 #include <type_traits>

@@ -11,20 +11,20 @@ constexpr int64_t kSpareCells = 4;  // of a sequence: those that begin before it
 BLURRY_HOST_DEVICE inline bool cells_are_tokens(const HeadLaw& law) { return law.selects && law.cells.resolution <= 2; }
 
 // What the walk backward needs of what the slots hold, in rows of both sides: [key, value][element].
-struct Contents {
+struct Kept {
   void* cells = nullptr;  // of every head, what cells hold in the end; those of a given state first
   void* started =
       nullptr;  // of every patch and head, what two cells hold that go on in it: [patch][head][side][2][element]
   int64_t of_states = 0;  // rows of a sequence's given state
 
-  Contents() = default;
-  Contents(const Problem& p, void* memory) : cells(memory), of_states(p.state_key ? p.slots : 0) {
+  Kept() = default;
+  Kept(const Problem& p, void* memory) : cells(memory), of_states(p.state_key ? p.slots : 0) {
     started = static_cast<unsigned char*>(memory) + all_cell_rows(p) * row_bytes(p);
   }
   static int64_t bytes(const Problem& p) {
-    Contents contents;
-    contents.of_states = p.state_key ? p.slots : 0;
-    return (contents.all_cell_rows(p) + started_rows(p)) * row_bytes(p);
+    Kept kept;
+    kept.of_states = p.state_key ? p.slots : 0;
+    return (kept.all_cell_rows(p) + started_rows(p)) * row_bytes(p);
   }
 
   // Row of the cell that trails at the sequence's first token, within a head.
