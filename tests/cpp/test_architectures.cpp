@@ -1,7 +1,7 @@
 // A build without code for the card says so in one line that names both.
 #include <gtest/gtest.h>
 
-#include "cuda/architectures.h"
+#include "cuda/common/architectures.h"
 
 namespace blurry_attn::cuda {
 namespace {

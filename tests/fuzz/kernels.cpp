@@ -384,7 +384,7 @@ void run(Bytes& bytes, double rounding) {
     outputs.state_key = end_key.memory.get();
     outputs.state_value = end_value.memory.get();
   }
-  (window ? cpu::window_forward<storage, compute> : cpu::scan_forward<storage, compute>)(problem, outputs, allocate,
+  (window ? cpu::fejer_forward<storage, compute> : cpu::scan_forward<storage, compute>)(problem, outputs, allocate,
                                                                                          isa);
   scratch.clear();
 
@@ -407,7 +407,7 @@ void run(Bytes& bytes, double rounding) {
     gradients.state_key = grad_given_key.memory.get();
     gradients.state_value = grad_given_value.memory.get();
   }
-  (window ? cpu::window_backward<storage, compute> : cpu::scan_backward<storage, compute>)(problem, gradients, allocate,
+  (window ? cpu::fejer_backward<storage, compute> : cpu::scan_backward<storage, compute>)(problem, gradients, allocate,
                                                                                            isa);
 
   const reference::Results r = reference::run(p, true);
