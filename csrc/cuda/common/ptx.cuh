@@ -8,8 +8,7 @@
 
 namespace blurry_attn::cuda {
 
-// mma() computes d += a b, 16 x 8 x 16, with float32 sums. These are a thread's numbers, with g = lane / 4, q = lane %
-// 4:
+// mma() computes d += a b, 16 x 8 x 16, with float32 sums. With g = lane / 4 and q = lane % 4, a thread has:
 // a: rows g, g + 8, g, g + 8 and columns 2q, 2q + 1 (+ 8 for the last two); b: rows 2q, 2q + 1 (+ 8), column g;
 // d: row g (first two) and g + 8, columns 2q, 2q + 1.
 template <typename storage>
