@@ -1,4 +1,4 @@
-// What to say where a build has no code for a card. No CUDA here, so that it is tested anywhere.
+// This file words the error for a card that the build has no code for. It has no CUDA, so any host can test it.
 #pragma once
 
 #include <string>
@@ -6,12 +6,12 @@
 
 namespace blurry_attn::cuda {
 
-// Capabilities count as in __CUDA_ARCH_LIST__: 900 is 9.0.
+// Capabilities are numbers as in __CUDA_ARCH_LIST__: 900 means 9.0.
 inline std::string capability(int x) { return std::to_string(x / 100) + "." + std::to_string(x % 100 / 10); }
 
 constexpr int kLeastCapability = 800;
 
-// `card`: its compute capability; `built`: those that the kernels were compiled for.
+// `card` is the card's compute capability, and `built` lists the capabilities that the kernels were compiled for.
 inline std::string no_code_for(int card, const std::vector<int>& built) {
   std::string list;
   for (const int x : built) list += (list.empty() ? "" : ", ") + capability(x);

@@ -1,4 +1,5 @@
-// What the kernels on tensor cores, for bfloat16 and float16, have in common on the host.
+// This file has the host code that the tensor core kernels for bfloat16 and float16 share. It says which problems they
+// take, and how much shared memory a launch needs.
 #pragma once
 
 #include "common/launch.cuh"
@@ -7,27 +8,27 @@
 
 namespace blurry_attn::cuda {
 
-// Whether the kernels for head sizes over 64 do it.
+// Returns whether a head_dim is over 64, so that the kernels compiled for head_dim 128 run.
 inline bool is_wide(const Problem& p) { return p.key_dim > 64 || p.value_dim > 64; }
 
-// Calls body(storage{}) for bfloat16 or float16.
+// Calls body(storage{}) with the element type of bfloat16 or float16.
 template <typename body_type>
 void for_half(DType dtype, const body_type& body) {
   if (dtype == DType::bfloat16) return body(__nv_bfloat16());
   body(__half());
 }
 
-// Whether rows are runs of whole, aligned 16 bytes, eight elements each.
+// Returns whether every row consists of aligned chunks of 16 bytes, which are eight elements.
 inline bool aligned(const View& view) { return in_packs(view, 8, 2); }
 
-// Why a problem's backward is not for kernels that take what slots hold, and their gradients, in its dtype; or null. Of
-// a forward, what is not finite is done again.
+// Returns why kernels that hold slots and their gradients in the problem's dtype cannot take its backward, or null. The
+// forward needs no such check, since sequences that are not finite are computed again (repair.cuh).
 inline const char* range_refusal(const Problem& problem, const Gradients& gradients) {
   const bool given = problem.state_key || gradients.grad_state_key || gradients.grad_state_value;
   return problem.dtype == DType::float16 && given ? "backward: a state may hold more than float16 does" : nullptr;
 }
 
-// What a launch over heads has of shared memory: as much as bytes_for(resolution) says that one needs.
+// Returns the dynamic shared memory of a launch over `heads`: the most that bytes_for(resolution) says for one of them.
 template <auto kernel, typename bytes_type>
 uint32_t shared_memory_of(const Problem& p, const HeadList& heads, const bytes_type& bytes_for) {
   uint32_t bytes = 0;
@@ -38,7 +39,7 @@ uint32_t shared_memory_of(const Problem& p, const HeadList& heads, const bytes_t
   return bytes;
 }
 
-// Why a problem is for no kernel on tensor cores, or null.
+// Returns why no kernel on tensor cores takes a problem, or null.
 inline const char* half_refusal(const Problem& p) {
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) return "the dtype is neither bfloat16 nor float16";
   if (p.key_dim > 128 || p.value_dim > 128) return "head sizes are over 128";

@@ -1,4 +1,5 @@
-// Launches: errors with names, shared memory, grids that start early, two streams.
+// This file launches kernels. It names the kernel in errors, allows dynamic shared memory, starts a grid before the
+// previous one has ended, and runs two streams.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,13 +16,13 @@
 
 namespace blurry_attn::cuda {
 
-// Lets the next grid of the stream start while this one runs, if launch_early() launched it.
+// Lets the next grid of the stream start while this one runs, if launch_early() launched that grid.
 __device__ __forceinline__ void start_next_grid() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
-// Waits until the grid before has ended and all that it wrote can be read.
+// Waits until the previous grid of the stream has ended and all that it wrote can be read.
 __device__ __forceinline__ void wait_for_grid_before() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
@@ -38,18 +39,18 @@ inline std::string describe(cudaError_t error) {
   return text + ": " + no_code_for(100 * major + 10 * minor, {__CUDA_ARCH_LIST__});
 }
 
-// What a call of CUDA's runtime reports, thrown; it shall not surface again elsewhere.
+// Throws the error of a CUDA runtime call, and clears CUDA's last error, so that no later call reports it again.
 inline void check(cudaError_t error, const char* what, const char* name = "") {
   if (error == cudaSuccess) return;
   cudaGetLastError();
   throw std::runtime_error(std::string("blurry_attn: CUDA ") + what + name + ": " + describe(error));
 }
 
-// What `ask` says (0 or more) of the current device: asked once per device and place of the call.
+// Returns what `ask` says (0 or more) of the current device. `ask` runs once for each device and place in the code.
 template <typename ask_type>
 int once_per_device(const ask_type& ask) {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // the answer + 1
+  static std::atomic<int> known[kDevices];  // the answer plus one; 0: not asked yet
   int device = 0;
   check(cudaGetDevice(&device), "devices");
   if (device >= kDevices) return ask();
@@ -57,7 +58,8 @@ int once_per_device(const ask_type& ask) {
   return known[device] - 1;
 }
 
-// What a block can ask for at its launch; its own variables, 1 KB at most, come on top.
+// Returns the bytes of dynamic shared memory that a launch may give a block. A kernel's static variables, 1 KB at most,
+// come on top.
 inline int64_t shared_memory_limit() {
   return once_per_device([] {
     int device = 0, bytes = 0;
@@ -90,16 +92,16 @@ void launch_with(cudaLaunchConfig_t config, const char* name, void (*kernel)(par
   check(cudaLaunchKernelEx(&config, kernel, parameters(args)...), "kernel ", name);
 }
 
-// Launches and names what cannot be launched. All blocks lie in grid.x, which holds 2^31 - 1.
+// Launches a kernel; a failure throws an error that names it. All blocks lie in grid.x, which holds 2^31 - 1.
 template <typename... parameters, typename... arguments>
 void launch(const char* name, void (*kernel)(parameters...), int64_t blocks, int threads, int64_t shared_bytes,
             cudaStream_t stream, const arguments&... args) {
   launch_with({}, name, kernel, blocks, threads, shared_bytes, stream, args...);
 }
 
-// The same for a kernel that calls wait_for_grid_before(): where cards and code can (from 9.0 on), it starts once every
-// block of the grid before has called start_next_grid() or ended, and so many blocks in a row as `cluster` says run
-// side by side. Their number is rounded up to a multiple of that.
+// Launches a kernel that calls wait_for_grid_before(). From capability 9.0 on, it starts once every block of the
+// previous grid has called start_next_grid() or ended. Every `cluster` consecutive blocks then run side by side, as a
+// cluster. The number of blocks is rounded up to a multiple of `cluster`.
 template <int cluster = 1, typename... parameters, typename... arguments>
 void launch_early(const char* name, void (*kernel)(parameters...), int64_t blocks, int threads, int64_t shared_bytes,
                   cudaStream_t stream, const arguments&... args) {
@@ -111,7 +113,7 @@ void launch_early(const char* name, void (*kernel)(parameters...), int64_t block
   attributes[1].val.clusterDim.x = cluster;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
-  // Code made for an earlier card does not wait, on whatever card it runs.
+  // Code compiled for an earlier card does not wait, whatever card it runs on, so its launch has no such attributes.
   config.numAttrs = once_per_device([&] {
     cudaFuncAttributes made{};
     check(cudaFuncGetAttributes(&made, kernel), "kernel ", name);
@@ -120,9 +122,9 @@ void launch_early(const char* name, void (*kernel)(parameters...), int64_t block
   launch_with(config, name, kernel, (blocks + cluster - 1) / cluster * cluster, threads, shared_bytes, stream, args...);
 }
 
-// Two streams for work that may run at once: `main`, and one of higher priority for what is begun first and every other
-// one after it. Both begin where `main` is now, and when this is destroyed `main` waits for both. A host thread has its
-// own for every device.
+// TwoStreams has two streams for work that may run at once: `main`, and a side stream of higher priority. Work with an
+// even number goes to the side stream, the other work to `main`. The side stream begins where `main` is now, and at
+// destruction `main` waits for it. Each host thread has a side stream for every device.
 class TwoStreams {
  public:
   TwoStreams(cudaStream_t main, bool needed) : main_(main) {
@@ -147,7 +149,7 @@ class TwoStreams {
   };
   using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, Destroy>;
   using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, Destroy>;
-  // All of it or, where a part cannot be made, none.
+  // A side stream exists with both of its events or, where one of them cannot be made, not at all.
   struct Side {
     Stream stream = make_stream();
     Event begin = make_event(), end = make_event();
@@ -166,7 +168,7 @@ class TwoStreams {
     return Event(event);
   }
   static const Side& of_device() {
-    static thread_local auto& known = *new std::map<int, Side>;  // they live as long as the process
+    static thread_local auto& known = *new std::map<int, Side>;  // lives as long as the process
     int device = 0;
     check(cudaGetDevice(&device), "devices");
     return known.try_emplace(device).first->second;

@@ -1,11 +1,11 @@
-// The law as device code sees it: gates of tokens, lobes of slots, sequences of a call.
+// This file is the device's view of the law in csrc/law.h: gates of tokens, lobes of slots, sequences of a call.
 #pragma once
 
 #include "common/numbers.cuh"
 
 namespace blurry_attn::cuda {
 
-// The law of one kv head on the device.
+// Law has the cells and the table of gates of one key/value head.
 template <typename compute>
 struct Law {
   Cells cells;
@@ -20,21 +20,22 @@ struct Law {
   __device__ bool is_open(int slot, int64_t token) const { return token >= cells.slot_opening(slot); }
 };
 
-// How a token's gates lie over the slots.
+// Spread says how the gates of one token lie over the slots.
 enum class Spread : int {
-  few,    // at most two slots take a share; no other does
-  all,    // every slot takes one, none of them 0 or 1
-  mixed,  // anything
+  few,    // at most two slots take a share
+  all,    // every slot takes a share, and none is 0 or 1
+  mixed,  // any slot may take any share
 };
 
-// What a token gives to the slots, made once per token: gate() is then cheap for every slot.
+// TokenGates finds the gate of one token in any slot. make() runs once per token, and gate() is then cheap for every
+// slot.
 template <typename compute>
 struct TokenGates {
   int64_t token;
   Spread spread;
-  int slot[2];       // few: the slots in flux, or centred,
-  compute share[2];  // and their gates
-  int offset;        // else: offset in the period from the centre of slot 0
+  int slot[2];       // few: the slots that take a share
+  compute share[2];  // few: their gates
+  int offset;        // all, mixed: tokens since the last centre of slot 0
 
   __device__ void make(const Law<compute>& law, int64_t t) {
     const Cells& cells = law.cells;
@@ -46,13 +47,13 @@ struct TokenGates {
       slot[1] = slot[0] + 1 < cells.slots ? slot[0] + 1 : 0;
       for (int which = 0; which < 2; ++which) {
         const int64_t cell = trailing + which;
-        share[which] = cells.gate(law.gates, cell, t);  // 0 where the slot is shut: only the lobe's first, not in it
+        share[which] = cells.gate(law.gates, cell, t);  // 0 in a shut slot: t is then outside the lobe
       }
     } else {
       const int64_t from_centre = t - cells.centre(0), window = cells.window();
       offset = static_cast<int>(from_centre - floor_div(from_centre, window) * window);
       const int resolution = static_cast<int>(cells.resolution), centred = offset / resolution;
-      const bool settled = t > cells.opening(cells.slots - 1);  // every slot was opened before
+      const bool settled = t > cells.opening(cells.slots - 1);  // every slot opened before this token
       spread = !settled ? Spread::mixed : offset == centred * resolution ? Spread::few : Spread::all;
       slot[0] = centred;
       slot[1] = -1;
@@ -60,7 +61,7 @@ struct TokenGates {
       share[1] = 0;
     }
   }
-  // The share of the token that `m` takes; 0 where it is shut.
+  // Returns the share of the token that slot `m` takes, which is 0 where the slot is shut.
   __device__ __forceinline__ compute gate(const Law<compute>& law, int m) const {
     if (spread == Spread::few) return m == slot[0] ? share[0] : m == slot[1] ? share[1] : compute(0);
     if (spread == Spread::mixed) {
@@ -70,14 +71,15 @@ struct TokenGates {
     const int from_centre = offset - m * static_cast<int>(law.cells.resolution);
     return law.gates[from_centre < 0 ? from_centre + static_cast<int>(law.cells.window()) : from_centre];
   }
-  // Whether one of the slots m .. m + 3 may take a share.
+  // Returns whether one of the slots m .. m + 3 may take a share.
   __device__ __forceinline__ bool touches(int m) const {
     return spread != Spread::few || static_cast<unsigned>(slot[0] - m) < 4 || static_cast<unsigned>(slot[1] - m) < 4;
   }
 };
 
-// "fejer": runs body(begin, end, gates, opens) over the tokens from .. to - 1 of which an open slot takes a share, lobe
-// by lobe: token begin + i takes gates[i], but the first one 1 if it `opens` the slot.
+// Calls body(begin, end, gates, opens) for each lobe of a "fejer" slot. The lobe's tokens are those in from .. to - 1
+// at which the slot is open. Token begin + i has the gate gates[i], except that the first one has gate 1 if it `opens`
+// the slot.
 template <typename compute, typename body_type>
 __device__ __forceinline__ void for_lobes(const Law<compute>& law, int slot, int64_t from, int64_t to,
                                           const body_type& body) {
@@ -96,7 +98,7 @@ __device__ __forceinline__ void for_lobes(const Law<compute>& law, int slot, int
   }
 }
 
-// Runs body(token, gate) over the tokens from .. to - 1 of which an open slot takes a share, in order.
+// Calls body(token, gate), in order, for the tokens from .. to - 1 of which an open slot takes a share.
 template <typename compute, typename body_type>
 __device__ void walk_slot(const Law<compute>& law, int slot, int64_t from, int64_t to, const body_type& body) {
   if (law.kernel == Kernel::fejer) {
@@ -113,18 +115,20 @@ __device__ void walk_slot(const Law<compute>& law, int slot, int64_t from, int64
   }
 }
 
-// A gate of 1 replaces and a gate of 0 leaves, unread.
+// Returns a slot's content after a token is written. A gate of 1 does not read the content, and a gate of 0 does not
+// read the token.
 template <typename compute>
 __device__ __forceinline__ compute written(compute content, compute token, compute gate) {
   return gate == compute(1) ? token : gate == compute(0) ? content : content + gate * (token - content);
 }
 
-// A given position, brought into range: of a captured call nobody can check it.
+// Clamps a given position to its range, since the host cannot check it in a captured call.
 __device__ __forceinline__ int64_t bounded_position(int64_t position) {
   return position < 0 ? 0 : position < kMaxPosition ? position : kMaxPosition;
 }
 
-// One sequence: its batch entry, its first row and its rows there, and its tokens before them.
+// Sequence is one sequence of a call: its batch entry, its first row there, its rows (`length`), and the tokens before
+// them (`position`).
 struct Sequence {
   int64_t index, batch, row, length, position;
 
@@ -135,7 +139,7 @@ struct Sequence {
     length = end > row ? end - row : 0;
     position = problem.position ? bounded_position(problem.position[i]) : 0;
   }
-  // cu_seqlens[i], brought into range.
+  // Returns cu_seqlens[i], clamped to the tokens of the call.
   __device__ static int64_t boundary(const Problem& problem, int64_t i) {
     const int64_t x = problem.cu_seqlens_is_64 ? static_cast<const int64_t*>(problem.cu_seqlens)[i]
                                                : static_cast<const int32_t*>(problem.cu_seqlens)[i];

@@ -1,4 +1,4 @@
-// Number types, and rows of numbers in global memory.
+// This file converts between number types, and reads rows of numbers in global memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -40,7 +40,7 @@ __device__ __forceinline__ __half to_storage<__half, float>(float x) {
   return __float2half(x);
 }
 
-// Neighbours in memory, read and written at once.
+// Pack has neighbours in memory that one instruction reads or writes.
 template <typename type, int count>
 struct alignas(count * sizeof(type)) Pack {
   type x[count];
@@ -48,7 +48,7 @@ struct alignas(count * sizeof(type)) Pack {
 template <typename type>
 using Quad = Pack<type, 4>;
 
-// The two numbers of a word, the first in its lower half.
+// Returns the two numbers of a 32-bit word, of which the first is in the lower half.
 template <typename storage>
 __device__ __forceinline__ float2 to_floats(unsigned word);
 template <>
@@ -63,7 +63,7 @@ __device__ __forceinline__ float2 to_floats<__half>(unsigned word) {
   return __half22float2(raw);
 }
 
-// `count` neighbours at an aligned address, read at once.
+// Reads `count` neighbours at an aligned address with one access.
 template <typename compute, int count, typename storage>
 __device__ __forceinline__ Pack<compute, count> read_pack(const storage* from) {
   if constexpr (sizeof(storage) == 2) {
@@ -81,8 +81,8 @@ __device__ __forceinline__ Pack<compute, count> read_pack(const storage* from) {
   }
 }
 
-// Copies elements d .. d + 3 of a row of `dim` to shared memory, zeros past its end; they are there once
-// committed and waited for. `whole`: four neighbours are one aligned access.
+// Copies elements d .. d + 3 of a row of `dim` to shared memory, with zeros past the row's end. The caller commits the
+// copy and waits for it. `whole` says that four neighbours are one aligned access.
 template <typename storage>
 __device__ __forceinline__ void copy_quad(Quad<storage>* to, const storage* row, int64_t element, int d, int dim,
                                           bool whole) {
@@ -98,7 +98,7 @@ __device__ __forceinline__ void copy_quad(Quad<storage>* to, const storage* row,
   for (int e = 0; e < 4; ++e) to->x[e] = d + e < dim ? row[(d + e) * element] : storage{};
 }
 
-// Whether so many neighbours are one aligned access anywhere in a tensor's rows.
+// Returns whether `count` neighbours are one aligned access anywhere in a tensor's rows.
 BLURRY_HOST_DEVICE inline bool in_packs(const View& view, int64_t count, int64_t element_size) {
   return view.element == 1 && reinterpret_cast<uintptr_t>(view.data) % (count * element_size) == 0 &&
          view.batch % count == 0 && view.head % count == 0 && view.token % count == 0;
@@ -125,7 +125,7 @@ __device__ __forceinline__ compute warp_max(compute x) {
   return x;
 }
 
-// Calls body(storage{}, compute{}) for the dtype.
+// Calls body(storage{}, compute{}) with the dtype's element type and the type that kernels compute in.
 template <typename body_type>
 void for_type(DType dtype, const body_type& body) {
   switch (dtype) {

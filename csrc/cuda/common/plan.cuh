@@ -1,42 +1,45 @@
-// How time is cut: patches of tokens, stretches of a sequence, the plan of a launch.
+// This file says how time is cut among blocks. A patch is 16 tokens, which one warp works on. A stretch is the run of
+// tokens that one block owns, and a seam is where two stretches of a sequence meet. A block walks over its stretch in
+// the order of time or, in a backward walk, against it. A plan cuts the sequences of a launch into stretches.
 #pragma once
 
 #include "common/law.cuh"
 
 namespace blurry_attn::cuda {
 
-constexpr int kPatch = 16;  // tokens
-// Of a sequence: patches that begin before it or end later.
+constexpr int kPatch = 16;  // tokens of a patch
+// A sequence has up to this many patches more than tokens / kPatch, since one begins before it and one ends after it.
 constexpr int64_t kSparePatches = 2;
 
-// Which heads a launch takes.
+// HeadList names the key/value heads of a launch.
 constexpr int kMostHeads = 256;
 struct HeadList {
   int count;
   uint16_t head[kMostHeads];
-  int64_t cell_rows[kMostHeads];  // of Kept, before the head's
+  int64_t cell_rows[kMostHeads];  // rows of Kept::cells before the head's
 };
 
-// How time is cut for the walks. A sequence of this call is cut by its own length alone, into stretches of about the
-// same work: the walk of one begins warm_up tokens before it, but for the sequence's first, or in a walk backward after
-// it, but for the last, which therefore has `extra` tokens more than the others.
+// WalkPlan cuts each sequence of a call, by its length alone, into stretches of about the same work. A walk begins
+// warm_up tokens before its stretch, except for the sequence's first stretch. A backward walk begins warm_up tokens
+// after its stretch, except for the last one. The stretch without a warm-up therefore has `extra` tokens more than the
+// others.
 struct WalkPlan {
   int64_t length;  // tokens of a stretch at most
-  int64_t halved;  // a sequence of so many tokens is cut in two, though it is not longer than `length`; above: none is
+  int64_t halved;  // least tokens of a sequence that is cut in two; above `length`: none is
   int64_t warm_up;
   int64_t extra;
-  int patches;  // stretches begin at multiples of so many
+  int patches;  // stretches begin at multiples of this many patches
   bool backward;
   bool packed;
-  int64_t count;       // of stretches, those included that hold no token
-  int64_t seam_count;  // of numbers of seams, those included that are none
+  int64_t count;       // numbers of stretches, including those without a token
+  int64_t seam_count;  // numbers of seams, including those that name no seam
 
   __host__ __device__ int64_t stretches(int64_t tokens) const {
     return tokens > length ? (tokens + length - 1) / length : tokens >= halved ? 2 : 1;
   }
-  // Number, in a launch, of a sequence's i-th stretch. The first of all sequences come before the second of any, so
-  // that what runs at once on a multiprocessor is of both kinds, with a warm-up and without. Where sequences are
-  // packed, numbers are set aside for stretches() of every one, and some more.
+  // Returns the number, in a launch, of a sequence's i-th stretch. All first stretches come before all second ones, so
+  // blocks with and without a warm-up run on a multiprocessor at once. With packed sequences, each sequence has numbers
+  // set aside for its stretches(), and a few more.
   __device__ int64_t index(const Problem& problem, int64_t sequence, int64_t i) const {
     if (!packed) return i * problem.sequences + sequence;
     return Sequence::boundary(problem, sequence) / unit() + sequence + i;
@@ -47,8 +50,9 @@ struct WalkPlan {
   __device__ int64_t number_of(const Problem& problem, int64_t sequence, int64_t x) const {
     return packed ? x - index(problem, sequence, 0) : x / problem.sequences;
   }
-  // Number, in a launch, of the seam where a sequence's stretch begins that is not its first, and of the one where the
-  // stretch ends; whose seam a number is, and which of the sequence's.
+  // seam() returns the number, in a launch, of the seam where a stretch begins that is not its sequence's first.
+  // seam_after() returns the number of the seam where the stretch ends. sequence_of_seam() and number_of_seam() return
+  // a seam's sequence, and which stretch of the sequence begins there.
   __device__ int64_t seam(const Problem& problem, int64_t sequence, int64_t stretch) const {
     return stretch - (packed ? sequence + 1 : problem.sequences);
   }
@@ -61,7 +65,7 @@ struct WalkPlan {
   __device__ int64_t number_of_seam(const Problem& problem, int64_t sequence, int64_t x) const {
     return packed ? x - index(problem, sequence, 0) + sequence + 1 : x / problem.sequences + 1;
   }
-  // The same walk with one stretch for each sequence.
+  // Returns the same plan with one stretch for each sequence.
   WalkPlan whole(const Problem& problem) const {
     WalkPlan plan = *this;
     plan.length = plan.halved = INT64_MAX;
@@ -76,7 +80,7 @@ struct WalkPlan {
   }
 
  private:
-  // The last sequence of which `first`(sequence) is at most x; it grows with the sequence.
+  // Returns the last sequence whose `first`(sequence), which grows with the sequence, is at most x.
   template <typename first_type>
   __device__ static int64_t last_up_to(const Problem& problem, int64_t x, const first_type& first) {
     int64_t low = 0, high = problem.sequences;
@@ -89,16 +93,16 @@ struct WalkPlan {
   __host__ __device__ int64_t unit() const { return length < halved ? length : halved; }
 };
 
-// Where the patch of a token begins: patches lie on a grid that begins at the head's phase.
+// Returns where the patch of a token begins. Patches lie on a grid that begins at the head's phase.
 __device__ __forceinline__ int64_t patch_begin(const Cells& cells, int64_t token) {
   return floor_div(token - cells.phase, kPatch) * kPatch + cells.phase;
 }
 
-// Stretch number x of a launch: which sequence's, and the tokens begin .. end - 1 that it owns. Stretches begin on the
-// grid of patches, but for a sequence's first, whose first patch begins at `grid`.
+// Stretch is stretch number x of a launch: its sequence, and the tokens begin .. end - 1 that it owns. A stretch begins
+// on the grid of patches, except for the sequence's first one, whose first patch begins at `grid`.
 struct Stretch {
   Sequence sequence;
-  int64_t number;  // of the sequence's
+  int64_t number;  // index among the sequence's stretches
   int64_t grid, begin, end;
   bool exists, last;
 
@@ -114,7 +118,7 @@ struct Stretch {
     last = number + 1 >= count;
     begin = number == 0 ? sequence.position : begin_of(number);
     end = last ? sequence.end() : begin_of(number + 1);
-    exists = number >= 0 && number < count && begin < end;  // below zero only where cu_seqlens is wrong
+    exists = number >= 0 && number < count && begin < end;  // a negative number: cu_seqlens is wrong
   }
 };
 

@@ -1,4 +1,5 @@
-// Tensor cores, matrix loads and asynchronous copies (sm_80 and up), for bfloat16 and float16.
+// This file wraps the instructions for tensor cores, matrix loads and asynchronous copies (sm_80 and up), for bfloat16
+// and float16.
 #pragma once
 
 #include <type_traits>
@@ -7,7 +8,7 @@
 
 namespace blurry_attn::cuda {
 
-// d += a b, 16 x 8 x 16, float32 sums. With g = lane / 4 and q = lane % 4:
+// mma() computes d += a b, 16 x 8 x 16, with float32 sums. With g = lane / 4 and q = lane % 4, a thread has:
 // a: rows g, g + 8, g, g + 8 and columns 2q, 2q + 1 (+ 8 for the last two); b: rows 2q, 2q + 1 (+ 8), column g;
 // d: row g (first two) and g + 8, columns 2q, 2q + 1.
 template <typename storage>
@@ -26,10 +27,10 @@ __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same with a left side of 8 columns in float32, as sums of another mma, of which 11 bits are taken: x of
-// to_tf32(). b: rows 2q, 2q + 1, column g.
+// Computes d += x b in tf32, where x is 16 x 8 in float32 and lies as the sums of another mma. The instruction takes 11
+// bits of each number, to which to_tf32() rounds. b has rows 2q and 2q + 1 of column g.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&x)[4], const uint32_t (&b)[2]) {
-  // The instruction's columns q and q + 4 are x's 2q and 2q + 1.
+  // The instruction's columns q and q + 4 are the columns 2q and 2q + 1 of x.
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -65,7 +66,7 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
-// Whether eight numbers are neither infinite nor NaN: no exponent has all its bits set.
+// Returns whether none of eight numbers is infinite or NaN, which means that no exponent has all its bits set.
 template <typename storage>
 __device__ __forceinline__ bool finite(const uint4& words) {
   constexpr bool half = std::is_same<storage, __half>::value;
@@ -75,7 +76,7 @@ __device__ __forceinline__ bool finite(const uint4& words) {
   return (carries & 0x80008000u) == 0;
 }
 
-// 2^x and log2 x to about 2^-22; numbers too small to be normal count as zero.
+// These compute 2^x and log2 x to about 2^-22, and take subnormal numbers for zero.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -87,25 +88,25 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
-// 16 bytes of global memory that this launch does not write.
+// Loads 16 bytes of global memory that this launch does not write.
 __device__ __forceinline__ uint4 load_global(const void* from) {
   uint4 x;
   asm volatile("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
   return x;
 }
-// 16 bytes at once: as a plain assignment it may become four stores.
+// Stores 16 bytes with one instruction, where the compiler may make four of a plain assignment.
 __device__ __forceinline__ void store_global(void* to, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
-// x, of which the compiler no longer knows how it was made: what follows from it in a loop is made anew there, which
+// Returns x without letting the compiler know how x was made. What a loop derives from it is computed anew there, which
 // costs less than the registers that would hold it.
 __device__ __forceinline__ int hidden(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// Addresses in shared memory, in bytes.
+// Addresses in shared memory are in bytes.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -124,14 +125,14 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
 __device__ __forceinline__ void store_shared_word(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address)
                : "memory");
 }
-// Four 8 x 8 matrices, transposed; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8 x 8 matrices transposed; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -139,7 +140,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint3
                : "memory");
 }
 
-// Of an 8 x 8 matrix with row lane / 4, columns 2 (lane % 4) and the next, its transpose.
+// Transposes an 8 x 8 matrix, of which a lane has row lane / 4, columns 2 (lane % 4) and the next.
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
   uint32_t y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
@@ -175,8 +176,8 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address, cons
 #endif
 }
 
-// A barrier in shared memory at which `count` threads arrive and others wait for them, in turns whose parity is 0, 1,
-// 0, ..
+// barrier_init() makes a barrier in shared memory at which `count` threads arrive and others wait for them. Its turns
+// have the parities 0, 1, 0, 1 and so on.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -200,8 +201,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
   } while (!done);
 }
 
-// Registers of a thread from here on, for all of a group of four warps: taken from what the block's others gave back.
-// 0: as they are.
+// These set the registers of a thread from here on, for all of a group of four warps. Warps take registers that the
+// block's other warps gave back. A count of 0 changes nothing.
 template <int count>
 __device__ __forceinline__ void give_registers() {
 #if __CUDA_ARCH__ >= 900
@@ -215,7 +216,7 @@ __device__ __forceinline__ void take_registers() {
 #endif
 }
 
-// 16 bytes from global to shared memory in the background.
+// Copies 16 bytes from global to shared memory asynchronously.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }

@@ -1,5 +1,5 @@
-// Walks in patches cannot keep a token that is not finite from its neighbours in a patch: such sequences are done
-// again, token by token, with their state at the end.
+// This file repairs sequences that hold a token that is not finite. A walk computes the tokens of a patch together, so
+// such a token spoils its neighbours there. The repair computes the sequence and its final state again, token by token.
 #pragma once
 
 #include "common/half.cuh"
@@ -9,7 +9,7 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// How the walks of all launches of a call were cut, and which of these plans was each head's.
+// Plans has the plans of all launches of a call, and says which of them each head has.
 struct Plans {
   static constexpr int kMost = 5;
   WalkPlan plan[kMost];
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kStepThreads)
                               static_cast<float*>(outputs.lse), shared_memory);
   }
   if (!outputs.state_key) return;
-  // Slots keep what is not finite as an echo without end.
+  // The final state is written too: what is not finite stays in its slot, as an echo without end.
   __syncthreads();
   const Law<float> law(p, head);
   const auto keep = [&](const float* slots, int64_t dim, void* state) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kStepThreads)
   keep(values, p.value_dim, outputs.state_value);
 }
 
-// Scratch memory of a walk with repair: a mark per stretch and head, then contents.
+// The scratch memory of a walk with repair has a mark per stretch and head, then the contents of the slots.
 inline int64_t marks(const Problem& p, const Plans& plans) { return (plans.count() * p.kv_heads + 15) / 16 * 16; }
 inline int64_t repair_workspace(const Problem& p, const Plans& plans) {
   return marks(p, plans) +

@@ -1,12 +1,12 @@
-// Rows in shared memory as matrix loads read them.
+// This file says how rows lie in shared memory, so that matrix loads meet no bank conflicts.
 #pragma once
 
 #include "common/ptx.cuh"
 
 namespace blurry_attn::cuda {
 
-// Rows of 16-byte chunks in shared memory. Chunks are permuted within every eight rows, so that eight rows' same chunk
-// lies in different banks.
+// Rows places rows of 16-byte chunks in shared memory. Chunks are permuted within every eight rows, so that the same
+// chunk of eight rows lies in different banks.
 template <int dim>
 struct Rows {
   static constexpr int kBytes = 2 * dim;
@@ -15,17 +15,17 @@ struct Rows {
   __device__ __forceinline__ static uint32_t at(uint32_t base, int row, int chunk) {
     return base + row * kBytes + ((chunk ^ (row & 7)) << 4);
   }
-  // Byte offset of an element.
+  // Returns the byte offset of element d of a row.
   __device__ __forceinline__ static int element(int row, int d) {
     return row * kBytes + (((d >> 3) ^ (row & 7)) << 4) + (d & 7) * 2;
   }
-  // The chunk that holds the words 4 i .. 4 i + 3 of thread q of a row's four (q = lane % 4): each has the same share
-  // of every 16 columns that an mma sums over, in an order that lets it read 16 bytes at once.
+  // Returns the chunk with the words 4 i .. 4 i + 3 of a row that thread q = lane % 4 has. Each thread has the same
+  // share of every 16 columns that an mma sums over. In this order of columns a thread reads 16 bytes at once.
   __device__ __forceinline__ static int chunk_of(int q, int i) { return 8 * (i >> 1) + 2 * q + (i & 1); }
 };
 
-// The same number, which the compiler takes for another, for each `use` or at each turn of a loop: what is made of it
-// is made anew, and not kept in registers. Grids have one dimension.
+// Returns x, which the compiler takes for another number at each `use` or turn of a loop. What is derived from it is
+// computed anew, and not kept in registers. Grids have one dimension, so the blockIdx used here are 0.
 template <int use = 0>
 __device__ __forceinline__ uint32_t hidden_from_loop(uint32_t x) {
   return x ^ (use == 0 ? blockIdx.y : use == 1 ? blockIdx.z : blockIdx.y + blockIdx.z);

@@ -1,4 +1,4 @@
-// The dynamic shared memory of a block, as a launch asks for it.
+// shared_memory is the dynamic shared memory of a block, whose size the launch sets.
 #pragma once
 
 namespace blurry_attn::cuda {

@@ -1,4 +1,4 @@
-// Lengths, orders and shares that were measured, by name. docs/design/experiments.md has the measurements.
+// This file names the lengths, orders and shares that were measured. docs/design/experiments.md has the measurements.
 #pragma once
 
 #include <cstdint>
@@ -7,30 +7,32 @@
 
 namespace blurry_attn::cuda {
 
-// Of a large card. Not asked of the one at hand: gradients' bits are the same on all of them.
+// This is the size of a large card. The card at hand is not asked, so that gradients have the same bits on all cards.
 constexpr int64_t kMultiprocessors = 132;
 
-// "fejer", by class of heads (fejer/classes.cuh), for head sizes up to 64 and over: the order in which launches begin,
-// after which all have ended soonest with a quarter of the heads at r = 1, 2, 4 and 8 each;
+// For "fejer", these are the orders in which launches of the classes of heads begin (fejer/classes.cuh). The first
+// index says whether a head_dim is over 64. With a quarter of the heads at r = 1, 2, 4 and 8 each, all launches then
+// end soonest.
 constexpr int kForwardOrder[2][5] = {{4, 1, 3, 0, 2}, {3, 1, 4, 0, 2}};
 constexpr int kBackwardOrder[2][5] = {{0, 3, 4, 1, 2}, {0, 4, 1, 3, 2}};
-// of the walk back's blocks, those of all classes where several share the card, and each class's share in halves;
+// Where several classes share the card, their backward walks have this many blocks in all. Each class has a share of
+// them, in halves of an even one.
 constexpr int64_t kSharedBlocks = 4 * kMultiprocessors;
 constexpr int64_t kHalves[2][5] = {{2, 2, 2, 1, 2}, {1, 2, 2, 2, 1}};
-// how many warm-ups long a stretch is at least, if a launch has the card to itself and if it shares it;
+// A stretch is at least this many warm-ups long, if its launch has the card to itself and if it shares it.
 constexpr int64_t kAloneWarmUps = 8, kSharedWarmUps = 2;
-// the least tokens of a stretch back.
+// A stretch of a backward walk has at least this many tokens.
 constexpr int64_t kLeastStretch = 128;
-// Two multiprocessors share a cache for instructions: they get blocks of one launch.
+// Two multiprocessors share a cache for instructions, so a pair of them gets blocks of one launch.
 constexpr int kPair = 2;
 
-// The scan: numbers in a workspace of logits or weights; shared memory of a chunk of rows, of which a block has two;
-// tokens of a slot that are read at once.
+// For the scan, these bound the numbers in a workspace of logits or weights, and the shared memory of a chunk of rows.
+// A block has two chunks. kScanReadsAhead tokens of a slot are read at once.
 constexpr int64_t kScanWeights = int64_t(1) << 26, kScanChunkBytes = 10 << 10;
 constexpr int kScanReadsAhead = 8;
 
-// Rotary embedding: blocks of a multiprocessor, so that enough rows are on their way; where there are fewer threads
-// than this, heads are divided among more.
+// For the rotary embedding, a multiprocessor has kRotaryBlocks blocks, so that enough rows are on their way. Where a
+// launch has fewer threads than kRotaryThreads, heads are divided among more threads.
 constexpr int kRotaryBlocks = 4;
 constexpr int64_t kRotaryThreads = 1 << 17;
 

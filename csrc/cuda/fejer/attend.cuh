@@ -1,5 +1,6 @@
-// How a warp's 16 tokens attend to what the slots hold: the products with cells, from there to the products with what
-// the slots hold at each token, and back. Shared by the walk forward and the walk backward over time.
+// This file computes how the 16 tokens of a warp's patch attend to what the slots hold. It takes products with cells
+// and with the patch's own tokens, and turns them into products with what the slots hold at each token. It also has the
+// adjoint. The forward walk and the backward walk share it.
 #pragma once
 
 #include <cfloat>
@@ -8,13 +9,13 @@
 
 namespace blurry_attn::cuda {
 
-// What scores are multiplied by, in exponents to base 2; their sign is the query's. Never zero: what is shut has a
-// score of -inf.
+// Returns the factor from products to logits of base 2; the sign of the scale goes to the query. The factor is never
+// zero, since a shut slot has the product -inf.
 __device__ __forceinline__ float score_factor(double scale) {
   return fmaf(fabsf(static_cast<float>(scale)), 1.44269504f, FLT_MIN);
 }
 
-// config: storage, kDim, kFlux, kColumns, kSelecting, kStride.
+// `config` has storage, kDim, kFlux, kColumns, kSelecting and kStride.
 template <typename config>
 struct Attend {
   using storage = typename config::storage;
@@ -24,31 +25,32 @@ struct Attend {
   static constexpr int kSteps = kDim / 16, kWords = kDim / 8;
   static constexpr bool kSelecting = config::kSelecting;
   static constexpr int kStride = config::kStride;
-  using Raw = Tiles<2>;  // of the patch's own tokens
+  using Raw = Tiles<2>;  // products with the patch's own tokens
 
   int lane, g, q, slots, ring_rows;
-  // Shared memory. Of the keys, and `side_bytes` further on of the values: cells, number c in row c mod ring_rows; the
-  // cells that go on in this patch, as they were when it began (not permuted). The patch's own tokens, by side.
+  // These are addresses in shared memory, of the keys; the values lie `side_bytes` further on. Cell number c is in row
+  // c mod ring_rows of `ring`. The cells that go on in this patch are in `started_rows`, as they were when it began,
+  // not permuted. `tokens` has the patch's own tokens, by side.
   uint32_t ring, started_rows, side_bytes, tokens[2];
-  int row;             // of the trailing cell's slot before the patch
-  int cells_going_on;  // cells that go on in this patch
-  int ended_columns;   // the slots of cells that ended before the walk hold them, not what was before them
-  int masked;          // columns that are shut, but for fresh ones
-  int missing;         // with a stride: columns whose own cells lie before the first of all
-  bool irregular;
-  uint32_t places[(kColumns + kWarp - 1) / kWarp];  // of the columns lane, lane + 32, ..
-  uint32_t rows[kSteps][4];                         // of one query head: query, or the gradient of the output
+  int row;             // ring row of what the trailing cell's slot held before that cell
+  int cells_going_on;  // cells that began before this patch and go on in it
+  int ended_columns;   // columns whose cells ended before the walk, so that their slots hold them
+  int masked;          // columns that are shut, except fresh ones
+  int missing;         // with a stride: columns whose own cells do not exist
+  bool irregular;      // the patch is not whole, or lies in the first lap
+  uint32_t places[(kColumns + kWarp - 1) / kWarp];  // rows of the columns lane, lane + 32, ..
+  uint32_t rows[kSteps][4];                         // of one query head: queries, or gradients of the output
   Weights weights;
 
   __device__ __forceinline__ Attend(int slots_, int ring_rows_)
       : lane(threadIdx.x % kWarp), g(lane / 4), q(lane % 4), slots(slots_), ring_rows(ring_rows_) {}
 
-  // Rows that are fetched ahead of their use.
+  // Fetched has rows that are fetched ahead of their use.
   struct Fetched {
     uint4 words[2][kWords / 4];
   };
-  // Rows from .. to - 1 of a patch, whose first one lies at `first`, `step` elements from each to the next; others are
-  // zero.
+  // Fetches rows from .. to - 1 of a patch; other rows are zero. The patch's first row lies at `first`, and rows are
+  // `step` elements apart.
   __device__ __forceinline__ void fetch_rows(Fetched& fetched, const storage* first, int64_t step, int from, int to,
                                              int dim) const {
     const storage* at = first + g * step + 16 * q;
@@ -70,8 +72,8 @@ struct Attend {
       }
     }
   }
-  // `sign`: bits of each word to flip; if none, then a zero that the compiler does not know, so that it does not move
-  // words anew for each product.
+  // Takes fetched rows as the left side of products. `sign` has the bits of each word to flip. Without any, it is a
+  // zero that the compiler does not know, so that words are not moved anew for each product.
   __device__ __forceinline__ void take_rows(const Fetched& fetched, uint32_t sign) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -85,8 +87,8 @@ struct Attend {
       }
     }
   }
-  // Writes the chunks from `first_chunk` on of rows from .. to - 1, times a number each, through 16 rows of shared
-  // memory.
+  // Writes the chunks from `first_chunk` on of rows from .. to - 1, each row multiplied by a number, through 16 rows of
+  // shared memory.
   template <int chunks>
   __device__ __forceinline__ void store_rows(const Tiles<chunks>& sums, const float (&times)[2], const View& view,
                                              int64_t batch, int64_t head, int64_t first, int from, int to, int dim,
@@ -114,18 +116,18 @@ struct Attend {
     __syncwarp();
   }
 
-  // Finds where lies what the slots of columns `first` and further on held when the patch began: the address of a row,
-  // with the order of its chunks in bits 4 to 6. A lane finds some, and hands them to the others.
+  // Finds the rows of what the slots of columns first, first + 1, .. held when the patch began. A place is a row's
+  // address, with the order of its chunks in bits 4 to 6. Each lane finds some places, and hands them to the others.
   __device__ __forceinline__ void find_places(int first) {
 #pragma unroll
     for (int i = 0; i < (kColumns + kWarp - 1) / kWarp; ++i) {
-      const int column = min(first + i * kWarp + lane, slots - 1);  // those past the last are masked later
+      const int column = min(first + i * kWarp + lane, slots - 1);  // mask() takes out columns past the last slot
       int at = wrap(row + column, ring_rows);
       if (column < ended_columns) at = wrap(at + slots, ring_rows);
       places[i] = column < cells_going_on ? started_rows + column * Row::kBytes : Row::at(ring, at, 0);
     }
   }
-  // The products of `rows` with eight rows, of which this thread's lies at `place`.
+  // Computes the products of `rows` with eight rows, of which this thread's lies at `place`.
   __device__ __forceinline__ void product(float (&sum)[4], uint32_t place) const {
     const uint32_t even = place ^ (2 * q << 4), odd = even ^ 16;
 #pragma unroll
@@ -137,7 +139,8 @@ struct Attend {
       mma<storage>(sum, rows[2 * w + 1], words.z, words.w);
     }
   }
-  // The token of a product's column: where every other one is a cell, cell i is column i and the token before it 8 + i.
+  // Returns the token of a product's column. Where every other token is a cell, column i < 8 is cell i, and column
+  // 8 + i is the token before it.
   __device__ __forceinline__ static int token_of(int column) {
     return kStride == 1 ? column : column < 8 ? 2 * column + 1 : 2 * column - 16;
   }
@@ -145,7 +148,7 @@ struct Attend {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) product(sums[tile], Row::at(tokens[side], token_of(8 * tile + g), 0));
   }
-  // With eight columns each, from tile `from` on.
+  // Computes the products with eight columns for each tile, from tile `from` on.
   template <int tiles>
   __device__ __forceinline__ void column_products(Tiles<tiles>& sums, int side, int from = 0) const {
 #pragma unroll
@@ -154,19 +157,22 @@ struct Attend {
       product(sums[i], side * side_bytes + __shfl_sync(kAllLanes, places[tile / 4], tile % 4 * 8 + g));
     }
   }
-  // Where cells are tokens: whether the row's token, or one of the patch before it, has replaced the column's cell.
+  // Returns whether cells are tokens and the row's token, or an earlier one of the patch, has replaced what the
+  // column's slot held.
   __device__ __forceinline__ bool fresh(int tile, int e) const {
     const int column = 8 * tile + 2 * q + e % 2;
     return kSelecting && tile < 2 && column * kStride < g + 8 * (e / 2) + kStride && column >= ended_columns;
   }
-  // What a fresh column holds, where every other token is a cell: that token, or the row's own, which is the cell's
-  // first, or, if the cell has not begun but for its lobe, the cell before it.
+  // Holds says which token of its lobe a fresh column holds where every other token is a cell. It is the last one
+  // (own), the middle one (first) or the first one (before). The latter two are the row's own token. The lobe's first
+  // token is also the last one of the lobe before.
   enum class Holds { own, first, before };
   __device__ __forceinline__ Holds holds(int tile, int e) const {
-    const int ahead = g + 8 * (e / 2) - 2 * (8 * tile + 2 * q + e % 2);  // of the row's token
+    const int ahead = g + 8 * (e / 2) - 2 * (8 * tile + 2 * q + e % 2);  // the row's token minus the lobe's middle
     return ahead > 0 ? Holds::own : ahead == 0 ? Holds::first : Holds::before;
   }
-  // From products with what the slots held to products with what they hold at the row's token; `use`: see FewWeights.
+  // Turns products with what the slots held into products with what they hold at the row's token. FewWeights explains
+  // `use`.
   template <int use, int tiles>
   __device__ __forceinline__ void advance(Tiles<tiles>& sums, const Raw& raw) const {
     if constexpr (kSelecting && kStride == 1) {
@@ -215,8 +221,8 @@ struct Attend {
       }
     }
   }
-  // The adjoint of advance(): splits weights of what the slots hold at the row's token into those of the patch's
-  // tokens, which are added to, and of what the slots held.
+  // split() is the adjoint of advance(). It takes weights of what the slots hold at the row's token, and adds the part
+  // of the patch's tokens to `shares`. The part of what the slots held stays in `sums`.
   template <int use, int tiles>
   __device__ __forceinline__ void split(Tiles<tiles>& sums, Raw& shares) const {
     if constexpr (kSelecting && kStride == 1) {
@@ -248,14 +254,14 @@ struct Attend {
       weights.template split<use>(sums, shares);
     }
   }
-  // Two tiles of weights as the left side of a product.
+  // Packs two tiles of weights as the left side of a product.
   __device__ __forceinline__ static void pack_pair(uint32_t (&a)[4], const float (&even)[4], const float (&odd)[4]) {
     a[0] = pack<storage>(even[0], even[1]);
     a[1] = pack<storage>(even[2], even[3]);
     a[2] = pack<storage>(odd[0], odd[1]);
     a[3] = pack<storage>(odd[2], odd[3]);
   }
-  // out += what 16 columns, or the patch's tokens, hold, by weight; of the elements from chunk `first_chunk` on.
+  // Adds to `out` what 16 columns, or the patch's tokens, hold, by weight. The elements begin at chunk `first_chunk`.
   template <int chunks>
   __device__ __forceinline__ void gather(Tiles<chunks>& out, const uint32_t (&a)[4], uint32_t address) const {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Where a block of the walk backward is: its stretch, its tokens and its cells.
+// This file says where a block of the backward walk is: its stretch, its tokens and its cells.
 #pragma once
 
 #include "common/plan.cuh"
@@ -7,25 +7,25 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// One block's walk backward. Tiles and tokens are counted from the sequence's first of this call, cells from one that
-// lies before all that the walk meets, as plain ints.
+// WalkBack is one block's backward walk. Tokens are counted from the sequence's first of this call, and cells from one
+// that lies before all that the walk meets. Tiles are counted from the stretch's first one. All are plain ints.
 struct WalkBack {
   Cells cells;
   int64_t sequence, batch, row, position;
-  int64_t base;                   // the cell that is number 0
-  int64_t cell_row, started_row;  // of Kept, of cell 0 and of tile 0
+  int64_t base;                   // number of cell 0 in the law
+  int64_t cell_row, started_row;  // rows of Kept: of cell 0 and of tile 0
   int head, group, slots, resolution;
-  int lead;    // token of tile 0, the stretch's first
-  int length;  // tokens of the sequence
-  int last_tile, tile;
+  int lead;                          // token where tile 0, the stretch's first, begins
+  int length;                        // tokens of the sequence
+  int last_tile, tile;               // the tile where the walk begins; tokens of a tile
   int own_begin, own_end, walk_end;  // tokens: the stretch's, and where the walk begins
-  int first_offset;                  // of tile 0 from the centre of the cell that trails there
-  int given_cell;                    // the trailing cell where the given state ends
-  int given_last_token;              // the last token of its lobe
-  int first;                         // the first cell of all
-  int unended_cell;                  // the first cell that does not end in this call
-  int end_tile;                      // the one that begins where the stretch ends
-  bool from_begin, to_end;           // of the sequence
+  int first_offset;                  // tokens from the trailing cell's centre to tile 0
+  int given_cell;                    // cell that trails where the given state ends
+  int given_last_token;              // last token of the lobe of given_cell
+  int first;                         // first cell that exists
+  int unended_cell;                  // first cell that does not end in this call
+  int end_tile;                      // tile that begins where the stretch ends
+  bool from_begin, to_end;           // the stretch is the sequence's first; the walk begins at its end
 
   WalkBack() = default;
   __device__ WalkBack(const Problem& p, const Kept& kept, const WalkPlan& plan, const HeadList& heads, int64_t stretch,
@@ -65,7 +65,8 @@ struct WalkBack {
                (cells.trailing(position) - base);
     started_row = kept.started_row(p, s.index, batch, row, first_patch, head);
   }
-  // Where the walk of a stretch begins: at the sequence's end, or so much later than the stretch's.
+  // begin_of() returns where a stretch's walk begins: after the stretch's end by warm_up, or at the sequence's end if
+  // that is earlier (begins_at_end()).
   __device__ static int64_t begin_of(const Stretch& own, const WalkPlan& plan) {
     return own.end + (plan.warm_up + kPatch - 1) / kPatch * kPatch;
   }
@@ -74,7 +75,7 @@ struct WalkBack {
   }
   __device__ int64_t end() const { return position + length; }
   __device__ int tile_token(int i) const { return lead + i * tile; }
-  // The cell that trails where a patch begins, and how far from its centre.
+  // Returns the cell that trails where a patch begins, and how many tokens from its centre (`offset`).
   __device__ int trailing(int i, int patch, int* offset) const {
     const unsigned since = first_offset + i * tile + patch * kPatch, cell = since / resolution;
     if (offset) *offset = since - cell * resolution;

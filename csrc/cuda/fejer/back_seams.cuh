@@ -1,4 +1,4 @@
-// Where two walks backward meet: gradients of what slots held, compared.
+// This file compares, where two backward walks meet at a seam, the gradients of what the slots hold.
 #pragma once
 
 #include "common/rows.cuh"
@@ -9,14 +9,14 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// Of gradients at a seam: of the cells in the slots, and of two that may go on there.
+// A seam has the gradients of the cells in the slots, and of two cells that may go on there.
 inline int64_t grad_seam_rows(const Problem& p) { return p.slots + 2; }
 inline int64_t grad_seam_bytes(const Problem& p, const WalkPlan& plan, const HeadClass& c) {
   return Seams::bytes(p, plan, c.heads, c.echo, grad_seam_rows(p), sizeof(float));
 }
 
-// Finds the sequences whose walks found gradients of cells at a seam unlike, by more than a rounding of the gradients
-// of tokens before it that they go into, 64 tokens at a time.
+// Finds the sequences whose walks disagree on the gradients of cells at a seam. A difference counts if it is more than
+// a rounding of the gradients of the tokens that it goes into, 64 tokens at a time.
 template <typename storage, int dim>
 __global__ void __launch_bounds__(kSeamThreads)
     fejer_back_seams(Problem p, Gradients gradients, HeadList heads, Seams seams) {
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kSeamThreads)
         }
       }
       difference = warp_sum(difference);
-      if (within_rounding<storage>(difference, warp_sum(size))) continue;  // nor do tokens' gradients differ by more
+      if (within_rounding<storage>(difference, warp_sum(size))) continue;  // then tokens' gradients agree too
       size = 0.f;
       const View& view = block.side ? gradients.value : gradients.key;
       const int chunk = lane % kChunks;

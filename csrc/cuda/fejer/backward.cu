@@ -1,5 +1,8 @@
-// "fejer" backward on tensor cores, bfloat16 and float16. A walk forward over time leaves what the slots hold; a walk
-// backward attends again, patch by patch, and takes the gradients of what the slots hold to the tokens.
+// This file is the backward of "fejer" on tensor cores, for bfloat16 and float16. A forward walk over time leaves what
+// the slots hold, in the forward or here. A backward walk attends again, patch by patch, and takes the gradients of
+// what the slots hold to the tokens. A block has one stretch of a sequence and key/value head, as in forward.cu. Walks
+// that meet at a seam are compared, and may be done again. docs/design/glossary.md defines cell, lobe, lap, patch, walk
+// and seam.
 #include "fejer/back_place.cuh"
 #include "fejer/back_seams.cuh"
 #include "fejer/back_shapes.cuh"
@@ -8,15 +11,15 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// Some warps attend, one per patch of a tile, or two that divide its columns, and leave weights: of what the slots held
-// when the patch began, and of its tokens. The others sum them up, a slice of elements of key or value each, one tile
-// behind. A block has one stretch of one sequence and kv head; it begins plan.warm_up tokens later, for what cells of
-// the stretch give to later tokens.
+// fejer_back is the backward walk. Some warps attend: one per patch of a tile, or two that divide its columns. They
+// leave weights of what the slots held when the patch began, and of the patch's tokens. The other warps sum these up,
+// one tile behind, and each has a slice of elements of key or value. The walk begins plan.warm_up tokens after its
+// stretch, for what the stretch's cells give to later tokens.
 template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     fejer_back(Problem p, Gradients gradients, Kept kept, WalkPlan plan, HeadList heads, Seams seams) {
   wait_for_grid_before();
-  if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
+  if (blockIdx.x >= plan.count * heads.count) return;  // the grid is rounded up to pairs
   if (seams.is_again && !seams.found[blockIdx.x]) return;
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
@@ -41,7 +44,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
   __syncthreads();
   const uint32_t shared = shared_address(shared_memory);
-  // A tile's weights are written; those of cells, or all, have been read, so that the next tile's can take their place.
+  // `written` says that a tile's weights are written. `cells_read` and `all_read` say that those of cells, or all, have
+  // been read, so that the next tile's can take their place.
   const uint32_t written = shared + layout.barriers;
   const uint32_t cells_read = written + BackLayout::kCellsRead, all_read = written + BackLayout::kAllRead;
   const bool attends = warp < config::kFirstSlice;
@@ -67,7 +71,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const int last_tile = walk.last_tile, group = walk.group;
   const auto goes_on = [](int offset) { return kSelecting ? 0 : offset >= 2 ? 2 : 1; };
 
-  // Reads what cells from .. until - 1 hold; `thread` of `threads`. Those that there are not hold zeros.
+  // Reads what cells from .. until - 1 hold, as thread `number` of `threads`. Cells that do not exist hold zeros.
   const auto load_cells = [&](int from, int until, int number, int threads) {
     const int thread = hidden(number), step = threads / (2 * Row::kChunks);
     const int chunk = thread % Row::kChunks, at = thread / Row::kChunks % 2;
@@ -75,7 +79,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const bool inside = chunk * 8 < (at ? p.value_dim : p.key_dim);
     const uint32_t ring = shared + layout.ring + at * layout.side_bytes;
     int cell = from + thread / (2 * Row::kChunks);
-    // Where cells are tokens: of the cell.
+    // Where cells are tokens, t is the cell's token.
     int t = (config::kStride > 1 ? walk.given_last_token : 0) + (cell - walk.given_cell) * config::kStride;
     const storage* token = row_of<const storage>(view, walk.batch, walk.head, walk.row + t) + chunk * 8;
     const int64_t token_step = step * config::kStride * view.token;
@@ -92,7 +96,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
     }
   };
-  // Reads what goes on in the patches of a tile.
+  // Reads the cells that go on in the patches of a tile, as they were when these began.
   const auto load_started = [&](int tile, int thread, int threads) {
     if constexpr (!kSelecting) {
 #pragma unroll 1
@@ -113,7 +117,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   };
   const auto oldest = [&](int tile) { return walk.trailing(tile, 0, nullptr) - slots; };
 
-  // Before the first tile: what it and the next one need; no weights. Columns past the last slot meet rows of zeros.
+  // The block reads the cells of the first tile and the next one; weights are zero. Columns past the last slot meet
+  // rows of zeros.
   for (int i = threadIdx.x; i < static_cast<int>(2 * layout.side_bytes / 16); i += kThreads) {
     store_shared(shared + layout.ring + 16 * i, make_uint4(0, 0, 0, 0));
   }
@@ -135,8 +140,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const auto attend_to = [&](auto share) {
     constexpr int kFrom = decltype(share)::kFrom, kTiles = decltype(share)::kTiles;
     constexpr bool kFirst = decltype(share)::kFirst, kAlone = config::kSharing == 1;
-    constexpr int kPairs = kTiles / 2 + kFirst;  // of tiles, for whose columns and tokens it has weights
-    constexpr int kChunks = config::kDim / 8 / config::kSharing;  // of the query's gradient
+    constexpr int kPairs = kTiles / 2 + kFirst;  // pairs of tiles of which it has weights: of columns, and of tokens
+    constexpr int kChunks = config::kDim / 8 / config::kSharing;  // of the query's gradient, a warp's share
     static_assert(kAlone || kChunks % 8 == 0, "chunks are permuted within every eight");
     const int patch = warp % kPatches, first_chunk = warp / kPatches * kChunks;
     Attend<config> attend(slots, ring_rows);
@@ -148,14 +153,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     PatchPlace& place = reinterpret_cast<PatchPlace*>(shared_memory + layout.patches)[patch];
     auto& places = reinterpret_cast<FluxPlaces<kFlux>*>(shared_memory + layout.places)[patch];
     float* const end_decays = reinterpret_cast<float*>(shared_memory + layout.decays) + patch * kFlux;
-    const uint32_t pieces = shared + layout.pieces + patch * layout.piece_rows * 32;  // of the keys
+    const uint32_t pieces = shared + layout.pieces + patch * layout.piece_rows * 32;  // weights for keys
     const uint32_t of_values = kPatches * layout.piece_rows * 32;
     [[maybe_unused]] const uint32_t shared_weights =
         shared + layout.shared_weights + (patch * (kColumns / 16 + 1) * kWarp + lane) * sizeof(uint4);
     float2* const sums = reinterpret_cast<float2*>(shared_memory + layout.shared_sums) + 2 * patch * kPatch;
     const float factor = score_factor(p.scale);
     const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;
-    // The warps of a patch wait for each other.
+    // meet() makes the warps of a patch wait for each other.
     [[maybe_unused]] int meetings = 0;
     const auto meet = [&] {
       if constexpr (!kAlone) {
@@ -165,7 +170,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         ++meetings;
       }
     };
-    // Of the walk, for what is read in each tile. Rows of this call's first token.
+    // Each tile reads these numbers of the walk, and rows that begin at the sequence's first token of this call.
     const int length = walk.length, own_begin = walk.own_begin, own_end = walk.own_end, walk_end = walk.walk_end;
     const auto rows_of = [&](const View& view, int heads) {
       return row_of<const storage>(view, walk.batch, static_cast<int64_t>(walk.head) * heads, walk.row);
@@ -199,7 +204,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
       commit_copies();
     };
-    // A query head's rows of the patch, or of its outputs' gradients.
+    // fetch() reads a query head's rows of the patch: queries, or gradients of the output.
     typename Attend<config>::Fetched query_rows, grad_out_rows;
     const auto fetch = [&](typename Attend<config>::Fetched& rows, const storage* first, const View& view, int64_t dim,
                            int tile, int i) {
@@ -207,7 +212,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       attend.fetch_rows(rows, first + i * view.head + t * view.token, view.token, own_begin - t, walk_end - t,
                         static_cast<int>(dim));
     };
-    // Memory is far: rows are fetched ahead where there are registers for it.
+    // Global memory is far, so rows are fetched ahead where there are registers for them.
     constexpr bool kAhead = config::kDim > 64;
     const auto fetch_query = [&](int tile, int i) { fetch(query_rows, queries, p.query, p.key_dim, tile, i); };
     const auto fetch_grad = [&](int tile, int i) {
@@ -215,7 +220,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     };
     if constexpr (kAhead) fetch_query(last_tile, 0);
     if constexpr (kFirst) load_tokens(last_tile);
-    int made_for = -1;  // the likeness of the patch that weights are of
+    int made_for = -1;  // the likeness of the patch that the weights are of
     int parity = 0;
     for (int tile = last_tile; tile >= 0; --tile) {
       const int t = walk.tile_token(tile) + patch * kPatch;
@@ -238,7 +243,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       attend.cells_going_on = goes_on(offset);
       attend.started_rows = shared + layout.started_rows + ((tile & 1) * kPatches + patch) * 2 * kRow;
       attend.find_places(0);
-      const int from = own_begin - t, until = walk_end - t;  // of the patch's tokens
+      const int from = own_begin - t, until = walk_end - t;  // the patch's tokens that count
       for (int i = 0; i < group; ++i) {
         const int64_t query_head = static_cast<int64_t>(walk.head) * group + i, row = walk.row + t;
         uint32_t key_weights[kPairs][4], value_weights[kPairs][4];
@@ -301,7 +306,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
               total[half] += other.x;
               delta[half] += other.y;
             }
-            // Probabilities sum to one but for the rounding of lse, of which gradients that cancel would leave a rest.
+            // Probabilities sum to one but for the rounding of lse. Gradients that cancel would leave a rest of it, so
+            // delta is divided by the sum.
             delta[half] = (total[half] > 0.f ? __fdividef(delta[half], total[half]) : 0.f) - grad_lse[half];
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
@@ -323,7 +329,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             attend.pack_pair(value_weights[m], score[2 * m], score[2 * m + 1]);
           }
         }
-        // Columns of this warp's pair m, as a pair of all columns; the tokens come last.
+        // Returns which pair of all columns this warp's pair m is; the tokens come last.
         const auto pair_of = [&](int m) { return kFirst && m == kPairs - 1 ? kColumns / 16 : kFrom / 2 + m; };
         if constexpr (!kAlone) {
 #pragma unroll
@@ -333,8 +339,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           }
           meet();
         }
-        __syncwarp();       // the values have been read, and may be overwritten, also by what comes after this branch
-        if (t < own_end) {  // later tokens' are another stretch's
+        __syncwarp();       // values have been read; the branch and what follows overwrite them
+        if (t < own_end) {  // later tokens belong to another stretch
           Tiles<kChunks> out = {};
 #pragma unroll
           for (int m = 0; m <= kColumns / 16; ++m) {
@@ -372,7 +378,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
         const bool is_next = i > 0 || tile < last_tile;
         if (is_next) barrier_wait(cells_read, parity);
-        // The gradients' rows of cells that no column has are cleared.
+        // Rows of weights become zero for cells that no column has.
         const int before_row = (cell - slots) % grad_rows, own_row = wrap(before_row + slots, grad_rows);
         const int clear = irregular ? grad_rows : grad_rows - slots + attend.cells_going_on;
 #pragma unroll 1
@@ -391,10 +397,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           store_matrices_transposed(pieces + at, key_weights[m]);
           store_matrices_transposed(pieces + of_values + at, value_weights[m]);
         };
-        const int column = 8 * (lane / 16) + lane % 8;  // of a pair's
+        const int column = 8 * (lane / 16) + lane % 8;  // the lane's column of a pair of tiles
 #pragma unroll
         for (int m = kTiles / 2 - 1; m >= 0; --m) {
-          // Columns past the last slot go where the first ones will be written over them, or where nobody reads.
+          // Columns past the last slot go where the first ones are written over them, or where nobody reads.
           if (slots < kColumns) __syncwarp();
           int of_all = 16 * pair_of(m) + column;
           const bool exists = of_all < slots;
@@ -437,7 +443,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   float* const all_grads_started = reinterpret_cast<float*>(shared_memory + layout.grads_started) + slice * 8 * kSlice;
   float* const sums_before =
       reinterpret_cast<float*>(shared_memory + layout.sums) + slice * kPatches * 16 * kWarp + lane;
-  // Of the columns of a product, eight of each of kSlice / 8 tiles, a lane has 8 elements in a row: first 8 q.
+  // A product has kSlice / 8 tiles of eight columns, of which a lane has the 8 neighbouring elements from 8 q on.
   constexpr int kPiece = config::kPiece;
   struct alignas(4 * kPiece) Piece {
     float x[kPiece];
@@ -463,7 +469,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const auto at_lane = [&](int row) { return config::grad_row(row) ^ lane; };
   for (int row = 0; row < grad_rows; ++row) all_grads[at_lane(row)] = 0.f;
   if (walk.to_end && grad_state && has_element) {
-    // The newest cells of the slots. A token that is a cell lies in two slots where the next one has begun.
+    // The newest cells of the slots take the gradient of the final state. A token that is a cell lies in two slots
+    // where the next cell has begun.
     const int64_t trailing = walk.cells.trailing(walk.end() - 1);
     const int64_t newest = trailing + (!kSelecting || walk.end() - 1 > walk.cells.centre(trailing));
     for (int i = 0; i < slots; ++i) {
@@ -476,7 +483,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
   __syncwarp();
 
-  // Leaves the gradients of what slots held where a tile begins, at a seam.
+  // Leaves, at a seam, the gradients of what slots held where a tile begins.
   const auto leave_gradients = [&](bool warmed_up, int tile) {
     __syncwarp();  // other lanes wrote some of them
     const int64_t seam = warmed_up
@@ -501,7 +508,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const uint32_t patch_pieces = layout.piece_rows * 32;
   const int begin = walk.own_begin, end = walk.walk_end;
   const bool has_eight = first_element + 8 * q < dim;
-  // Of the left side of a product: this lane's row of 16, its half.
+  // As the left side of a product, this lane reads one row of 16, and one half of it.
   const uint32_t left = piece_at(lane % 16, lane / 16);
   int parity = 0;
   for (int tile = last_tile; tile >= 0; --tile) {
@@ -574,14 +581,14 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           store_eight(rows, config::grad_row(row + g + 8 * half), x);
         }
       };
-      // What the slots held when the patches began, of cells, and of cells that went on.
+      // add() sums the gradients of what the slots held when the patches began: of cells, and of cells that go on.
       for (int row = 0; row < grad_rows; row += 16) add(grads, row, row, 2, false);
       if constexpr (!kSelecting) add(grads_started, 0, layout.piece_started, 1, i == 0);
       wait_copies<0>();
       __syncwarp();
       if (!is_end) barrier_arrive(cells_read);
 
-      // Back over the patches.
+      // The gradients go back over the patches.
 #pragma unroll(config::kCopies)
       for (int w = kPatches - 1; w >= 0; --w) {
         float sums[kSlice / 8][4] = {};
@@ -606,7 +613,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
           for (int half = 0; half < 2; ++half) {
             const int token = g + 8 * half, cell = token / config::kStride;
             if (cell < place.ended_cells) continue;
-            if constexpr (config::kStride > 1) {  // the cell's last token that exists
+            if constexpr (config::kStride > 1) {  // only the cell's last token that exists
               const int left = walk.length - (t + w * kPatch + token);
               if (left < 1 || (left > 1 && token % config::kStride + 1 < config::kStride)) continue;
             }
@@ -621,7 +628,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             store_eight(grads, row, held);
           }
         } else {
-          // From what the cells in flux hold at the patch's end to what they held when it began.
+          // Gradients go from what the cells in flux hold at the patch's end to the patch's tokens, and to what the
+          // slots held before.
           const float* const decays = reinterpret_cast<const float*>(shared_memory + layout.decays) + w * kFlux;
           const float* const weights =
               reinterpret_cast<const float*>(shared_memory + layout.weights) + w * kFlux * kPatch;
@@ -650,7 +658,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 #pragma unroll
           for (int j = 0; j < kFlux; ++j) {
             float& now = grads[own[j] ^ lane];
-            if (j < 2 && j < place.cells_going_on) {  // two go on at most: no code for the others
+            if (j < 2 && j < place.cells_going_on) {  // at most two go on, so others have no code
               now = at_begin[j] + grads_started[at_lane(2 * w + j)];
             } else if (j >= place.ended_cells) {
               now = 0.f;
@@ -696,7 +704,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
 }
 
-// Calls body(config{}) with the shapes for heads of one class.
+// Calls body(config{}) with the shapes for one class of heads.
 template <typename storage, int dim, int flux, int patches, typename body_type>
 void with_back_columns(const Problem& p, const body_type& body) {
   if (p.slots <= 32) return body(BackConfig<storage, dim, flux, 32, patches>());
@@ -727,9 +735,10 @@ void with_back_config(const Problem& p, int flux, const body_type& body) {
   for_half(p.dtype, [&](auto storage) { with_back_flux<decltype(storage)>(p, flux, body); });
 }
 
-// Calls body(config{}, forward, back) with the plans of a class: of the walk for what is kept and of the walk back.
+// KeepingConfig is that of the forward walk that keeps what the slots hold.
 template <typename config>
 using KeepingConfig = Config<typename config::storage, config::kDim, config::kFlux, 32, false, true>;
+// Calls body(config{}, forward, back) with the plans of a class, of the walk that keeps and of the backward walk.
 template <typename body_type>
 void with_walks(const Problem& p, const HeadClass& c, const body_type& body) {
   with_back_config(p, flux_of(c.number), [&](auto config_tag) {
@@ -745,7 +754,7 @@ uint32_t back_bytes(const Problem& p, int resolution) {
   return BackLayout::make<config>(static_cast<int>(p.slots), resolution, group).bytes;
 }
 
-// Of a problem that fejer_refusal() takes.
+// Returns why the backward walk cannot take a problem that fejer_refusal() accepts, or null.
 const char* refusal_of_slots(const Problem& p) {
   if (p.slots > 64) return "backward: there are more than 64 slots";
   for (int64_t h = 0; h < p.kv_heads; ++h) {

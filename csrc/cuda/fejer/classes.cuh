@@ -1,4 +1,4 @@
-// Heads by how many cells are in flux in a patch: a launch has those of one class.
+// This file divides heads into classes by how many cells are in flux in a patch. A launch has the heads of one class.
 #pragma once
 
 #include <algorithm>
@@ -9,18 +9,18 @@
 
 namespace blurry_attn::cuda {
 
-// How many cells are in flux in one patch at most: where patches begin is a
-// multiple of both 16's and r's common divisor.
+// Returns how many cells are in flux in one patch at most. A patch begins at a multiple of the common divisor of 16 and
+// r, counted from a cell's centre.
 BLURRY_HOST_DEVICE inline int cells_in_flux(int64_t resolution) {
   const int64_t power = resolution & -resolution, step = power < kPatch ? power : kPatch;
   return static_cast<int>((resolution - step + kPatch - 1) / resolution + 2);
 }
-// Heads go by classes of it; what kFlux is for each. The last two are those whose cells are tokens: all, or every other
-// one; a patch ends so many of them.
+// Each class has a kFlux, for which its kernels are compiled: the most cells in flux in a patch. In the last two
+// classes, every token or every other one is a cell, and kFlux is how many cells end in a patch.
 constexpr int kHeadClasses = 5;
 constexpr int kEveryOther = kPatch / 2;
-// Whether cells are tokens, one of how many: they replace what their slots held, and there are no decays and no
-// weights.
+// is_selecting() says whether cells are tokens, and stride_of() says that every such token is a cell, or every other
+// one. Such cells replace what their slots held, so there are no decays and no weights.
 constexpr bool is_selecting(int flux) { return flux == kPatch || flux == kEveryOther; }
 constexpr int stride_of(int flux) { return is_selecting(flux) ? kPatch / flux : 1; }
 BLURRY_HOST_DEVICE inline int flux_of(int number) {
@@ -34,15 +34,16 @@ BLURRY_HOST_DEVICE inline int head_class(const HeadLaw& law) {
   return number;
 }
 
-// The heads of a class.
+// HeadClass has the heads of one class.
 struct HeadClass {
   int number;
   HeadList heads;
   int64_t longest_window;
-  double echo;  // the largest
+  double echo;  // the largest of its heads
 };
-// Those there are, in the order in which their launches begin.
+// Task names what launches are for, on which their order depends.
 enum class Task { forward, keep, backward };
+// Returns the classes that have heads, in the order in which their launches begin.
 inline std::vector<HeadClass> head_classes(const Problem& p, const Kept& kept, Task task) {
   const auto& order = (task == Task::forward ? kForwardOrder : kBackwardOrder)[is_wide(p)];
   HeadClass classes[kHeadClasses] = {};
@@ -62,8 +63,8 @@ inline std::vector<HeadClass> head_classes(const Problem& p, const Kept& kept, T
   }
   return found;
 }
-// Calls body(class, problem) for each; two run at once. The code of three is more than the cache for instructions that
-// a group of multiprocessors has in common (128 KB on an H100), and each would run at half its speed.
+// Calls body(class, problem) for each class, whose launches run two at once. The code of three exceeds the instruction
+// cache of a group of multiprocessors (128 KB on an H100), and would run at half speed.
 template <typename body_type>
 void two_at_once(const Problem& p, const std::vector<HeadClass>& classes, const body_type& body) {
   const TwoStreams streams(p.stream, classes.size() > 1);

@@ -1,4 +1,8 @@
-// "fejer" forward on tensor cores, bfloat16 and float16: one walk over time reads key and value once.
+// This file is the forward of "fejer" on tensor cores, for bfloat16 and float16. One walk over time (walk.cuh) reads
+// key and value once and computes the output. A block has one stretch of a sequence and key/value head. Heads are
+// launched by classes (classes.cuh). Each launch of walks may be followed by a comparison at seams, where stretches
+// meet, and a second walk. Then one launch computes the final state, and one repairs sequences with numbers that are
+// not finite (common/repair.cuh). docs/design/glossary.md defines cell, lobe, lap, patch, walk and seam.
 #include <algorithm>
 #include <numeric>
 
@@ -8,7 +12,7 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// The state after the last token, in float32.
+// fejer_state computes the state after the last token, in float32, with a thread for each element of a slot.
 template <typename storage>
 __global__ void __launch_bounds__(256)
     fejer_state(Problem p, View tokens, int dim, const float* state, int tiles, float* end) {
@@ -30,7 +34,7 @@ __global__ void __launch_bounds__(256)
   end[at] = content;
 }
 
-// Calls body(config{}) with the shapes for heads of one class.
+// Calls body(config{}) with the shapes for one class of heads.
 template <typename storage, int dim, int flux, typename body_type>
 void with_columns(const Problem& p, const body_type& body) {
   if (p.slots <= 32) return body(Config<storage, dim, flux, 32, false>());

@@ -1,18 +1,21 @@
-// What slots hold, as the forward leaves it for the backward.
+// This file says where the forward keeps what slots hold, which the backward needs.
 #pragma once
 
 #include "common/half.cuh"
 
 namespace blurry_attn::cuda {
 
-constexpr int64_t kSpareCells = 4;  // of a sequence: those that begin before it or end later
+constexpr int64_t kSpareCells = 4;  // cells of a sequence that begin before it or end after it
 
-// Whether cells hold a token in the end, and kernels know it: nothing is to be advanced, or kept, of them.
+// Returns whether each cell holds one token in the end, and the kernels know it. Of such cells nothing is advanced or
+// kept.
 BLURRY_HOST_DEVICE inline bool cells_are_tokens(const HeadLaw& law) { return law.selects && law.cells.resolution <= 2; }
 
-// What the walk backward needs of what the slots hold, in rows of both sides: [key, value][element].
+// Kept is what the backward walk needs of what the slots hold, in rows of both sides: [key, value][element]. `cells`
+// has, for every head, what its cells hold in the end; those of a given state come first. `started` has, for every
+// patch and head, what two cells that go on in the patch hold when it begins: [patch][head][side][2][element].
 struct Kept {
-  void* cells = nullptr;  // of every head, what cells hold in the end; those of a given state first
+  void* cells = nullptr;
   void* started =
       nullptr;  // of every patch and head, what two cells hold that go on in it: [patch][head][side][2][element]
   int64_t of_states = 0;  // rows of a sequence's given state
@@ -27,7 +30,7 @@ struct Kept {
     return (kept.all_cell_rows(p) + started_rows(p)) * row_bytes(p);
   }
 
-  // Row of the cell that trails at the sequence's first token, within a head.
+  // Returns the row, within a head, of the cell that trails at the sequence's first token.
   __device__ int64_t cell_row(const Problem& p, int64_t sequence, int64_t batch, int64_t row,
                               const HeadLaw& law) const {
     if (cells_are_tokens(law)) return of_states * (sequence + 1);

@@ -1,28 +1,28 @@
-// Where a block of the walk forward is: its stretch, its tokens and its cells.
+// This file says where a block of the forward walk is: its stretch, its tokens and its cells.
 #pragma once
 
 #include "common/plan.cuh"
 
 namespace blurry_attn::cuda {
 
-// One block's walk: a stretch of one sequence and head. Tokens ("times") are counted from the first tile's first, cells
-// from the one that trails there, both as plain ints.
+// Walk is one block's walk over a stretch of one sequence and head. Tokens ("times") are counted from the begin of the
+// walk's first patch, and cells from the cell that trails there. Both are plain ints.
 struct Walk {
   int64_t stretch, sequence, batch;
-  int64_t sequence_row;  // of the sequence's first token
-  int64_t row;           // of time 0, which may lie before the batch entry's first
-  int64_t first_time;    // tokens of the sequence before time 0: below zero where the patch begins before the sequence
-  int64_t cell;          // number of the first cell
+  int64_t sequence_row;  // row of the sequence's first token
+  int64_t row;           // row of time 0, which may lie before the batch entry's first
+  int64_t first_time;    // token at time 0; below zero where the patch begins before the sequence
+  int64_t cell;          // number of cell 0 in the law
   int64_t position;
-  int64_t first_patch;        // number of the patch at time 0, from the sequence's first
-  int64_t trailing_at_begin;  // the cell that trails at the sequence's first token
-  int begin, end;             // the sequence's tokens of this call
-  int own_begin, own_end;     // the stretch's
-  int offset, resolution;     // of time 0 from the first cell's centre
-  int first;                  // the first cell of all, or a bound below it
-  int given_cell;             // the trailing cell when the contents that the walk begins with were left, in ring rows
+  int64_t first_patch;        // patches of the sequence before time 0
+  int64_t trailing_at_begin;  // cell that trails at the sequence's first token of this call
+  int begin, end;             // times of the sequence's tokens of this call
+  int own_begin, own_end;     // times of the stretch's tokens
+  int offset, resolution;     // offset: tokens from cell 0's centre to time 0
+  int first;                  // first cell that exists, or a bound below it
+  int given_cell;             // slots + the cell that trails where the initial contents end
   bool from_begin;
-  // Whether another walk knows what this one warms up for, and the reverse.
+  // At seam_before, another walk knows what this one warms up for; at seam_after, this walk knows it for another.
   bool seam_before, seam_after;
 
   Walk() = default;
@@ -59,7 +59,7 @@ struct Walk {
     cells_ = cells;
   }
   __device__ int64_t time(int t) const { return first_time + t; }
-  // The slot of the cell `back` before the newest given one, or -1 where none is open.
+  // Returns the slot of the cell `back` before the newest given one, or -1 where that slot is not open.
   __device__ int given_slot(int back, int slots) const {
     if (back >= slots) return -1;
     const int64_t c = cell + given_cell - slots - 1 - back;

@@ -1,13 +1,14 @@
-// How long the stretches of walks are.
+// This file makes the plans of walks, which say how long stretches and warm-ups are.
 #pragma once
 
 #include "fejer/classes.cuh"
 
 namespace blurry_attn::cuda {
 
-constexpr int64_t kSeamPatches = 4;  // walks back meet where tiles of both begin
+constexpr int64_t kSeamPatches = 4;  // stretches of backward walks begin at multiples: where a tile does
 
-// After how many laps less is left of what a slot held than a rounding of what it holds; an echo is under a half.
+// Returns after how many laps (windows) a slot has less left of what it held than a rounding of what it holds. `echo`
+// is the part that one lap leaves, which is under a half.
 inline int laps_until(double rounding, double echo) {
   int laps = 1;
   for (double left = echo; left > rounding; left *= echo) ++laps;
@@ -16,42 +17,43 @@ inline int laps_until(double rounding, double echo) {
 
 inline bool is_alone(const Problem& problem, const HeadClass& c) { return c.heads.count == problem.kv_heads; }
 
-// What plans begin with.
+// Returns the plan with what all plans of a class of heads have in common.
 inline WalkPlan plan_of(const Problem& problem, const HeadClass& c) {
   WalkPlan plan{};
   plan.patches = 1;
-  // Walks begin with empty slots so much before the tokens they own.
+  // Walks begin with empty slots this many tokens before the tokens they own.
   const int laps = laps_until(problem.dtype == DType::bfloat16 ? 0x1p-11 : 0x1p-14, c.echo);
   plan.warm_up = laps * c.longest_window + 2 * c.longest_window / problem.slots;
-  // Where classes share the card they are cut finer, so that all end together.
+  // Where classes share the card, their stretches are shorter, so that all launches end together.
   const bool alone = is_alone(problem, c);
   plan.length = std::max<int64_t>((alone ? kAloneWarmUps : kSharedWarmUps) * plan.warm_up,
                                   alone ? kAloneStretch : kSharedStretch);
   return plan;
 }
 
-// Of the walk for the output, which is cut by each sequence's own length alone.
+// Returns the plan of the walk for the output, which cuts each sequence by its own length alone.
 inline WalkPlan make_plan(const Problem& problem, const HeadClass& c) {
   WalkPlan plan = plan_of(problem, c);
-  plan.extra = plan.warm_up / 3;  // of its work it does so much where it warms up
+  plan.extra = plan.warm_up / 3;  // a token of the warm-up takes a third of the work
   plan.halved = std::max<int64_t>(plan.warm_up + plan.warm_up / 2, kHalvedStretch);
   plan.count_stretches(problem);
   return plan;
 }
 
-// Of the walk back, or of the one that makes what it needs to keep, of which `at_once` blocks fit on a multiprocessor.
+// Returns the plan of the backward walk, or of the forward walk that keeps what it needs (Task::keep). `at_once` blocks
+// of it fit on a multiprocessor.
 inline WalkPlan make_back_plan(const Problem& problem, const HeadClass& c, Task task, int64_t at_once) {
   WalkPlan plan = plan_of(problem, c);
   plan.backward = task == Task::backward;
   plan.patches = kSeamPatches;
-  plan.extra = plan.backward ? plan.warm_up - plan.warm_up / 8 : plan.warm_up;  // back without gradients of queries
+  plan.extra = plan.backward ? plan.warm_up - plan.warm_up / 8 : plan.warm_up;  // backward: without query gradients
   int64_t tokens = 0, count = 1;
   if (problem.sequences > 0) {
     const int64_t tracks = problem.sequences * problem.kv_heads;
     tokens = problem.cu_seqlens ? problem.tokens / problem.sequences : problem.tokens;
     const int64_t finest = tokens / (std::max(plan.warm_up / 2, kLeastStretch) + 1);
     if (is_alone(problem, c)) {
-      // So many stretches as fill the card once, or a few times, or one: those that end first.
+      // The count of stretches is 1, or it fills the card once or a few times, whichever ends first.
       const int64_t blocks = at_once * kMultiprocessors;
       const auto time = [&](int64_t n) {
         const int64_t own = (tokens - plan.warm_up) / n;

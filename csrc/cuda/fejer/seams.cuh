@@ -1,4 +1,4 @@
-// Where two walks meet: what each of them holds there, compared.
+// This file compares what two walks hold at a seam, which is where their stretches of a sequence meet.
 #pragma once
 
 #include "common/half.cuh"
@@ -7,24 +7,24 @@ namespace blurry_attn::cuda {
 
 constexpr int kSeamThreads = 256;
 
-// What a block of a launch over seams compares.
+// SeamBlock is what one block of a launch over seams compares.
 struct SeamBlock {
   int64_t seam;
   int head_index, side;
 };
 
-// What the two walks that meet at a seam, one from either side, hold there. One of them began with nothing at its
-// warm-up, and lacks an echo of what came before it. That is less than a rounding, unless sizes change much along the
-// sequence: then the two differ, and the sequence is walked once more, whole. After the walks a launch compares, with a
-// block for every seam, head and side; after that, one walks again where a difference was found.
+// Seams compares what the two walks that meet at a seam hold there. One of them began its warm-up with empty slots, and
+// lacks an echo of what came before. The echo is less than a rounding, unless sizes change much along the sequence.
+// Then the two differ, and the whole sequence is walked again in one stretch. After the walks, one launch compares with
+// a block for every seam, head and side; the next launch walks again where they differ.
 struct Seams {
-  void* rows = nullptr;   // [seam][head][exact, warmed up][side][row][element]; null: a warm-up leaves no echo
-  int* found = nullptr;   // whether a difference was found: [sequence][head]
-  WalkPlan plan;          // that cut time
-  bool is_again = false;  // whether sequences are walked for the second time, each whole
-  int64_t row_count;      // of a side
+  void* rows = nullptr;   // [seam][head][exact, warmed up][side][row][element]; null: no comparison
+  int* found = nullptr;   // [sequence][head]: whether a difference was found
+  WalkPlan plan;          // the plan that cut time
+  bool is_again = false;  // sequences are walked for the second time, each whole
+  int64_t row_count;      // rows of a side
 
-  // Memory for the heads of a launch, of `bytes()`; none where it is 0.
+  // Divides `memory`, which has `bytes()`, for the heads of a launch; there is none where `bytes()` is 0.
   Seams(const Problem& p, const WalkPlan& plan, const HeadList& heads, int64_t row_count, int64_t bytes, void* memory)
       : plan(plan), row_count(row_count) {
     if (bytes == 0) return;
@@ -44,12 +44,12 @@ struct Seams {
     return seams;
   }
   int64_t blocks(const HeadList& heads) const { return plan.seam_count * heads.count * 2; }
-  // The first of a side's rows.
+  // Returns the first of a side's rows.
   __device__ __forceinline__ int64_t row(int64_t seam, int heads, int head_index, bool warmed_up, int side) const {
     return (((seam * heads + head_index) * 2 + warmed_up) * 2 + side) * row_count;
   }
-  // In a launch of blocks(): marks the sequence if `differ`(block, the stretch that ends at the seam) is true in a
-  // thread. It begins while the walks end, and lets the next grid begin.
+  // Marks the sequence if `differ`(block, the stretch that ends at the seam) is true in any thread of a launch of
+  // blocks(). The launch begins while the walks end, and lets the next grid begin.
   template <typename differ_type>
   __device__ void compare(const Problem& p, const HeadList& heads, const differ_type& differ) const {
     start_next_grid();
@@ -62,7 +62,7 @@ struct Seams {
     const Cells cells = p.laws[heads.head[block.head_index]].cells;
     const Stretch before(p, plan, cells, plan.index(p, sequence, number - 1));
     const Stretch after(p, plan, cells, plan.index(p, sequence, number));
-    // Some numbers are set aside for seams that are none.
+    // Some numbers of seams name no seam.
     const bool exists = before.exists && after.exists && after.sequence.index == sequence && after.number == number;
     wait_for_grid_before();
     if (exists && __syncthreads_or(differ(block, before)) && threadIdx.x == 0) {
@@ -76,11 +76,11 @@ struct Seams {
   }
 };
 
-// By how much, as a part of their size, what two walks hold may differ: roundings of both add up.
+// Returns whether two walks differ, relative to the size, by no more than the roundings of both.
 template <typename storage>
 __device__ __forceinline__ bool within_rounding(float squared_difference, float squared_size) {
   constexpr float kTolerance = std::is_same<storage, __half>::value ? 0x1p-10f : 0x1p-7f;
-  return squared_difference <= kTolerance * kTolerance * squared_size;  // never if one is not a number
+  return squared_difference <= kTolerance * kTolerance * squared_size;  // false if one is NaN
 }
 
 }  // namespace blurry_attn::cuda

@@ -1,13 +1,14 @@
-// "fejer" in its parallel form on tensor cores: what the forward and the backward share.
+// This file has the walk forward over time of "fejer" in its parallel form on tensor cores. It serves one of two tasks:
+// the output, or what the slots hold for the backward walk.
 //
-// A block walks over time in tiles of kTile tokens, on a grid that begins at the head's phase; each of its warps has 16
-// of a tile's tokens, its patch. At the beginning of a patch every slot holds something: a finished cell, which lies in
-// a ring in shared memory, or the beginning of one of the first kFlux cells from the patch's trailing cell on, which
-// lie in rows of their own. A token of the patch sees a slot in flux as
-//     decay * (what it held at the beginning of the patch) + sum over the patch's tokens s <= t of weight * token s,
-// with the same decays and weights in every patch that lies alike between two cells.
-//
-// The walk forward over time, for one of two tasks: the output, or what the slots hold for the walk backward.
+// A cell is what a slot gathers around one centre token, and its lobe is the tokens that it takes a share of. A block
+// walks over a stretch of tokens in tiles of kTile, on a grid that begins at the head's phase. Each of its warps has 16
+// of a tile's tokens, its patch. When a patch begins, every slot holds a finished cell, which lies in a ring in shared
+// memory, or an unfinished one. At most two unfinished cells go on in a patch, and they lie in rows of their own. A
+// token of the patch sees a slot in flux, one of the first kFlux from the trailing cell's on, as
+//     decay * (what it held at the beginning of the patch) + sum over the patch's tokens s <= t of weight * token s.
+// Decays and weights are the same in every patch that lies alike between two cells. docs/design/glossary.md defines
+// cell, lobe, lap, patch, walk and seam.
 #pragma once
 
 #include "common/shared.cuh"
@@ -19,7 +20,7 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// Shapes of a walk at compile time. kColumns: slots that are taken at once; kMore: there may be more of them.
+// Config has the shapes of a walk at compile time. kColumns slots are taken at once, and with kMore there may be more.
 template <typename storage_type, int dim, int flux, int columns, bool more, bool keeps_only = false>
 struct Config {
   using storage = storage_type;
@@ -30,12 +31,13 @@ struct Config {
   static constexpr int kWarps = dim <= 64 ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kTile = kWarps * kPatch;
-  // Two blocks on a multiprocessor hide each other's waits: shared memory is kept small for that.
+  // Two blocks on a multiprocessor hide each other's waits, so shared memory is kept small.
   static constexpr int kBlocks = dim > 64 || flux != 9 ? 2 : 1;
-  // Tiles of tokens there: with one, a warp fetches its next patch as soon as it is done with this one.
+  // kStages tiles of tokens lie in shared memory. With one, a warp fetches its next patch as soon as it is done with
+  // this one.
   static constexpr int kStages = dim <= 64 && flux != 5 && !kSelecting ? 2 : 1;
-  static constexpr int kSidesAtOnce = dim > 64 && flux == 9 ? 1 : 2;  // whose cells are advanced
-  // Whether there are registers for rows of the query while they are on their way.
+  static constexpr int kSidesAtOnce = dim > 64 && flux == 9 ? 1 : 2;  // of key and value, those advanced at once
+  // kAhead says whether there are registers for query rows while they are on their way.
   static constexpr bool kAhead = !more && (dim > 64 || flux != kEveryOther);
   static constexpr int kRow = Rows<dim>::kBytes;
   static constexpr int kAddedStride = dim + 4;  // floats of a row of what a patch adds to its cells
@@ -43,7 +45,7 @@ struct Config {
   static constexpr int kScratch = ((kAdded > kStaged ? kAdded : kStaged) + 127) / 128 * 128;  // bytes of a warp
 };
 
-// Shared memory of a walk, by offsets in bytes.
+// Layout is the shared memory of a walk, as offsets in bytes.
 struct Layout {
   int ring_rows;
   uint32_t tiles, ring, started_rows, side_bytes, carried, scratch, ends, decays, table, cells, bytes;
@@ -58,23 +60,22 @@ struct Layout {
     l.tiles = at;  // tokens: [stage][side][token]
     at += config::kStages * 2 * config::kTile * config::kRow;
     const int in_flux = config::kSelecting ? 0 : config::kFlux;
-    l.ring = at;  // of each side: cells,
-    l.started_rows =
-        at + l.ring_rows * config::kRow;  // cells at the beginning of a patch in which they go on, [warp][2]
+    l.ring = at;                                       // cells of each side: [ring row]
+    l.started_rows = at + l.ring_rows * config::kRow;  // cells that go on in a patch, at its beginning: [warp][2]
     l.side_bytes = (l.ring_rows + (config::kSelecting ? 0 : 2 * config::kWarps)) * config::kRow;
     at += 2 * l.side_bytes;
-    l.carried = at;  // and at the end of a tile, for the next: [tile mod
-                     // 2][side][cell mod 2]; neither permuted
+    // These are cells at the end of a tile, for the next one, not permuted: [tile mod 2][side][cell mod 2].
+    l.carried = at;
     at += config::kSelecting ? 0 : 2 * 2 * 2 * config::kRow;
-    // Of each warp: gates, [cell][16], then what its patch adds to cells, [side][cell][element], float, then rows of
-    // out.
+    // A warp's scratch has gates, [cell][16], then what its patch adds to cells, float [side][cell][element], then rows
+    // of the output.
     l.scratch = at;
     at += config::kWarps * config::kScratch;
-    l.ends = at;  // weights of patches' ends: [warp][8 cells][lane]
+    l.ends = at;  // weights at patches' ends: [warp][8 cells][lane]
     at += config::kSelecting ? 0 : config::kWarps * ((config::kFlux + 8) / 8) * kWarp * 16;
-    l.decays = at;  // of whole patches: [warp][cell]
+    l.decays = at;  // decays over whole patches: [warp][cell]
     at += config::kWarps * in_flux * 4;
-    l.cells = at;  // the trailing cells of patches: [warp]
+    l.cells = at;  // trailing cells of patches: [warp]
     at += config::kWarps * 4;
     l.table = at;
     at += 2 * resolution * 4;
@@ -98,7 +99,8 @@ __device__ __forceinline__ void prepare(const Problem& p, int head) {
   }
 }
 
-// Where a walk leaves the cells of its seams for the comparison, and marks that something is not finite; null: nowhere.
+// WalkMarks says where a walk leaves the cells of its seams, and where it marks a number that is not finite; null:
+// nowhere.
 struct WalkMarks {
   uint4 *at_begin = nullptr, *at_end = nullptr;
   uint8_t* unsound = nullptr;
@@ -107,7 +109,7 @@ struct WalkMarks {
   __device__ WalkMarks(const Problem& p, const Walk& walk, const HeadList& heads, const Seams& seams, int chunks,
                        uint8_t* marks) {
     const int head_index = blockIdx.x % heads.count;
-    if (seams.is_again) {  // what is not finite was seen before, and nobody reads this
+    if (seams.is_again) {  // the first walk saw what is not finite; nobody reads this
       unsound = reinterpret_cast<uint8_t*>(seams.found + blockIdx.x);
     } else if (marks) {
       unsound = marks + walk.stretch * p.kv_heads + heads.head[head_index];
@@ -123,8 +125,8 @@ struct WalkMarks {
   }
 };
 
-// Leaves the cells of both sides that ended in the lap before a time, from the last back. It is a call, so that no
-// register of the walk waits for what is done once or twice.
+// Leaves the cells of both sides that ended in the lap before time `until`, the last one first. It is a call, so that
+// the walk has no registers in use for what is done once or twice.
 template <typename config>
 __device__ __noinline__ void leave_cells(const Walk& walk, int slots, int until, uint4* to) {
   using Row = Rows<config::kDim>;
@@ -142,7 +144,7 @@ template <typename config>
 __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     fejer_walk(Problem p, Outputs outputs, Kept kept, WalkPlan plan, HeadList heads, Seams seams, uint8_t* unsound) {
   wait_for_grid_before();
-  if (blockIdx.x >= plan.count * heads.count) return;  // one more, to make pairs
+  if (blockIdx.x >= plan.count * heads.count) return;  // the grid is rounded up to pairs
   if (seams.is_again && !seams.found[blockIdx.x]) return;
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
   __shared__ Walk walk;
   __shared__ WalkMarks marks;
-  // Rows of both sides of what cells hold in the end, from the walk's first cell on, and of what goes on in patches.
+  // These are rows of Kept, of both sides: of the walk's cell 0, and of the patch at time 0.
   __shared__ int64_t cell_row, started_row;
   const bool keeps = config::kKeepsOnly || (!config::kMore && kept.cells);
   if (threadIdx.x == 0) {
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       started_row = kept.started_row(p, walk.sequence, walk.batch, walk.sequence_row, walk.first_patch, head);
     }
   }
-  prepare<config>(p, head);  // while one thread finds the walk
+  prepare<config>(p, head);  // thread 0 finds the walk meanwhile
   __syncthreads();
   if (walk.own_begin >= walk.own_end) return;
   const int slots = static_cast<int>(p.slots), resolution = walk.resolution;
@@ -179,18 +181,18 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     return reinterpret_cast<float*>(shared_memory + layout.scratch + warp * config::kScratch) +
            (side % config::kSidesAtOnce * kFlux + cell) * config::kAddedStride;
   };
-  float* const gates = added(warp, 0, 0);  // until there is something to add
+  float* const gates = added(warp, 0, 0);  // until `added` has something
   static_assert(config::kSelecting || config::kScratch >= 2 * kFlux * kPatch * 4, "gates and logarithms");
   uint4* const end_weights = reinterpret_cast<uint4*>(shared_memory + layout.ends) + warp * Weights::kFluxTiles * kWarp;
   float* const decays = reinterpret_cast<float*>(shared_memory + layout.decays);
   float* const table = reinterpret_cast<float*>(shared_memory + layout.table);
   int* const patch_cells = reinterpret_cast<int*>(shared_memory + layout.cells);
 
-  const auto report = [&] {  // something is not finite
+  const auto report = [&] {  // a number is not finite
     if (!config::kKeepsOnly) *marks.unsound = 1;
   };
 
-  // Kept before the walk, where they are given. Cell number c lies in row c mod ring_rows.
+  // A given state goes into the ring first. Cell number c lies in row c mod ring_rows.
   if (p.state_key && walk.from_begin) {
     for (int i = threadIdx.x; i < 2 * slots * kDim; i += config::kThreads) {
       const int d = i % kDim, back = i / kDim % slots, side = i / kDim / slots;
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     }
   }
 
-  // A warp fetches the tokens of its own patch; a lane copies one chunk of every kRowsAtOnce-th row.
+  // A warp fetches the tokens of its own patch, and a lane copies one chunk of every kRowsAtOnce-th row.
   constexpr int kRowsAtOnce = kWarp / Row::kChunks;
   const auto fetch = [&](int patch, int stage, int side) {
     const int thread = hidden(lane), copy_row = thread / Row::kChunks, copy_chunk = thread % Row::kChunks;
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     commit_copies();
   };
 
-  const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;  // the scale below is its absolute value
+  const uint32_t query_sign = p.scale < 0 ? 0x80008000u : 0u;  // score_factor() has the absolute value
   const int group = static_cast<int>(p.query_heads / p.kv_heads);
   Attend<config> attend(slots, ring_rows);
   [[maybe_unused]] typename Attend<config>::Fetched query_rows;
@@ -242,9 +244,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   attend.ring = shared + layout.ring;
   attend.started_rows = shared + layout.started_rows + 2 * warp * config::kRow;
   attend.side_bytes = side_bytes;
-  int made_for = -1;  // the likeness of the patch that weights are of
-  // Of the tile: the trailing cell, the offset from its centre. The ring counts cells from `slots` before the first:
-  // the row is that of what the trailing cell's slot held before.
+  int made_for = -1;  // the likeness of the patch that the weights are of
+  // tile_cell trails at the tile's beginning, tile_offset tokens after its centre. The ring counts cells from `slots`
+  // before cell 0, so tile_row is the row of what the trailing cell's slot held before.
   int tile_cell = 0, tile_offset = walk.offset, tile_row = 0;
   const int cells_per_tile = kTile / resolution, tokens_left = kTile % resolution;
 
@@ -253,10 +255,10 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     store_global(static_cast<uint4*>(rows) + row * Row::kChunks + chunk, words);
   };
   for (int side = 0; side < 2; ++side) fetch(warp * kPatch, 0, side);
-  __syncthreads();  // the ring and the table are there
+  __syncthreads();  // the ring and the table are complete
   for (int time = 0, odd = 0; time < walk.own_end; time += kTile, odd ^= 1) {
     const int patch = time + warp * kPatch, stage = odd % config::kStages;
-    // The next patch's tokens, once those of this one are done with, or there is room for both.
+    // Fetches the next patch's tokens, once those of this one are done with or there is room for both.
     const auto fetch_next = [&](int side) {
       __syncwarp();
       if (time + kTile < walk.own_end) fetch(patch + kTile, stage ^ (config::kStages - 1), side);
@@ -288,11 +290,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     }
     if (lane == 0) patch_cells[warp] = cell;
 
-    // What the patch adds to its cells.
+    // The warp computes what its patch adds to the cells.
     const uint32_t tile_base = shared + layout.tiles + stage * 2 * kTile * config::kRow;
     if constexpr (config::kSelecting) {
-      __syncthreads();  // the tile before is done with
-      // Of the tile's tokens every one, or every other one, is a cell.
+      __syncthreads();  // all warps are done with the previous tile
+      // Every token of the tile is a cell, or every other one.
       for (int item = lane; item < 2 * kPatch * Row::kChunks; item += kWarp) {
         const int chunk = item % Row::kChunks, side = item / Row::kChunks / kPatch;
         const int row = warp * kPatch + item / Row::kChunks % kPatch;
@@ -309,7 +311,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       for (int tile = 0; tile < Weights::kFluxTiles; ++tile) ends[tile] = end_weights[tile * kWarp + lane];
       for (int from_side = 0; from_side < 2; from_side += config::kSidesAtOnce) {
         if (from_side > 0) __syncthreads();
-        uint32_t strays = 0;  // of columns whose weights are zero: not zero where a token is not finite
+        uint32_t strays = 0;  // sums of columns without weights: not zero where a token is not finite
 #pragma unroll
         for (int side = from_side; side < from_side + config::kSidesAtOnce; ++side) {
           const uint32_t rows = tile_base + side * kTile * config::kRow;
@@ -350,8 +352,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         }
         __syncthreads();
 
-        // The cells that take tokens of this tile, each from patch to patch: a thread has one chunk of one cell. A
-        // cell may need what the one before it in its slot left, so no more than `slots` at a time.
+        // The cells that take tokens of this tile go from patch to patch, and a thread has one chunk of one cell. A
+        // cell may need what the one before it in its slot left, so at most `slots` cells run at a time.
         const int further = tokens_left + tile_offset;
         const int cells_here = cells_per_tile + (further > resolution ? 3 : further > 0 ? 2 : 1);
         for (int lap = 0; lap < cells_here; lap += slots) {
@@ -368,7 +370,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
             const int before_row = wrap(tile_row + number, ring_rows), own_row = wrap(before_row + slots, ring_rows);
             const uint32_t own = Row::at(ring, own_row, chunk);
             uint32_t from = Row::at(ring, before_row, chunk);
-            if (c < walk.given_cell - slots) from = own;  // left by what came before the walk
+            if (c < walk.given_cell - slots) from = own;  // the cell ended before the walk, and is given
             if (lobe < 0 && time > 0) from = carried + odd * carried_tile;
             uint4 words = load_shared(from);
             float content[8];
@@ -423,7 +425,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       }
     }
 
-    // Attend.
+    // The patch's tokens attend to the slots.
     attend.row = wrap(tile_row + cell - tile_cell, ring_rows);
     attend.irregular = irregular;
     attend.masked = irregular ? min(walk.first - (cell - slots), slots) : 0;
@@ -548,7 +550,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
 }
 
-// What the slots of a given state hold, as if cells held it that ended before the sequence.
+// fejer_given writes what the slots of a given state hold, as if cells held it that ended before the sequence.
 template <typename storage, int dim>
 __global__ void __launch_bounds__(256) fejer_given(Problem p, Kept kept, HeadList heads) {
   const int head_index = blockIdx.x % heads.count, head = heads.head[head_index];
@@ -579,7 +581,7 @@ void launch_given(const Problem& p, const Kept& kept, const HeadList& heads) {
          p.stream, p, kept, heads);
 }
 
-// `seam_rows`: cell_seam_bytes() of memory.
+// `seam_rows` points to cell_seam_bytes() of memory.
 template <typename config>
 void launch_walk(const char* name, const Problem& p, const Outputs& outputs, const Kept& kept, const WalkPlan& plan,
                  const HeadClass& c, void* seam_rows, uint8_t* unsound) {

@@ -1,4 +1,4 @@
-// Where two walks forward meet: cells, compared.
+// This file compares cells where two forward walks meet at a seam.
 #pragma once
 
 #include "common/rows.cuh"
@@ -7,12 +7,12 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// Finds the sequences whose walks found cells unlike that ended in the lap before a seam. A row is as wide as a few
-// neighbouring threads' chunks.
+// Finds the sequences whose walks disagree on the cells that ended in the lap before a seam. A few neighbouring threads
+// share a row, a chunk each.
 template <typename storage, int dim>
 __global__ void __launch_bounds__(kSeamThreads) fejer_walk_seams(Problem p, HeadList heads, Seams seams) {
   seams.compare(p, heads, [&](const SeamBlock& block, const Stretch& before) {
-    if (before.end - before.sequence.position <= seams.plan.warm_up) return false;  // nothing is missing after it
+    if (before.end - before.sequence.position <= seams.plan.warm_up) return false;  // the warm-up lacks nothing
     constexpr int kChunks = dim / 8;
     const auto chunks = [&](bool warmed_up) {
       return static_cast<const uint4*>(seams.rows) +

@@ -1,5 +1,7 @@
-// What the tokens of a patch weigh in the cells in flux: how products with what slots held become products with what
-// they hold at each token, and back.
+// This file computes how the 16 tokens of a patch weigh in the cells in flux. A slot holds one cell after another, and
+// a token is written to the two cells around it, which are in flux. At each token, a slot in flux holds part of its
+// content at the patch's begin, plus a weighted sum of the patch's tokens. advance() turns products with what slots
+// held into products with what they hold at each token, and split() is its adjoint.
 #pragma once
 
 #include <type_traits>
@@ -9,33 +11,36 @@
 
 namespace blurry_attn::cuda {
 
-// 16 tokens by eights of columns, which are slots, the patch's own tokens, or elements; as an mma has them.
+// Tiles has 16 tokens as rows, and columns by eights, as the sums of an mma. The columns are slots, the patch's own
+// tokens, or elements.
 template <int tiles>
 using Tiles = float[tiles][4];
 
-// The gates of a patch in its cells in flux, and what follows from them for the patch's end. All warps of a block do
-// this at once, while others wait, but for few patches: instructions are few, and loops short. Half a warp has a cell,
-// a lane one of the patch's tokens.
+// PatchGates computes the gates of a patch in its cells in flux, and what follows from them at the patch's end. All
+// warps of a block do this at once while others wait, though only for few patches, so instructions are few and loops
+// short. Half a warp has one cell, and a lane has one of the patch's tokens.
 template <typename storage, int kFlux>
 struct PatchGates {
-  static constexpr int kFluxTiles = (kFlux + 8) / 8;  // one column at least is empty: see Compress
-  static constexpr int kPairs = (kFlux + 1) / 2;      // of cells
+  static constexpr int kFluxTiles = (kFlux + 8) / 8;  // at least one column is empty, for the walk's `strays`
+  static constexpr int kPairs = (kFlux + 1) / 2;      // pairs of cells
 
-  // Patches that have the same number here, if it is not below zero, have the same gates: `offset` tokens after the
-  // trailing cell's centre, past the first lap or where every cell opens its slot. `first` is the first cell of all,
-  // `whole` says that the patch lies in the sequence.
+  // Returns a number that patches with the same gates share, or -1 for a patch that shares its gates with no other.
+  // `offset` counts tokens from the trailing cell's centre to the patch, and `first` is the first cell of all. Patches
+  // are alike past the first lap, and also where every cell opens its slot. `whole` says that the patch lies in the
+  // sequence.
   __device__ __forceinline__ static int likeness(int cell, int first, int slots, int offset, int resolution,
                                                  bool whole) {
     if (!whole) return -1;
     if (cell - slots >= first) return offset;
     return cell > first + 1 && cell + kFlux - 1 - slots < first ? resolution + offset : -1;
   }
-  // Whether a token sees nothing in the slot of a cell: there is no such cell, or the slot opens later.
+  // Returns whether a token sees nothing in a cell's slot, because the cell does not exist or opens the slot later.
   __device__ __forceinline__ static bool shut(const Cells& cells, int64_t cell, int64_t token) {
     return cells.opens(cell) && (cell < cells.first() || token < cells.opening(cell));
   }
 
-  // Writes the gates of the patch's tokens, begin <= t < end, in its cells: [kFlux][kPatch]; for all lanes of a warp.
+  // Writes the gates of the patch's tokens in its cells, [kFlux][kPatch], as a whole warp. Tokens outside
+  // begin .. end - 1 have gate 0.
   __device__ __forceinline__ static void make_gates(const Cells& cells, int64_t begin, int64_t end, int64_t cell,
                                                     int64_t token, const float* table, float* gates) {
 #pragma unroll 1
@@ -46,7 +51,7 @@ struct PatchGates {
     }
     __syncwarp();
   }
-  // The product of what the lanes after this one have, of the half warp's 16.
+  // Returns the product of x over the later lanes of this half of the warp.
   __device__ __forceinline__ static float product_after(float x, int token) {
     x = __shfl_down_sync(kAllLanes, x, 1, kPatch);
     if (token == kPatch - 1) x = 1.f;
@@ -57,8 +62,8 @@ struct PatchGates {
     }
     return x;
   }
-  // Of the patch's end: body(cell, gate, left) for each pair of cells with the lane's own; `left` is the product of
-  // 1 - gate of all later tokens.
+  // Calls body(pair, cell, gate, left) for each pair of cells, with the lane's own cell and its token's gate. `left` is
+  // the product of 1 - gate over all later tokens of the patch.
   template <typename body_type>
   __device__ __forceinline__ static void for_ends(const float* gates, const body_type& body) {
     const int lane = threadIdx.x % kWarp;
@@ -70,7 +75,8 @@ struct PatchGates {
     }
     __syncwarp();
   }
-  // The decays, and for each thread its fragments of b, high and low parts, of the weights: [kFluxTiles][lane].
+  // Writes the cells' decays over the patch, and the weights of its tokens at its end. Weights are each thread's
+  // fragments of b of an mma, in high and low parts: [kFluxTiles][lane].
   __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, uint4* end_weights) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
     float w[kFluxTiles][4] = {};
@@ -95,7 +101,7 @@ struct PatchGates {
     }
     __syncwarp();
   }
-  // The same as plain numbers: [kFlux][kPatch] and [kFlux].
+  // This one writes plain numbers: weights [kFlux][kPatch], decays [kFlux].
   __device__ __forceinline__ static void make_end(const float* gates, float* end_decays, float* end_weights) {
     const int token = threadIdx.x % kPatch;
     for_ends(gates, [&](int, int j, float gate, float left) {
@@ -106,34 +112,36 @@ struct PatchGates {
   }
 };
 
-// One head's decays and weights in one patch, as the fragments of an mma have them. Both kinds have make(); advance(),
-// from products with what the slots held to products with what they hold at the row's token; and its adjoint, split(),
-// which splits weights of what the slots hold at the row's token into those of the patch's tokens, which are added to,
-// and of what the slots held. `decay` is of tokens (rows) and cells (columns); below zero: shut.
+// FewWeights and ManyWeights have one head's decays and weights in one patch, as fragments of an mma. make() computes
+// them. advance() turns products with what the slots held when the patch began into products with what they hold at the
+// row's token. split(), its adjoint, takes weights of what the slots hold at the row's token. It adds the part of the
+// patch's tokens to `shares`, and leaves the part of what the slots held in `sums`. `decay` has tokens as rows and
+// cells as columns; below zero, the slot is shut.
 
-// For few cells: the weight of each token at each later one.
+// FewWeights is for few cells: it has the weight of each token at each later one.
 template <typename storage, int kFlux>
 struct FewWeights : PatchGates<storage, kFlux> {
   using PatchGates<storage, kFlux>::kFluxTiles;
   using PatchGates<storage, kFlux>::kPairs;
   using PatchGates<storage, kFlux>::shut;
 
-  // What stands for the logarithm of 0, to base 2: float32 has no such power; and for that of what is shut.
+  // kNothing stands for log2 of 0, since float32 has no such power of 2. kShut stands for the logarithm of a shut slot.
   static constexpr float kNothing = -160.f, kShut = 1.f;
 
-  // Pairs of half, of tokens (columns): the first eight in row g, the first and the last eight in row g + 8. A token
-  // has no weight before its time.
+  // The weights are pairs of float16, with tokens as columns. Word 0 has row g and the first eight tokens. Words 1 and
+  // 2 have row g + 8, and the first and the last eight. A token has no weight before its time.
   uint32_t weight[kFlux][3];
   float decay[kFluxTiles][4];
 
-  // Two weights of a cell: of tokens 8 tile + 2 q and the next in row g + 8 half. Below zero, `use` is the first one.
+  // Returns two weights of cell j: of tokens 8 tile + 2 q and the next, in row g + 8 half. With `use` >= 0, they are
+  // unpacked anew (hidden_from_loop()).
   template <int use>
   __device__ __forceinline__ float2 pair(int j, int half, int tile) const {
     const uint32_t words = weight[j][half + tile];
     return unpack<__half>(use < 0 ? words : hidden_from_loop<use>(words));
   }
-  // Leaves behind the gates, [kFlux][kPatch] too, the logarithm of how much is left at each token of what a slot held
-  // when the patch began. What a token weighs at a later one is its gate times a ratio of two such.
+  // Writes, behind the gates and also [kFlux][kPatch], the log2 of how much of a slot's old content is left at each
+  // token. The weight of a token at a later one is its gate times the ratio of two of these.
   __device__ __forceinline__ void make(const Cells& cells, int64_t cell, int64_t token, float* gates) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
     float* const logs = gates + kFlux * kPatch;
@@ -223,22 +231,23 @@ struct FewWeights : PatchGates<storage, kFlux> {
   }
 };
 
-// For many cells: products on tensor cores. The weight of a token s at a later one t, gate(s) times 1 - gate of all
-// after it up to t, is share(s) factor(t): factor is the product of all 1 - gate up to t, share is gate over the
-// product up to s. Where a gate is 1 both products begin anew, and shares are 2^steps larger from there on, so that
-// what came before is lost in the rounding of what follows.
+// ManyWeights is for many cells, and multiplies on tensor cores. The weight of token s at a later token t is gate(s),
+// times 1 - gate of all tokens after s up to t. It factors into share(s) factor(t). There, factor is the product of all
+// 1 - gate up to t, and share is gate over that product up to s. At a gate of 1 both products begin anew, and shares
+// are 2^steps larger from there on. What came before is then lost in the rounding of what follows.
 template <typename storage, int kFlux>
 struct ManyWeights : PatchGates<storage, kFlux> {
   using PatchGates<storage, kFlux>::kFluxTiles;
   using PatchGates<storage, kFlux>::shut;
-  static constexpr int kMostSteps = 90;  // over all gates of 1: few, as these are cells of two or three tokens
+  static constexpr int kMostSteps = 90;  // bounds the sum of all steps; gates of 1 are few, as r is 2 or 3
 
-  // In tf32, of cells 8 tile .. and tokens 8 half ..: cell g, tokens 2q and 2q + 1; token g, cells 2q and 2q + 1.
+  // token_shares are those of cell g of a tile at tokens 2q and 2q + 1 of a half. cell_shares are those of token g of a
+  // half in cells 2q and 2q + 1. Both are in tf32.
   uint32_t token_shares[kFluxTiles][2][2], cell_shares[kFluxTiles][2][2];
   float factor[kFluxTiles][4], decay[kFluxTiles][4];
 
   __device__ __forceinline__ void make(const Cells& cells, int64_t cell, int64_t token, const float* gates) {
-    // A lane goes along the tokens of one cell, and hands what it finds to those that need it.
+    // A lane goes along the tokens of one cell, and hands what it finds to the lanes that need it.
     const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
     const auto gate_at = [&](int t) { return lane < kFlux ? gates[lane * kPatch + t] : 0.f; };
     int whole = 0;
@@ -286,14 +295,14 @@ struct ManyWeights : PatchGates<storage, kFlux> {
       }
     }
   }
-  // Whether a token of the patch, column e of a tile, is the row's or one before it.
+  // Returns whether the patch's token in column e of a tile is the row's token or an earlier one.
   __device__ __forceinline__ static bool past(int tile, int e) {
     const int lane = threadIdx.x % kWarp;
     return 8 * tile + lane % 4 * 2 + e % 2 <= lane / 4 + 8 * (e / 2);
   }
   template <int use, int tiles>
   __device__ __forceinline__ void advance(Tiles<tiles>& sums, const Tiles<2>& raw) const {
-    uint32_t high[2][4], low[2][4];  // products in two parts, which have 22 bits
+    uint32_t high[2][4], low[2][4];  // two parts of the products, which have 22 bits together
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
