@@ -3,8 +3,8 @@
 python docs/results.py           writes them
 python docs/results.py --check   fails if a page is not what would be written
 
-A page marks a place by ``<!-- results: FILE -->`` and ``<!-- end -->``; FILE lies below benchmarks/. The tables are those
-that the benchmarks print.
+A page marks a place by ``<!-- results: FILE -->`` and ``<!-- end -->``; FILE lies below benchmarks/. The tables are
+those that the benchmarks print.
 """
 
 from __future__ import annotations
