@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import blurry_attn
+from blurry_attn import reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -302,6 +303,42 @@ def test_readme_says_how_fast_a_card_is_as_measured() -> None:
     assert million == [f"{ms:.1f}" for ms in measured("seconds", batch=1, length=2**20)]
 
 
+def blend(resolution: int, sharpness: float | None = None) -> tuple[torch.Tensor, float, float, float]:
+    """Of one of 32 slots after a lobe: its tokens' weights from the centre on, mean, spread, and what is left."""
+    window = blurry_attn.BlurryWindow(32, 32 * resolution, sharpness=sharpness, phase=0)
+    period, offsets = 32 * resolution, torch.arange(-resolution, resolution).double()
+    kept = 1 - reference.gates(window, period, 0, 2 * period - resolution, 2 * resolution)[:, 0].double()
+    after = torch.cat((kept.flip(0).cumprod(0).flip(0), torch.ones(1).double()))  # of what is there before each token
+    weights = (1 - kept) * after[1:]
+    mean = (weights * offsets).sum() / weights.sum()
+    spread = ((weights * (offsets - mean) ** 2).sum() / weights.sum()).sqrt()
+    return weights[resolution:], mean.item(), spread.item(), after[0].item()
+
+
+def near(shown: str, value: float) -> bool:
+    """Whether it is the value, rounded."""
+    return abs(float(shown) - value) <= 0.51 * 10 ** -len(shown.partition(".")[2])
+
+
+def test_the_law_says_what_a_slot_blends() -> None:
+    text = (ROOT / "docs" / "law.md").read_text()
+    for r, shown, *numbers in tables(sections("docs/law.md")['The default gate: "fejer"'])[0]:
+        weights, *others = blend(int(r))
+        assert not shown or all(
+            near(x, weight) for x, weight in zip(shown.split(", "), weights.tolist(), strict=True)
+        ), r
+        assert all(near(x, other) for x, other in zip(numbers, others, strict=True)), r
+    left = re.findall(r"(?:sharpness |, )(\d) leaves (\.\d+)", " ".join(text.split()))
+    assert len(left) == 3 and all(near(shown, blend(32, float(sharp))[3]) for sharp, shown in left)
+    spreads = re.findall(r"falls from (\.\d+) r to (\.\d+) r", " ".join(text.split()))[0]
+    assert all(near(shown, blend(32, sharp)[2] / 32) for shown, sharp in zip(spreads, (6.0, 12.0), strict=True))
+
+
+def test_no_experiment_is_open() -> None:
+    rows = [row for table in tables((ROOT / "docs/design/experiments.md").read_text()) for row in table]
+    assert rows and all(len(row) == 4 and all(row) and "open" not in row for row in rows)
+
+
 def test_pages_say_how_many_seeds_there_are() -> None:
     """Recall has three, text two, and the pyramids that are compared four."""
     from benchmarks.sweep.report import points
@@ -344,9 +381,7 @@ def test_pages_of_results_have_no_numbers_of_their_own(page: Path) -> None:
     plain = re.sub(r"`[^`]*`|\]\([^)]*\)", "", prose)
     shown = re.findall(r"\d*\.\d+", blocks)
     for number in re.findall(r"(?<![\w.-])\d*\.\d+(?![\w.-]*\w)", plain):
-        digits = len(number.partition(".")[2])
-        near = any(abs(float(x) - float(number)) <= 0.5001 * 10**-digits for x in shown)
-        assert near, f"{page.name}: {number} is in none of its tables"
+        assert any(near(number, float(x)) for x in shown), f"{page.name}: {number} is in none of its tables"
 
 
 def test_mutants_are_of_these_sources() -> None:
