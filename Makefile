@@ -38,7 +38,7 @@ build/cuda-objects/%.sm_$(1).o: csrc/cuda/%.cu $(CUDA_HEADERS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow versions sanitize fuzz mutants emulate cuda-objects sass api audit lint format build tools clang system clean
+.PHONY: help demo test slow versions sanitize fuzz mutants emulate cuda-objects sass api results audit lint format build tools clang system clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -89,6 +89,9 @@ sass: $(VENV)/.installed cuda-objects  ## check those objects' instructions: ten
 
 api: $(VENV)/.built  ## write docs/api.md from the docstrings
 	$(BIN)/python docs/api.py
+
+results: $(VENV)/.built  ## write the tables of docs/results from the result files of the benchmarks
+	$(BIN)/python docs/results.py
 
 # Strict: a pin that the service does not know is a failure, not a skip.
 audit: | tools  ## ask PyPI for known vulnerabilities of what requirements/*.txt pin; needs the network

@@ -11,7 +11,7 @@ KERNELS = ("fejer", "dirichlet")
 DEFAULT_SHARPNESS = 6.0
 MAX_DIRICHLET_RESOLUTION = 32
 MAX_SLOTS = MAX_RESOLUTION = 2**20
-PYRAMID = (1, 1, 4, 8)  # of the recipes tried at equal state, the one that reads text best: docs/results.md
+PYRAMID = (1, 1, 4, 8)  # of the recipes tried at equal state, the one that reads text best: docs/results/text.md
 
 
 def integer(name: str, value: object) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-WIDTH = 80
+WIDTH, PROSE = 80, 120  # of a signature and of a line of prose
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
 MODULES = ("blurry_attn", "blurry_attn.distributed", "blurry_attn.integrations.transformers", "blurry_attn.viz")
@@ -44,6 +44,12 @@ def prose(text: str) -> str:
     return text.replace("``", "`")
 
 
+def wrapped(text: str) -> str:
+    """Lines of prose, which go on under the text of a list's entry."""
+    more = "  " if text.startswith("- ") else ""
+    return textwrap.fill(text, PROSE, subsequent_indent=more, break_long_words=False, break_on_hyphens=False)
+
+
 def markdown(docstring: str) -> str:
     """Paragraphs as they are; what is indented under a section's name as a list."""
     blocks = []
@@ -53,10 +59,10 @@ def markdown(docstring: str) -> str:
             blocks.append(f"**{first.rstrip(':')}**")
             rest = textwrap.dedent(rest)
             if first == "Returns:":  # a text; the others list names
-                blocks.append(prose(" ".join(rest.split())))
+                blocks.append(wrapped(prose(" ".join(rest.split()))))
                 continue
             entries = re.split(r"\n(?=\S)", rest)
-            blocks.append("\n".join("- " + prose(" ".join(entry.split())) for entry in entries))
+            blocks.append("\n".join(wrapped("- " + prose(" ".join(entry.split()))) for entry in entries))
         elif block.lstrip().startswith(">>>"):
             blocks.append(f"```python\n{textwrap.dedent(block)}\n```")
         else:

@@ -39,7 +39,7 @@ HEAD = """\
 # Mutants
 
 Single faults in the sources and, of the tests that must catch each ([faults.py](../tests/faults.py)), the first that
-fails. Written by [mutants.py](../tests/mutants.py); [internals.md](internals.md#guards) says how to run it.
+fails. Written by [mutants.py](../tests/mutants.py); [testing.md](design/testing.md) says how to run it.
 
 | fault | file | caught by |
 | --- | --- | --- |

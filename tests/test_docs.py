@@ -16,9 +16,16 @@ import pytest
 import torch
 
 import blurry_attn
+from blurry_attn import reference
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
+LINE = 120
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
@@ -36,7 +43,7 @@ def test_python_examples_run_as_shown(page: str, monkeypatch: pytest.MonkeyPatch
         exec(compile("\n" * lines_before + example[1], page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if "://" not in target:
@@ -47,6 +54,30 @@ def test_links_lead_to_files(page: Path) -> None:
                 headings = re.findall(r"^#+ (.*)$", destination.read_text(), re.MULTILINE)
                 anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
                 assert anchor in anchors, f"{page.name} links to {target}"
+
+
+def outside_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_of_prose_are_short(page: Path) -> None:
+    """Tables, code and what was printed aside; a line that is one link cannot be broken."""
+    lines = outside_code(page.read_text()).splitlines()
+    prose = [line for line in lines if not line.startswith("|") and not re.fullmatch(r"!?\[[^]]*\]\([^)]*\)", line)]
+    assert [line for line in prose if len(line) > LINE] == []
+
+
+def test_pages_of_the_design_name_kernels_and_files_that_exist() -> None:
+    """What stands in a page's code font and looks like a kernel or a path is one of the sources'."""
+    sources = [path for part in ("csrc", "blurry_attn", "tests", "benchmarks") for path in (ROOT / part).rglob("*.*")]
+    kernels = "".join(path.read_text() for path in sources if path.suffix in (".cu", ".cuh"))
+    for page in (ROOT / "docs" / "design").glob("*.md"):
+        for code in re.findall(r"`([^`\n]+)`", outside_code(page.read_text())):
+            if re.fullmatch(r"(fejer|window|dirichlet|scan|step|softmax|rotary)_\w+", code):
+                assert re.search(rf"\b{code}\b", kernels), f"{page.name} names {code}"
+            elif re.fullmatch(r"[\w/]+\.(h|cpp|cu|cuh|inl|py|sh)", code):
+                assert any(f"/{path}".endswith(f"/{code}") for path in sources), f"{page.name} names {code}"
 
 
 def test_the_reference_is_what_the_docstrings_say() -> None:
@@ -112,7 +143,7 @@ def test_readme_names_make_targets_that_exist() -> None:
 # The numbers of tables are those of the results that lie in the repository.
 
 
-MQAR, LM = "mqar/results/cuda.jsonl", "lm/results/compare.json"
+MQAR = "mqar/results/cuda.jsonl"
 TEXTS = ("lm/results/cuda.jsonl", "lm/results/recipe/cuda.jsonl")
 PYTHON, LINUX = "Python 3.12 library, 4 layers of 512", "linux-doc-6.1, 4 layers of 512"
 HEADS = ", 8 heads of 64"
@@ -141,61 +172,6 @@ def tables(text: str) -> list[list[list[str]]]:
 
 def share(x: float) -> str:
     return f"{x:.3f}".removeprefix("0")
-
-
-def error(x: float) -> str:
-    return "0" if x == 0 else f"{x:.1e}".replace("e-0", "e-")
-
-
-def drift_rows(shown: list[list[str]]) -> list[list[str]]:
-    """The states and marks that are shown; r = 1 and r = 2 share a column, the larger error of the two."""
-    states = {
-        "float32": "float32",
-        "bfloat16, the two slots in flux in float32 rows beside it": "bfloat16, slots in flux in float32",
-        "bfloat16, rounded at every token": "bfloat16",
-        "float32, kept in bfloat16 between turns of 128 tokens": "bfloat16 between turns of 128",
-        "the output itself rounded to bfloat16": "output in bfloat16",
-    }
-    measured = {(row["state"], row["tokens"]): row["errors"] for row in result("drift/results/drift.json")["rows"]}
-    rows, state = [], ""
-    for label, tokens, *_ in shown:
-        state = states[label] if label else state
-        sharp, every_second, *others = measured[state, int(tokens.replace(",", "") or 100_000)]
-        rows.append([label, tokens, *map(error, (max(sharp, every_second), *others))])
-    return rows
-
-
-def language_rows(shown: list[list[str]]) -> list[list[str]]:
-    runs = result(LM)["runs"]
-    labels = [label for label, *_ in shown]
-    assert [label.split()[0].rstrip(",") for label in labels] == list(runs)
-    return [
-        [label, f"{run['validation'][-1][1]:.3f}", f"{round(run['tokens_per_second'], -3):,.0f}"]
-        for label, run in zip(labels, runs.values(), strict=True)
-    ]
-
-
-def switch_rows(shown: list[list[str]]) -> list[list[str]]:
-    names = [label for label, *_ in shown]
-    rows = result("convert/results/cpu.json")["rows"]
-    assert [name.removesuffix(", all heads") for name in names] == [row["window"] for row in rows]
-    return [[name, f"{row['switched']:.3f}", f"{row['tuned']:.3f}"] for name, row in zip(names, rows, strict=True)]
-
-
-def context_rows(_: list[list[str]]) -> list[list[str]]:
-    """Forward and backward, by numbers of ranks."""
-    mebi = 2**20
-    return [
-        [
-            f"{row['tokens']:,}",
-            ranks,
-            f"{row['blurry'][1] / mebi:.1f} MiB",
-            f"{row['ring'][1] / mebi:,.0f} MiB",
-            f"{row['ring'][1] / row['blurry'][1]:,.0f}",
-        ]
-        for ranks, rows in result("context/results/context.json").items()
-        for row in rows
-    ]
 
 
 def recall_by_slots() -> dict[tuple[str, int], str]:
@@ -272,13 +248,7 @@ SOURCES = {
     ("README.md", "Which window?"): which_rows,
     ("README.md", "Speed"): speed_rows,
     ("docs/law.md", 'Why "fejer" is the default'): law_rows,
-    ("docs/results.md", "Context parallel"): context_rows,
-    ("docs/results.md", "A state in bfloat16"): drift_rows,
-    ("docs/results.md", "A language model on an H200"): language_rows,
-    ("docs/results.md", "Switching a model trained with full attention"): switch_rows,
 }
-# Outcomes of tests.
-WITHOUT = {("docs/results.md", "Trust")}
 
 
 @pytest.mark.parametrize("task", [PYTHON, LINUX])
@@ -312,33 +282,106 @@ def test_tables_are_those_of_the_results(page: str, heading: str) -> None:
     assert shown == SOURCES[page, heading](shown)
 
 
-def test_reports_are_those_of_the_results() -> None:
-    """What benchmarks print stands on the page as it was printed."""
+def test_no_table_is_without_a_source() -> None:
+    with_tables = {("README.md", heading) for heading, text in sections("README.md").items() if tables(text)}
+    assert with_tables == {key for key in SOURCES if key[0] == "README.md"}
+
+
+def test_readme_says_how_fast_a_card_is_as_measured() -> None:
+    rows = [row for row in result("speed/results/cuda.json")["rows"] if row["provider"] == "fejer"]
+
+    def measured(field: str, **case: int) -> list[float]:
+        return [1e3 * row[field] for row in rows if case.items() <= row["case"].items()]
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    ((floor, *million),) = re.findall(r"would take (\.\d+) ms.* a million tokens .* take (\S+) and (\S+) ms", text)
+    guarded = result("guard/results/seams.json")["rows"]
+    assert max(row["quantities"]["seconds"]["ratio"] for row in guarded) == pytest.approx(1.25, abs=0.01)
+    assert "up to a quarter more" in text
+    main = {"batch": 8, "length": 8192, "head_dim": 64, "heads": 16}
+    assert floor == share(measured("floor_seconds", **main)[0])
+    assert million == [f"{ms:.1f}" for ms in measured("seconds", batch=1, length=2**20)]
+
+
+def blend(resolution: int, sharpness: float | None = None) -> tuple[torch.Tensor, float, float, float]:
+    """Of one of 32 slots after a lobe: its tokens' weights from the centre on, mean, spread, and what is left."""
+    window = blurry_attn.BlurryWindow(32, 32 * resolution, sharpness=sharpness, phase=0)
+    period, offsets = 32 * resolution, torch.arange(-resolution, resolution).double()
+    kept = 1 - reference.gates(window, period, 0, 2 * period - resolution, 2 * resolution)[:, 0].double()
+    after = torch.cat((kept.flip(0).cumprod(0).flip(0), torch.ones(1).double()))  # of what is there before each token
+    weights = (1 - kept) * after[1:]
+    mean = (weights * offsets).sum() / weights.sum()
+    spread = ((weights * (offsets - mean) ** 2).sum() / weights.sum()).sqrt()
+    return weights[resolution:], mean.item(), spread.item(), after[0].item()
+
+
+def near(shown: str, value: float) -> bool:
+    """Whether it is the value, rounded."""
+    return abs(float(shown) - value) <= 0.51 * 10 ** -len(shown.partition(".")[2])
+
+
+def test_the_law_says_what_a_slot_blends() -> None:
+    text = (ROOT / "docs" / "law.md").read_text()
+    for r, shown, *numbers in tables(sections("docs/law.md")['The default gate: "fejer"'])[0]:
+        weights, *others = blend(int(r))
+        assert not shown or all(
+            near(x, weight) for x, weight in zip(shown.split(", "), weights.tolist(), strict=True)
+        ), r
+        assert all(near(x, other) for x, other in zip(numbers, others, strict=True)), r
+    left = re.findall(r"(?:sharpness |, )(\d) leaves (\.\d+)", " ".join(text.split()))
+    assert len(left) == 3 and all(near(shown, blend(32, float(sharp))[3]) for sharp, shown in left)
+    spreads = re.findall(r"falls from (\.\d+) r to (\.\d+) r", " ".join(text.split()))[0]
+    assert all(near(shown, blend(32, sharp)[2] / 32) for shown, sharp in zip(spreads, (6.0, 12.0), strict=True))
+
+
+def test_no_experiment_is_open() -> None:
+    rows = [row for table in tables((ROOT / "docs/design/experiments.md").read_text()) for row in table]
+    assert rows and all(len(row) == 4 and all(row) and "open" not in row for row in rows)
+
+
+def test_pages_say_how_many_seeds_there_are() -> None:
+    """Recall has three, text two, and the pyramids that are compared four."""
+    from benchmarks.sweep.report import points
+
+    assert {len(p.scores) for p in points(result(MQAR))} == {3}
+    text, recipes = ([row for row in result(file) if row["task"] == PYTHON] for file in TEXTS)
+    assert {len(p.scores) for p in points(text, lambda row: -row["bits"])} == {2}
+    pyramids = {pyramid(r) + HEADS for r in (RECIPE, (1, 1, 2, 2, 4, 4, 8, 8))}
+    assert [len(p.scores) for p in points(recipes, lambda row: -row["bits"]) if p.family in pyramids] == [4, 4]
+
+
+def test_results_are_those_of_the_benchmarks() -> None:
+    """Tables and what made them; none stands outside of what docs/results.py writes."""
     pytest.importorskip("matplotlib")
-    from benchmarks.decode.__main__ import table as decode_table
-    from benchmarks.lm.report import table as text_table
-    from benchmarks.speed.report import table as speed_table
-    from benchmarks.sweep.report import table as sweep_table
-    from benchmarks.training.__main__ import table as training_table
-
-    both, trained = ("cpu.json", "cuda.json"), ("cuda.jsonl",)
-    reports = {
-        "speed": (speed_table, both),
-        "training": (training_table, ("cuda.json",)),
-        "decode": (decode_table, both),
-        "mqar": (sweep_table, trained),
-        "regbench": (sweep_table, trained),
-        "lm": (text_table, (*trained, "recipe/cuda.jsonl")),
-    }
-    printed = [table(result(f"{name}/results/{file}")) for name, (table, files) in reports.items() for file in files]
-    shown = re.findall(r"^```text\n(.*?)\n```$", (ROOT / "docs/results.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert sorted(shown) == sorted(printed)
+    pytest.importorskip("transformers")
+    command = [sys.executable, str(ROOT / "docs" / "results.py"), "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_no_table_is_without_a_source(page: str) -> None:
-    with_tables = {(page, heading) for heading, text in sections(page).items() if tables(text)}
-    assert with_tables == {key for key in {*SOURCES, *WITHOUT} if key[0] == page}
+BLOCK = re.compile(r"<!-- results: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def test_every_result_is_shown() -> None:
+    kept = {str(path.relative_to(ROOT / "benchmarks")) for path in (ROOT / "benchmarks").rglob("results/**/*.json*")}
+    assert sorted(file for page in RESULTS for file, _ in BLOCK.findall(page.read_text())) == sorted(kept)
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=name_of)
+def test_pages_of_results_have_no_numbers_of_their_own(page: Path) -> None:
+    """A decimal number of the text is one of its tables', rounded. runs.md has no tables, and says so."""
+    text = page.read_text()
+    blocks = " ".join(block for _, block in BLOCK.findall(text))
+    if page.name == "runs.md":
+        assert "No result file holds these numbers" in text and not blocks
+        return
+    prose = outside_code(BLOCK.sub("", text))
+    assert tables(prose) == [] or page.name == "README.md"
+    plain = re.sub(r"`[^`]*`|\]\([^)]*\)", "", prose)
+    shown = re.findall(r"\d*\.\d+", blocks)
+    for number in re.findall(r"(?<![\w.-])\d*\.\d+(?![\w.-]*\w)", plain):
+        assert any(near(number, float(x)) for x in shown), f"{page.name}: {number} is in none of its tables"
 
 
 def test_mutants_are_of_these_sources() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import platform
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,7 +22,8 @@ from blurry_attn.files import write_whole
 from blurry_attn.integrations.transformers import convert
 from blurry_attn.lm.data import VOCABULARY, Text, load_text
 
-from .. import results_in, write_json
+from .. import command_line, results_in, write_json
+from ..speed.meters.cpu import cpu_model
 
 SLOTS = 32
 HEADS = 8
@@ -93,15 +94,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         switched = validate(model, text, args)
         train(model, text, lambda done: args.rate / 2 * (1 - done), args, args.tune_steps)
         rows.append({"window": name, "switched": switched, "tuned": validate(model, text, args)})
-        print(f"{name:24}{rows[-1]['switched']:10.3f}{rows[-1]['tuned']:10.3f}", flush=True)
+        print(line(rows[-1]), flush=True)
     return {
+        "command": command_line("convert", sys.argv[1:]),
         "date": date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu_model(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "options": {name: value for name, value in vars(args).items() if name != "out"},
         "parameters": base.num_parameters(),
         "rows": rows,
     }
+
+
+HEAD = f"{'bits per byte':24}{'switched':>10}{'tuned':>10}"
+
+
+def line(row: dict[str, Any]) -> str:
+    return f"{row['window']:24}{row['switched']:10.3f}{row['tuned']:10.3f}"
+
+
+def table(result: dict[str, Any]) -> str:
+    return "\n".join([HEAD, *map(line, result["rows"])])
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
@@ -130,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     names = f"{args.device}.json", f"{args.device}.png"
     with results_in(args.out, *names, parser=parser):
-        print(f"{'bits per byte':24}{'switched':>10}{'tuned':>10}")
+        print(HEAD)
         content = measure(args)
         write_json(args.out / names[0], content)
         write_whole(args.out / names[1], lambda file: plot(content["rows"]).savefig(file, dpi=120))

@@ -21,7 +21,8 @@ from torch import Tensor
 from blurry_attn import BlurryWindow
 from blurry_attn.reference import gates
 
-from .. import results_in, write_json
+from .. import command_line, results_in, write_json
+from ..speed.meters.cpu import cpu_model
 
 TURN = 128
 STATES = ("float32", "bfloat16, slots in flux in float32", "bfloat16", f"bfloat16 between turns of {TURN}")
@@ -106,11 +107,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a thousand tokens")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path(__file__).parent / "results")
-    args = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(given)
     window = BlurryWindow.pyramid(SLOTS, RESOLUTIONS)
     with results_in(args.out, "drift.json", parser=parser):
         rows = measure(MARKS[:1] if args.quick else MARKS, window, len(RESOLUTIONS))
-        result = {"date": date.today().isoformat(), "torch": torch.__version__, "window": repr(window), "rows": rows}
+        result = {
+            "command": command_line("drift", given),
+            "date": date.today().isoformat(),
+            "hardware": cpu_model(),
+            "torch": torch.__version__,
+            "window": repr(window),
+            "rows": rows,
+        }
         write_json(args.out / "drift.json", result)
     print(table(result))
     return 0
