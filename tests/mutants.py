@@ -234,19 +234,26 @@ def stored(folder: Path, name: str) -> Path:
 
 
 def build_cuda(faults: list[Fault], python: str, folder: Path) -> None:
-    copy = Copy(ROOT / "build" / "mutants-cuda", python, [*QUICK, *QUICK_CUDA], BLURRY_CUDA="1")
+    def copied(quick: list[Edit], into: str) -> Copy:
+        return Copy(ROOT / "build" / into, python, [*QUICK, *quick], BLURRY_CUDA="1")
+
     folder.mkdir(parents=True, exist_ok=True)
 
-    def store(name: str) -> None:
+    def store(copy: Copy, name: str) -> None:
         start = time.perf_counter()
         path = stored(folder, name)
         shutil.copy(copy.build(), path)
         print(f"{time.perf_counter() - start:4.0f} s  {path.name}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
 
-    store(UNMUTATED)
-    for fault in faults:
-        with copy.mutated(fault):
-            store(fault.name)
+    store(copied(QUICK_CUDA, "mutants-cuda"), UNMUTATED)
+    for whole in (False, True):
+        chosen = [fault for fault in faults if fault.whole == whole]
+        if not chosen:
+            continue
+        copy = copied([] if whole else QUICK_CUDA, "mutants-cuda-whole" if whole else "mutants-cuda")
+        for fault in chosen:
+            with copy.mutated(fault):
+                store(copy, fault.name)
 
 
 def run_cuda(faults: list[Fault], python: str, source: Path, table: Path) -> bool:

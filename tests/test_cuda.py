@@ -498,6 +498,21 @@ def test_sharp_softmax_of_few_slots(kernel, dtype, stated, device):
         assert (error / limit).square().mean() <= 1, (name, (error / limit).max())
 
 
+@pytest.mark.parametrize("slots", [16, 80])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_half_values_that_agree_give_queries_and_keys_no_gradient(kernel, dtype, slots, device):
+    """Logits of thousands, whose log-sum-exp is rounded by 5e-4: nothing of that is left where gradients cancel."""
+    window, scale = BlurryWindow(slots, 8 * slots, kernel), 400.0
+    query, key, value = make_inputs(2, 2, None, 300, 64, dtype=dtype, device=device)
+    value, grad = value[:, :, :1].expand_as(value), randn(*query.shape, dtype=dtype, device=device, seed=7)
+    leaves = [x.clone().requires_grad_() for x in (query, key)]
+    out = blurry_window_attention(*leaves, value, window, scale=scale)
+    parts = scale * (grad.float() * value.float()).sum(-1).abs().max()  # what cancels, but for the other factor
+    for found, other in zip(torch.autograd.grad(out, leaves, grad), (key, query), strict=True):
+        assert found.abs().max() <= 1e-4 * parts * other.abs().max()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_autocast(kernel, dtype, device):

@@ -50,18 +50,6 @@ __global__ void __launch_bounds__(kStepThreads)
     step_token<storage, true>(p, shape, when, sequence.batch, head, sequence.row + t, keys, values, outputs.out,
                               static_cast<float*>(outputs.lse), shared_memory);
   }
-  if (!outputs.state_key) return;
-  // The final state is written too: what is not finite stays in its slot, as an echo without end.
-  __syncthreads();
-  const Law<float> law(p, head);
-  const auto keep = [&](const float* slots, int64_t dim, void* state) {
-    for (int64_t i = threadIdx.x; i < p.slots * dim; i += blockDim.x) {
-      const bool open = sequence.length > 0 && law.is_open(static_cast<int>(i / dim), sequence.end() - 1);
-      static_cast<float*>(state)[track * p.slots * dim + i] = open ? slots[i] : 0.f;
-    }
-  };
-  keep(keys, p.key_dim, outputs.state_key);
-  keep(values, p.value_dim, outputs.state_value);
 }
 
 // The scratch memory of a walk with repair has a mark per stretch and head, then the contents of the slots.
