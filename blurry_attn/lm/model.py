@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..geometry import MAX_RESOLUTION, MAX_SLOTS
 from ..modules import BlurrySelfAttention
 from ..ops import rotary
-from ..window import MAX_RESOLUTION, MAX_SLOTS, BlurryWindow
+from ..window import BlurryWindow
 from .data import VOCABULARY, InputError, check_memory
 
 MIXERS = ("blurry", "sliding", "full")
