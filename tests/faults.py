@@ -86,6 +86,7 @@ SHARP = (
 THREADS = ("tests/test_concurrency.py",)
 LOGITS = ("tests/test_accuracy.py::test_large_logits",)
 WINDOWS = ("tests/test_window.py",)
+GEOMETRY = ("tests/test_geometry.py",)
 STATE = ("tests/test_state.py",)
 DECODING = ("tests/test_decoding.py",)
 REFUSALS = ("tests/test_refusals.py",)
@@ -279,6 +280,8 @@ PYTHON = [
         ("window: too long accepted", "if window // slots > MAX_RESOLUTION:", "if False:", REFUSALS),
         ("window: phase of a whole resolution accepted", "if not 0 <= phase < window // slots:",
          "if not 0 <= phase <= window // slots:", WINDOWS),
+        ("geometry: echo of the lap in which slots open", "sharpness, 2 * window, window)", "sharpness, 0, window)",
+         GEOMETRY),
         ("state: reconstruct a token off", "newest = (position.view(-1, 1, 1) - 1 -",
          "newest = (position.view(-1, 1, 1) -", STATE),
         ("state: oldest slot without the cell before the first", "return slots - 1 if phase > 0 else 0", "return 0",

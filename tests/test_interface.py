@@ -1,4 +1,4 @@
-"""What others build on: the public interface is as promised, and the stub of _C names all that is called of it."""
+"""What stands on what: users on the interface as promised, modules on those below, calls of _C on its stub."""
 
 from __future__ import annotations
 
@@ -44,6 +44,32 @@ def used() -> Iterator[str]:
 
 def test_the_stub_names_all_that_is_called_and_nothing_else() -> None:
     assert set(used()) == set(stub()) == {name for name in vars(_C) if not name.startswith("__")}
+
+
+# A module imports those before it, or of its own package. One import within a function goes the other way: ops loads
+# distributed.dtensor where it is given a DTensor.
+ORDER = (
+    "_build", "_load", "_C", "files", "geometry", "window", "flux_rows", "spectrum", "state", "serialization", "ops",
+    "flops", "ragged", "reference", "modules", "swap", "_picture", "viz", "distributed", "integrations", "lm",
+)  # fmt: skip
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a module of the package imports of it, outside functions: the first name below ``blurry_attn``."""
+    folder = path.relative_to(PACKAGE).parent.parts
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = folder[: len(folder) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (".".join((*base, name)).partition(".")[0] for name in names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_dependencies_point_one_way(path: Path) -> None:
+    name = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    own = len(ORDER) if name == "__init__" else ORDER.index(name)
+    above = [other for other in imported(path) if other != name and ORDER.index(other) >= own]
+    assert not above
 
 
 @pytest.mark.parametrize("name", sorted(stub()))
