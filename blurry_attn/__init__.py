@@ -2,10 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+# The first of these says in one line why the compiled part cannot be loaded, where it cannot.
 from . import (
-    _load,  # noqa: F401  (first: says in one line why the compiled part cannot be loaded)
-    flops,  # noqa: F401  (registers what is counted)
+    _load,  # noqa: F401
+    flops,  # noqa: F401
     reference,
+    serialization,  # noqa: F401
 )
 from .modules import BlurrySelfAttention, BlurryWindowAttention
 from .ops import backend, blurry_window_attention, blurry_window_step
@@ -16,7 +18,7 @@ from .window import BlurryWindow
 
 try:
     __version__ = version("blurry_attn")
-except PackageNotFoundError:  # run from a source tree
+except PackageNotFoundError:
     __version__ = "unknown"
 
 __all__ = [

@@ -13,7 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-ATTEMPTS = 100  # to make a file in a folder that other processes remove
+# A file is tried to be made so often in a folder that other processes remove.
+ATTEMPTS = 100
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -94,7 +95,8 @@ def _locked(lock: Path) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing there", str(folder)) from error
-        except OSError as error:  # not every network's file system has locks
+        # Not every network's file system has locks.
+        except OSError as error:
             warnings.warn(
                 f"{folder}: cannot be locked ({error.strerror}); let no other process write there", stacklevel=4
             )

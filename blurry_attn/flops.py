@@ -27,7 +27,8 @@ def _count(
 ) -> int:
     tokens, features = query[0] * query[2], key[3] + value[3]
     group = query[1] // max(key[1], 1)
-    attend, write = 0, 0  # per token, in units of D
+    # Both are counted per token, in units of D.
+    attend, write = 0, 0
     for period in window:
         attend += 2 * slots * group
         if kernel == "fejer":

@@ -260,7 +260,8 @@ class BlurrySelfAttention(nn.Module):
         if torch.compiler.is_compiling() or self._surely_merges(query):
             return self._merge(blurry_window_step(query, key, value, state, enable_gqa=True))
         before = state.clone()
-        out = blurry_window_step(query, key, value, state, enable_gqa=True)  # of itself, as a whole or not at all
+        # The step itself is made as a whole or not at all.
+        out = blurry_window_step(query, key, value, state, enable_gqa=True)
         try:
             return self._merge(out)
         except BaseException:
@@ -354,7 +355,8 @@ class BlurrySelfAttention(nn.Module):
             weight.shape == (size, size)
             and (bias is None or bias.shape == (size,))
             and all(
-                type(x) is nn.Parameter  # not a subclass with a product of its own
+                # A subclass may have a product of its own.
+                type(x) is nn.Parameter
                 and x.device == query.device
                 and (x.dtype == query.dtype or torch.is_autocast_enabled(query.device.type))
                 for x in (weight, bias)

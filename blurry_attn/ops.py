@@ -61,7 +61,8 @@ def _check_places(query: Tensor, tensors: dict[str, Tensor | None]) -> None:
 def _check_state(state: BlurryState, window: BlurryWindow, query: Tensor) -> None:
     if not isinstance(state, BlurryState):
         raise TypeError(f"state must be a BlurryState, got {type(state).__name__}")
-    _check_place("state.key", state.key, query)  # the others lie where it does
+    # The state's other tensors lie where its key does.
+    _check_place("state.key", state.key, query)
     for name, tensor in (("state.value", state.value), ("state.position", state.position)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -160,9 +161,9 @@ def blurry_window_attention(
     if cu_seqlens is not None:
         _check_place("cu_seqlens", cu_seqlens, query)
     if _is_distributed(query, key, value):
-        from . import sharding
+        from .distributed import dtensor
 
-        return sharding.attend(
+        return dtensor.attend(
             blurry_window_attention,
             query,
             key,
@@ -247,9 +248,9 @@ def blurry_window_step(
     _check_arguments(query, key, value, state.window, enable_gqa)
     _check_state(state, state.window, query)
     if _is_distributed(query, key, value):
-        from . import sharding
+        from .distributed import dtensor
 
-        return sharding.step(blurry_window_step, query, key, value, state, scale=scale, enable_gqa=enable_gqa)
+        return dtensor.step(blurry_window_step, query, key, value, state, scale=scale, enable_gqa=enable_gqa)
     slots, position = state._contents(), state.position
     if state.flux is not None:
         if not torch.compiler.is_compiling():
@@ -278,9 +279,9 @@ def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
     if positions.is_floating_point() or positions.is_complex():
         raise TypeError(f"positions must be integers, got {positions.dtype}")
     if _is_distributed(x):
-        from . import sharding
+        from .distributed import dtensor
 
-        return sharding.turn(rotary, x, positions, base)
+        return dtensor.turn(rotary, x, positions, base)
     turned: Tensor = _operator("rotary", x, positions)(x, positions.long(), base)
     return turned
 

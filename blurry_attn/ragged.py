@@ -55,7 +55,7 @@ class Packing:
         ends = is_kept.sum(1).cumsum(0)
         if keep_padding:
             ends = torch.cat((ends, ends.new_full((1,), key_padding_mask.numel())))
-            # Stable: kept tokens first, each group in the batch's order.
+            # The sort is stable: kept tokens come first, and each group stays in the batch's order.
             self._order = key_padding_mask.flatten().argsort(stable=True)
         else:
             self._order = is_kept.flatten().nonzero().squeeze(1)

@@ -108,43 +108,43 @@ def blurry_window_attention(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     work = torch.promote_types(query.dtype, torch.float32)
     if cu_seqlens is None:
-        sequences = [(b, slice(0, query.shape[2])) for b in range(query.shape[0])]
+        sequences = [(row, slice(0, query.shape[2])) for row in range(query.shape[0])]
     else:
         ends = cu_seqlens.tolist()
-        sequences = [(0, slice(a, b)) for a, b in pairwise(ends)]
+        sequences = [(0, slice(begin, end)) for begin, end in pairwise(ends)]
     group = query.shape[1] // kv_heads
     windows, phases = window.windows(kv_heads), window.phases(kv_heads)
 
     out = query.new_zeros(*query.shape[:-1], value_dim)
     lse = query.new_zeros(query.shape[:-1], dtype=work)
     outs, lses, keys, values = [], [], [], []
-    for s, (b, span) in enumerate(sequences):
-        start = 0 if state is None else int(state.position[s])
-        for h in range(kv_heads):
-            share = gates(window, windows[h], phases[h], start, span.stop - span.start).to(query.device, work)
+    for sequence, (row, span) in enumerate(sequences):
+        start = 0 if state is None else int(state.position[sequence])
+        for head in range(kv_heads):
+            share = gates(window, windows[head], phases[head], start, span.stop - span.start).to(query.device, work)
             if state is None:
                 slots = tuple(key.new_zeros(window.slots, dim, dtype=work) for dim in (head_dim, value_dim))
             else:
-                resolution = windows[h] // window.slots
-                opens = [opening(m, window.slots, resolution, phases[h]) for m in range(window.slots)]
+                resolution = windows[head] // window.slots
+                opens = [opening(m, window.slots, resolution, phases[head]) for m in range(window.slots)]
                 is_open = (torch.tensor(opens, device=query.device) < start).unsqueeze(-1)
-                given = tuple(slots[s, h].to(work) for slots in state._contents())
+                given = tuple(slots[sequence, head].to(work) for slots in state._contents())
                 slots = tuple(torch.where(is_open, x, torch.zeros_like(x)) for x in given)
-            o, lse_end, k_end, v_end = _head(
-                query[b, h * group : (h + 1) * group, span].to(work),
-                key[b, h, span].to(work),
-                value[b, h, span].to(work),
+            head_out, head_lse, head_key, head_value = _head(
+                query[row, head * group : (head + 1) * group, span].to(work),
+                key[row, head, span].to(work),
+                value[row, head, span].to(work),
                 (slots[0], slots[1]),
                 share,
                 scale,
             )
-            outs.append(o)
-            lses.append(lse_end)
-            keys.append(k_end)
-            values.append(v_end)
+            outs.append(head_out)
+            lses.append(head_lse)
+            keys.append(head_key)
+            values.append(head_value)
     count = len(sequences)
     if count:
-        # (sequence, head) lists to (batch, heads, tokens, ...): sequences lie along the batch, or packed along tokens.
+        # Lists over (sequence, head) become (batch, heads, tokens, ...): sequences lie along the batch, or packed.
         join = torch.stack if cu_seqlens is None else lambda rows: torch.cat(rows, 1).unsqueeze(0)
         out = join([torch.cat(outs[i : i + kv_heads]) for i in range(0, len(outs), kv_heads)])
         lse = join([torch.cat(lses[i : i + kv_heads]) for i in range(0, len(lses), kv_heads)])

@@ -5,35 +5,16 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
-from functools import lru_cache
+from dataclasses import asdict
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from . import _C, flux_rows, spectrum
 from .window import BlurryWindow, integer
 
-
-def _openings(slots: int, window: int, phase: int) -> list[int]:
-    """The token that opens each slot; before it the slot is shut."""
-    from . import _C
-
-    return _C.openings(slots, window, phase)
-
-
-def _dirichlet(x: Tensor, slots: int, window: Tensor) -> Tensor:
-    """Cardinal Dirichlet kernel of ``slots`` samples over the period ``window``, at the offsets ``x`` (float64)."""
-    x = torch.remainder(x, window)
-    # Near the end of the period the angle loses its digits; measured from the nearer end it keeps them.
-    x = torch.where(x > window / 2, x - window, x)
-    at_centre = torch.remainder(x, window // slots) == 0
-    angle = torch.where(at_centre, 1.0, x * torch.pi / window)
-    denominator = torch.sin(angle) if slots % 2 else torch.tan(angle)
-    between = torch.sin(slots * angle) / (slots * denominator)
-    return torch.where(at_centre, (x == 0).to(x.dtype), between)
+TENSORS = ("key", "value", "position")
 
 
 class BlurryState:
@@ -60,7 +41,7 @@ class BlurryState:
         ValueError: shapes or devices that do not fit together, or a window made for another number of heads.
     """
 
-    # No dataclass: PyTorch casts the tensors in one (FSDP's mixed precision), and hands a copy on.
+    # The class is no dataclass, since FSDP's mixed precision casts the tensors in one and hands a copy on.
     def __init__(
         self, key: Tensor, value: Tensor, position: Tensor, window: BlurryWindow, flux: Tensor | None = None
     ) -> None:
@@ -96,30 +77,7 @@ class BlurryState:
             if device != self.key.device:
                 raise ValueError(f"{name} must be on the device of key ({self.key.device}), got {device}")
         self.window.phases(self.kv_heads)
-        self._check_flux()
-
-    def _check_flux(self) -> None:
-        if self.key.dtype != torch.bfloat16:
-            if self.flux is not None:
-                raise ValueError(f"flux must be None beside slots of {self.key.dtype}")
-            return
-        if self.window.kernel != "fejer":
-            raise TypeError(
-                f'key must be float32 or float64 where kernel is "{self.window.kernel}": '
-                "no slot of it ever comes to rest"
-            )
-        if not isinstance(self.flux, Tensor):
-            raise TypeError(
-                f"flux must be a Tensor beside bfloat16 slots, got {type(self.flux).__name__}; "
-                "state.to(torch.bfloat16) makes it"
-            )
-        if self.flux.dtype != torch.float32 or self.flux.layout != torch.strided:
-            raise TypeError(f"flux must be dense and float32, got {self.flux.dtype}, layout {self.flux.layout}")
-        shape = (self.batch_size, self.kv_heads, 2, self.key.shape[3] + self.value.shape[3])
-        if self.flux.shape != shape:
-            raise ValueError(f"flux must be (B, Hkv, 2, Dk + Dv) = {shape}, got {tuple(self.flux.shape)}")
-        if self.flux.device != self.key.device:
-            raise ValueError(f"flux must be on the device of key ({self.key.device}), got {self.flux.device}")
+        flux_rows.check(self.flux, self.key, self.value, self.window)
 
     @classmethod
     def _unchecked(cls, key: Any, value: Any, position: Any, window: BlurryWindow, flux: Any = None) -> BlurryState:
@@ -138,16 +96,14 @@ class BlurryState:
         """Key and value slots as they are; those of bfloat16 in float32, with the ones in flux in their place."""
         if self.flux is None:
             return self.key, self.value
-        self._check()  # an attribute may have been set since
-        rows = _rows_in_flux(self.window, self.kv_heads, self.position)
-        key, value = self.key.float(), self.value.float()
-        key[rows], value[rows] = self.flux.split((key.shape[3], value.shape[3]), -1)
-        return key, value
+        # An attribute may have been set after the state was made.
+        self._check()
+        return flux_rows.merge(self.window, self.key, self.value, self.position, self.flux)
 
     def _write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
         """What a step has made of :meth:`_contents`, into a state of bfloat16: all of it at once, or nothing."""
         held = [self.key, self.value, self.position, cast(Tensor, self.flux)]
-        torch._foreach_copy_(held, [key, value, position, _flux(self.window, key, value, position)])
+        torch._foreach_copy_(held, [key, value, position, flux_rows.gather(self.window, key, value, position)])
 
     def _check_writable(self, **read: Tensor) -> None:
         """What the operator checks of the tensors that it updates, for those of a state of bfloat16.
@@ -156,9 +112,7 @@ class BlurryState:
             ValueError: a tensor whose elements share memory with each other, with another of the state, or with one of
                 ``read``; an inference tensor outside inference mode.
         """
-        from . import _C
-
-        written = [(f"state.{name}", getattr(self, name)) for name in (*_CHILDREN, "flux")]
+        written = [(f"state.{name}", getattr(self, name)) for name in (*TENSORS, "flux")]
         _C.check_is_writable(written, list(read.items()))
 
     @classmethod
@@ -245,9 +199,9 @@ class BlurryState:
         key, value = (x.to(device, dtype, non_blocking=non_blocking, copy=copy) for x in contents)
         flux = None
         if key.dtype == torch.bfloat16:
-            flux = _flux(self.window, *contents, self.position) if self.flux is None else self.flux
+            flux = self.flux if self.flux is not None else flux_rows.gather(self.window, *contents, self.position)
             flux = flux.to(device, non_blocking=non_blocking, copy=copy)
-        # A step of the one state must not advance the other.
+        # Positions are copied where slots are, so that a step of the one state does not advance the other.
         position = self.position.to(device, non_blocking=non_blocking, copy=copy or key is not self.key)
         return BlurryState(key, value, position, self.window, flux)
 
@@ -312,7 +266,7 @@ class BlurryState:
                 raise TypeError(f"states must have the same dtype: {states[0].key.dtype}, got {state.key.dtype}")
             if state._place() != states[0]._place():
                 raise ValueError(f"states must have the same sizes and device: {states[0]!r}, got {state!r}")
-        key, value, position = (torch.cat([getattr(state, name) for state in states]) for name in _CHILDREN)
+        key, value, position = (torch.cat([getattr(state, name) for state in states]) for name in TENSORS)
         flux = [state.flux for state in states if state.flux is not None]
         return cls(key, value, position, states[0].window, torch.cat(flux) if flux else None)
 
@@ -336,7 +290,7 @@ class BlurryState:
         uint8, all on the state's device. Of a state on meta ``window`` alone has values, and is on the CPU."""
         text = json.dumps(asdict(self.window)).encode()
         device = "cpu" if self.key.is_meta else self.key.device
-        tensors = {name: getattr(self, name) for name in (*_CHILDREN, "flux")}
+        tensors = {name: getattr(self, name) for name in (*TENSORS, "flux")}
         return {
             **{name: x.detach() for name, x in tensors.items() if x is not None},
             "window": torch.tensor(list(text), dtype=torch.uint8, device=device),
@@ -352,14 +306,15 @@ class BlurryState:
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
-        for name in ("window", *_CHILDREN):
+        for name in ("window", *TENSORS):
             if name not in state_dict:
                 raise KeyError(f"state_dict must have the entry {name!r}, got {', '.join(state_dict) or 'none'}")
         try:
             window = BlurryWindow(**json.loads(bytes(state_dict["window"].tolist())))
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: it has no values
+        # A tensor that has no values raises RuntimeError.
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"window must be the text that state_dict() makes of a window: {error}") from None
-        key, value, position = (state_dict[name] for name in _CHILDREN)
+        key, value, position = (state_dict[name] for name in TENSORS)
         return cls(key, value, position, window, state_dict.get("flux"))
 
     def frequency_window(self) -> tuple[Tensor, Tensor]:
@@ -369,17 +324,7 @@ class BlurryState:
         modulo the head's window P: frequency n has n periods per window. A shut slot counts as the oldest open one
         (zero before the first token). Differentiable.
         """
-        windows, phases, is_open, oldest = self._layout()
-        frequency = torch.arange(self.slots // 2 + 1, device=self.key.device)
-        turns = (frequency * phases.unsqueeze(-1)).to(torch.float64) / windows.unsqueeze(-1)
-        shift = torch.polar(torch.ones_like(turns), -2 * torch.pi * turns).unsqueeze(-1)
-
-        def transform(slots: Tensor) -> Tensor:
-            spectrum = torch.fft.rfft(_fill(slots, is_open, oldest), dim=-2, norm="forward")
-            return spectrum * shift.to(spectrum.dtype)
-
-        key, value = self._contents()
-        return transform(key), transform(value)
+        return spectrum.frequency_window(self.window, *self._contents(), self.position)
 
     def reconstruct(self, lag: Tensor) -> tuple[Tensor, Tensor]:
         """The blurred key and value history, ``(B, Hkv, L, Dk)`` and ``(B, Hkv, L, Dv)``, ``lag`` tokens back.
@@ -398,48 +343,7 @@ class BlurryState:
             TypeError: ``lag`` is not a tensor of real numbers.
             ValueError: ``lag`` is not one-dimensional, is on another device, or requires a gradient.
         """
-        if not isinstance(lag, Tensor):
-            raise TypeError(f"lag must be a Tensor, got {type(lag).__name__}")
-        if lag.is_complex() or lag.dtype == torch.bool:
-            raise TypeError(f"lag must be real numbers, got {lag.dtype}")
-        if lag.dim() != 1:
-            raise ValueError(f"lag must be one-dimensional (L,), got shape {tuple(lag.shape)}")
-        if lag.device != self.key.device:
-            raise ValueError(f"lag must be on the device of the state ({self.key.device}), got {lag.device}")
-        if lag.requires_grad:
-            raise ValueError("lag must not require a gradient: pass lag.detach()")
-        windows, phases, is_open, oldest = self._layout()
-        lag = lag.to(torch.float64)
-        position = self.position.view(-1, 1, 1)
-        is_inside = (lag >= 0) & (lag < torch.minimum(windows.view(-1, 1), position))
-        lag = torch.where(is_inside, lag, 0.0)
-        slot = torch.arange(self.slots, device=lag.device)
-        windows, phases = windows.unsqueeze(-1), phases.unsqueeze(-1)
-        # The newest token's offset from each centre is reduced as a whole number: a long sequence costs no digits.
-        newest = (position - 1 - phases - slot * (windows // self.slots)) % windows
-        weight = _dirichlet(newest.unsqueeze(2) - lag.unsqueeze(-1), self.slots, windows.unsqueeze(-1))
-
-        def interpolate(slots: Tensor) -> Tensor:
-            history = weight.to(slots.dtype) @ _fill(slots, is_open, oldest)
-            return history.masked_fill(~is_inside.unsqueeze(-1), torch.nan)
-
-        key, value = self._contents()
-        return interpolate(key), interpolate(value)
-
-    def _layout(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Windows and phases (Hkv,), which slots are open (B, Hkv, N), and the oldest (Hkv,) while some are shut."""
-        windows, phases = self.window.windows(self.kv_heads), self.window.phases(self.kv_heads)
-        opens = [_openings(self.slots, window, phase) for window, phase in zip(windows, phases, strict=True)]
-        # With a phase the cell before the first token counts, and it belongs to the last slot.
-        oldest = [self.slots - 1 if phase > 0 else 0 for phase in phases]
-        device = self.position.device
-        opening = torch.tensor(opens, device=device, dtype=torch.int64).reshape(self.kv_heads, self.slots)
-        return (
-            torch.tensor(windows, device=device, dtype=torch.int64),
-            torch.tensor(phases, device=device, dtype=torch.int64),
-            opening < self.position.view(-1, 1, 1),
-            torch.tensor(oldest, device=device, dtype=torch.int64),
-        )
+        return spectrum.reconstruct(self.window, *self._contents(), self.position, lag)
 
     def __repr__(self) -> str:
         return (
@@ -447,85 +351,3 @@ class BlurryState:
             f"head_dim={self.key.shape[-1]}, value_dim={self.value.shape[-1]}, dtype={self.key.dtype}, "
             f"device='{self.key.device}', window={self.window!r})"
         )
-
-
-def _fill(slots: Tensor, is_open: Tensor, oldest: Tensor) -> Tensor:
-    """The slots (B, Hkv, N, D), a shut one taken as the oldest open one; zero where none is open."""
-    is_open = is_open.unsqueeze(-1)
-    known = torch.where(is_open, slots, 0.0)
-    first = known[:, torch.arange(slots.shape[1], device=slots.device), oldest].unsqueeze(2)
-    return torch.where(is_open, known, first)
-
-
-def _cells(window: BlurryWindow, kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens per cell and phase of every kv head, (Hkv,)."""
-    resolutions, phases = window.resolutions(kv_heads), window.phases(kv_heads)
-    return torch.tensor(resolutions, device=device), torch.tensor(phases, device=device)
-
-
-_cached_cells = lru_cache(_cells)
-
-
-def _rows_in_flux(window: BlurryWindow, kv_heads: int, position: Tensor) -> tuple[Tensor, ...]:
-    """An index of the slots (B, Hkv, 2) that the token at ``position`` (B,) writes: of its trailing and its leading
-    cell (csrc/law.h)."""
-    # The copy to the device is made once: a CUDA graph could not hold it. What is made within a trace, a mode or a
-    # transform is theirs, and must neither outlive them nor come in from outside; their sizes need have no hash.
-    is_kept = not (
-        torch.compiler.is_compiling()
-        or type(kv_heads) is not int
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-    )
-    resolution, phase = (_cached_cells if is_kept else _cells)(window, kv_heads, position.device)
-    trailing = (position.clamp(min=0).unsqueeze(1) - phase).div(resolution, rounding_mode="floor")
-    slots = torch.stack((trailing, trailing + 1), -1).remainder(window.slots)
-    sequence, head = (torch.arange(size, device=position.device) for size in trailing.shape)
-    return sequence.view(-1, 1, 1), head.view(-1, 1), slots
-
-
-def _flux(window: BlurryWindow, key: Tensor, value: Tensor, position: Tensor) -> Tensor:
-    rows = _rows_in_flux(window, key.shape[1], position)
-    return torch.cat((key[rows], value[rows]), -1).float()
-
-
-_CHILDREN = ("key", "value", "position")
-
-
-_WINDOW = tuple(field.name for field in fields(BlurryWindow))
-
-
-def _fields(window: BlurryWindow) -> tuple[Any, ...]:
-    """The window as plain data: torch.export(strict=True) can write down no other context of a tree."""
-    return tuple(getattr(window, name) for name in _WINDOW)
-
-
-def _flatten(state: BlurryState) -> tuple[list[Any], tuple[Any, ...]]:
-    children = [state.key, state.value, state.position]
-    return children if state.flux is None else [*children, state.flux], _fields(state.window)
-
-
-def _flatten_with_keys(state: BlurryState) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
-    children, context = _flatten(state)
-    return [
-        (pytree.GetAttrKey(name), child) for name, child in zip((*_CHILDREN, "flux"), children, strict=False)
-    ], context
-
-
-def _unflatten(children: Any, context: Any) -> BlurryState:
-    key, value, position, *flux = children  # while a tree is taken apart its leaves need not be tensors
-    return BlurryState._unchecked(key, value, position, BlurryWindow(*context), *flux)
-
-
-# States go into and out of compiled and exported programs.
-pytree.register_pytree_node(
-    BlurryState,
-    _flatten,
-    _unflatten,
-    serialized_type_name="blurry_attn.BlurryState",
-    to_dumpable_context=lambda context: dict(zip(_WINDOW, context, strict=True)),
-    from_dumpable_context=lambda entries: _fields(BlurryWindow(**cast(dict[str, Any], entries))),
-    flatten_with_keys_fn=_flatten_with_keys,
-)
-# Plain data: torch.load and torch.export.load take them under weights_only.
-torch.serialization.add_safe_globals([BlurryState, BlurryWindow])

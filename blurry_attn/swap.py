@@ -22,8 +22,8 @@ _SDPA = {
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 }
-# Other operators that attend, by name: what registers them need not be loaded. Their backwards may run, since they
-# belong to calls from outside of the context.
+# These other operators attend. They are known by name, as what registers them need not be loaded. Their backwards may
+# run, since they belong to calls from outside of the context.
 _OTHERS = (
     "_cudnn_attention_forward",
     "_efficient_attention_forward",
@@ -63,7 +63,7 @@ def _opened(function: Any) -> Callable[..., Any]:
     return body
 
 
-# The backwards too: with activation checkpointing they run the model's forward again.
+# The backwards are among them, since they run the model's forward again where activations are checkpointed.
 _OPENED = {
     function: _opened(function)
     for function in (
@@ -136,7 +136,8 @@ class replace_sdpa(TorchFunctionMode):
                     "replace_sdpa: need_weights must be False in multi_head_attention_forward: "
                     "blurry window attention has no attention weights"
                 )
-        if func is Tensor.unflatten:  # torch.compile cannot trace the method inside a mode, but can the function
+        # Inside a mode torch.compile can trace the function, and not the method.
+        if func is Tensor.unflatten:
             func = torch.unflatten
         if func in _OPENED:
             with self:
@@ -194,7 +195,8 @@ class _FastPath:
 def _is_causal(mask: Tensor, query_length: int, key_length: int) -> bool:
     """Whether ``mask`` lets every query see exactly its own and earlier keys, and is not learned."""
     if type(mask) is not Tensor:
-        from torch.nn.attention.bias import CausalBias  # takes a second to load
+        # This module takes a second to load.
+        from torch.nn.attention.bias import CausalBias
 
         if isinstance(mask, CausalBias):
             return mask.seq_len_q == mask.seq_len_kv == query_length == key_length

@@ -1,23 +1,19 @@
-"""Pictures of what a blurry window holds: ``python -m blurry_attn.viz --out FOLDER`` draws those of the documentation.
+"""Pictures of what a blurry window holds.
 
 Every function that draws takes data and returns a :class:`matplotlib.figure.Figure`, which a notebook shows by itself.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .files import write_whole
+from . import geometry, reference
 from .ops import blurry_window_attention
 from .state import BlurryState
 from .window import BlurryWindow, integer
@@ -46,7 +42,7 @@ def slot_weights(window: BlurryWindow, tokens: int, kv_heads: int = 1) -> Tensor
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
-    # A slot is a linear map of the values: fed with one-hot values, it shows its weights.
+    # A slot is a linear map of the values, so that one-hot values show its weights.
     nothing = torch.zeros(1, kv_heads, tokens, 1, dtype=torch.float64, device="cpu")
     one_hot = torch.eye(tokens, dtype=torch.float64, device="cpu").expand(1, kv_heads, tokens, tokens)
     state = blurry_window_attention(nothing, nothing, one_hot, window, return_state=True)[1]
@@ -114,7 +110,8 @@ def _weight_map(axes: Axes, title: str, window: BlurryWindow, tokens: int) -> Ax
         axes.set_yticks([0.5, slots - 0.5], ["newest", "oldest"])
     else:
         axes.set_ylabel("slots of each head", color=INK)
-        axes.set_yticks([(i + 0.5) * slots for i in range(heads)], [f"r = {r}" for r in window.resolutions(heads)])
+        middles = [(head + 0.5) * slots for head in range(heads)]
+        axes.set_yticks(middles, [f"r = {resolution}" for resolution in window.resolutions(heads)])
     _plain(axes)
     return image
 
@@ -138,8 +135,9 @@ def gates(
     if head is not None and head < 0:
         raise ValueError(f"head must not be negative, got {head}")
     laws = list(zip(window.windows(heads), window.phases(heads), strict=True))
-    drawn = sorted({law: i for i, law in reversed(list(enumerate(laws)))}.values()) if head is None else [head]
-    longest = max(laws[i][0] for i in drawn)
+    first_heads = {law: index for index, law in reversed(list(enumerate(laws)))}
+    drawn = sorted(first_heads.values()) if head is None else [head]
+    longest = max(laws[index][0] for index in drawn)
     tokens = longest + longest // 2 if tokens is None else integer("tokens", tokens)
     slots = list(range(min(4, window.slots)) if slots is None else map(partial(integer, "slots"), slots))
     if tokens < 1:
@@ -148,28 +146,28 @@ def gates(
         raise ValueError(f"slots must be in 0 .. {window.slots - 1}, got {slots}")
     figure = _figure(1.1 + 1.0 * len(slots) * len(drawn))
     rows = figure.subplots(len(slots) * len(drawn), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, (i, slot) in zip(rows, product(drawn, slots), strict=True):
-        _gate(axes, window, *laws[i], slot, tokens)
-        axes.set_ylabel(f"slot {slot}" if len(drawn) == 1 else f"head {i}\nslot {slot}", color=INK)
+    for axes, (index, slot) in zip(rows, product(drawn, slots), strict=True):
+        _gate(axes, window, *laws[index], slot, tokens)
+        axes.set_ylabel(f"slot {slot}" if len(drawn) == 1 else f"head {index}\nslot {slot}", color=INK)
     rows[0].set_xlim(-0.5, tokens - 0.5)
     rows[0].set_ylim(top=1.12)
     rows[-1].set_xlabel("token t   (dotted: the slot's centres; grey: the slot is shut)", color=INK)
     law = f'"{window.kernel}"' + (f", sharpness {window.gate_sharpness:g}" if window.kernel == "fejer" else "")
-    resolutions = ", ".join(str(r) for r in dict.fromkeys(laws[i][0] // window.slots for i in drawn))
+    resolutions = ", ".join(map(str, dict.fromkeys(laws[index][0] // window.slots for index in drawn)))
     _title(figure, f"Gates, the share of token t that a slot takes: {law}, {window.slots} slots, r = {resolutions}")
     return figure
 
 
-def _gate(axes: Axes, window: BlurryWindow, period: int, phase: int, slot: int, tokens: int) -> None:
-    """One slot of one head."""
-    resolution = period // window.slots
-    share = reference.gates(window, period, phase, 0, tokens)[:, slot].nan_to_num(0.0)
+def _gate(axes: Axes, window: BlurryWindow, head_window: int, phase: int, slot: int, tokens: int) -> None:
+    """Draws one slot of one head."""
+    resolution = head_window // window.slots
+    share = reference.gates(window, head_window, phase, 0, tokens)[:, slot].nan_to_num(0.0)
     axes.axvspan(-0.5, reference.opening(slot, window.slots, resolution, phase) - 0.5, color=FAINT, lw=0)
     axes.axhline(0, color=MUTED, lw=0.6)
     time = share.nonzero().flatten()
     axes.vlines(time, 0, share[time], color=ACCENT, lw=max(1.0, min(3.0, 480 / tokens)))
     axes.plot(time, share[time], "o", color=ACCENT, ms=2.5)
-    for centre in range(slot * resolution + phase, tokens, period):
+    for centre in range(geometry.centre(slot, resolution, phase), tokens, head_window):
         axes.axvline(centre, color=MUTED, lw=0.8, ls=(0, (2, 3)), zorder=0)
     axes.set_yticks([0, 1])
     _plain(axes)
@@ -237,52 +235,3 @@ def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=INK, labelsize=9)
-
-
-def documentation() -> dict[str, Figure]:
-    """File name -> figure, for every picture of the documentation."""
-    sliding, blurry = BlurryWindow(32, 32), BlurryWindow(32, 256)
-    generator = torch.Generator().manual_seed(5)
-    steps = torch.randn(256, generator=generator, dtype=torch.float64, device="cpu")
-    time = torch.arange(256, dtype=torch.float64, device="cpu")
-    wave = torch.sin(time / 19) + 0.5 * torch.sin(time / 6.1)
-    return {
-        "token_weights.png": token_weights(
-            {
-                "Sliding window: one token per slot, a sharp memory of 32 tokens": sliding,
-                "Blurry window, r = 8: eight tokens per slot, a blurred memory of 256 tokens": blurry,
-                "Pyramid: heads with r = 1, 2, 4, 8, sharp near and blurred far": BlurryWindow.pyramid(
-                    32, (1, 2, 4, 8)
-                ),
-            }
-        ),
-        "gates_fejer.png": gates(BlurryWindow(8, 64), tokens=136),
-        "gates_dirichlet.png": gates(BlurryWindow(8, 64, kernel="dirichlet"), tokens=136),
-        "reconstruction.png": reconstruction(
-            wave + 0.25 * steps, {"Sliding window of 32 tokens": sliding, "Blurry window, r = 8": blurry}
-        ),
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m blurry_attn.viz", description="Draws the documentation's pictures."
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the PNG files go")
-    args = parser.parse_args(arguments)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name, figure in documentation().items():
-            write_whole(args.out / name, figure.savefig)
-            print(args.out / name)
-    except ModuleNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        parser.error(f"--out {args.out}: pictures cannot be written there ({error.strerror})")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,17 +7,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from . import geometry
+
 KERNELS = ("fejer", "dirichlet")
 DEFAULT_SHARPNESS = 6.0
-MAX_DIRICHLET_RESOLUTION = 32
-MAX_SLOTS = MAX_RESOLUTION = 2**20
-PYRAMID = (1, 1, 4, 8)  # of the recipes tried at equal state, the one that reads text best: docs/results/text.md
+# These resolutions read text best of those that docs/results/text.md compares at equal state.
+PYRAMID = (1, 1, 4, 8)
 
 
 def integer(name: str, value: object) -> int:
     """``value`` as an int, if it is one number and no bool; else a TypeError that names it."""
     try:
-        if not isinstance(value, bool) and getattr(value, "ndim", 0) == 0:  # an array of one number is no number
+        # An array of one number has an index, and is no number.
+        if not isinstance(value, bool) and getattr(value, "ndim", 0) == 0:
             return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         pass
@@ -31,11 +33,6 @@ def _per_head(name: str, value: object) -> int | tuple[int, ...]:
             raise ValueError(f"{name} must be an int or a non-empty tuple of ints, got an empty one")
         return tuple(integer(f"{name}[{i}]", entry) for i, entry in enumerate(value))
     return integer(name, value)
-
-
-def _count(entries: tuple[int, ...], entry: int) -> int:
-    """``entries.count(entry)``, which torch 2.11 does not compile where entries are symbols."""
-    return sum(1 for other in entries if other == entry)
 
 
 @dataclass(frozen=True)
@@ -68,27 +65,17 @@ class BlurryWindow:
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "slots", integer("slots", self.slots))
-        if self.slots < 2:
-            raise ValueError(f"slots must be at least 2, got {self.slots}")
-        if self.slots > MAX_SLOTS:
-            raise ValueError(f"slots must be at most {MAX_SLOTS}, got {self.slots}")
+        geometry.check_slots(self.slots)
         set_field(self, "window", _per_head("window", self.window))
         for window in self._entries(self.window):
-            if window < self.slots or window % self.slots:
-                raise ValueError(f"window must be a positive multiple of slots ({self.slots}), got {window}")
-            if window // self.slots > MAX_RESOLUTION:
-                raise ValueError(f"window must be at most {MAX_RESOLUTION} * slots, got {window}")
+            geometry.check_window(window, self.slots)
         if not isinstance(self.kernel, str) or self.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {KERNELS}, got {self.kernel!r}")
         if self.kernel == "dirichlet":
             if self.sharpness is not None:
                 raise ValueError(f"sharpness must be None with kernel='dirichlet', got {self.sharpness!r}")
             for window in self._entries(self.window):
-                if window // self.slots > MAX_DIRICHLET_RESOLUTION:
-                    raise ValueError(
-                        f"window must be at most {MAX_DIRICHLET_RESOLUTION} * slots with kernel='dirichlet' "
-                        f"(its negative lobes amplify), got {window} with {self.slots} slots"
-                    )
+                geometry.check_dirichlet_window(window, self.slots)
         elif self.sharpness is not None:
             if isinstance(self.sharpness, bool) or not isinstance(self.sharpness, (int, float)):
                 raise TypeError(f"sharpness must be a float or None, got {self.sharpness!r}")
@@ -102,7 +89,7 @@ class BlurryWindow:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlurryWindow):
             return NotImplemented
-        # Field by field: torch.compile cannot compare tuples that hold symbolic sizes.
+        # Fields are compared one by one, as torch.compile cannot compare tuples that hold symbolic sizes.
         return (
             self.slots == other.slots
             and self.window == other.window
@@ -121,8 +108,7 @@ class BlurryWindow:
             raise ValueError(f"phase must have one entry per window ({len(windows)}), got {len(phases)}")
         count = max(len(windows), len(phases))
         for window, phase in zip(self._spread(windows, count), self._spread(phases, count), strict=True):
-            if not 0 <= phase < window // self.slots:
-                raise ValueError(f"phase must be in 0 .. {window // self.slots - 1} (window // slots - 1), got {phase}")
+            geometry.check_phase(phase, window, self.slots)
 
     @staticmethod
     def _spread(entries: tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -181,11 +167,7 @@ class BlurryWindow:
             phases = self._of_heads("phase", self.phase, kv_heads)
             self.windows(kv_heads)
             return phases
-        resolutions = self.resolutions(kv_heads)
-        return tuple(
-            _count(resolutions[:head], resolution) * resolution // _count(resolutions, resolution)
-            for head, resolution in enumerate(resolutions)
-        )
+        return geometry.staggered_phases(self.resolutions(kv_heads))
 
     def of_heads(self, kv_heads: int, heads: slice) -> BlurryWindow:
         """The window of some of ``kv_heads`` heads: each keeps its length and its phase."""

@@ -58,7 +58,8 @@ def markdown(docstring: str) -> str:
         if first.rstrip(":") in SECTIONS and first.endswith(":"):
             blocks.append(f"**{first.rstrip(':')}**")
             rest = textwrap.dedent(rest)
-            if first == "Returns:":  # a text; the others list names
+            # This section holds a text, and the others list names.
+            if first == "Returns:":
                 blocks.append(wrapped(prose(" ".join(rest.split()))))
                 continue
             entries = re.split(r"\n(?=\S)", rest)
@@ -77,7 +78,8 @@ def signature(x: Any) -> str:
         return ""
     found = re.sub(r"^\((?:self|cls)(?:, |(?=\)))", "(", found)
     found = re.sub(r"\b(?:torch|typing|collections\.abc|blurry_attn\.\w+)\.(?=[A-Z])", "", found)
-    if len(found) > WIDTH:  # a parameter per line
+    if len(found) > WIDTH:
+        # Each parameter stands in a line of its own.
         found = re.sub(r", (?=\*|\w+: )", ",\n    ", found.replace("(", "(\n    ", 1))
         found = re.sub(r"\)(?= -> )", ",\n)", found, count=1)
     return found

@@ -25,7 +25,7 @@ from blurry_attn import (
     blurry_window_attention,
     blurry_window_step,
 )
-from blurry_attn.state import _cached_cells
+from blurry_attn.flux_rows import _cached_cells
 
 WINDOW = BlurryWindow(4, (12, 4))
 

@@ -31,7 +31,7 @@ _NO_WAY_BACK = (
     "a BlurryCache cannot be cropped: its slots blend tokens, and no token can be taken out again; so assisted and "
     "prompt lookup decoding, which take back the tokens that the model refuses, do not work with it"
 )
-# What changes the logits or the softmax in a way that the operator has no counterpart of.
+# These options change the logits or the softmax in a way that the operator has no counterpart of.
 _REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
@@ -87,13 +87,15 @@ def convert(model: PreTrainedModel, window: BlurryWindow, name: str = "blurry_wi
 class BlurryCacheLayer(CacheLayerMixin):
     """What one attention layer remembers: a :class:`BlurryState`, once the first tokens have been seen."""
 
-    supports_early_init = False  # the window comes with the first call
+    # The window comes with the first call.
+    supports_early_init = False
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.dtype = dtype
         self.state: BlurryState | None = None
-        self.tokens = 0  # of every sequence, padding included; state.position counts without
+        # This number is that of every sequence and includes padding, which state.position does not.
+        self.tokens = 0
         self.awaits_attention = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -286,7 +288,8 @@ def _of_this_rank(window: BlurryWindow, module: nn.Module, kv_heads: int, local:
         NotImplementedError: heads that do not divide evenly over the ranks, or are sharded along several dimensions.
     """
     if not any(hasattr(weight, "device_mesh") for weight in module.parameters()):
-        return window  # a layer that has so many heads
+        # The layer has so many heads of its own.
+        return window
     from torch.distributed.tensor import DTensor, Shard
 
     ranks = {
@@ -302,7 +305,8 @@ def _of_this_rank(window: BlurryWindow, module: nn.Module, kv_heads: int, local:
             f"the {kv_heads} kv heads of {type(module).__name__} must divide evenly over the ranks of one dimension of "
             f"the mesh, got {local} on this one"
         )
-    return _of_heads(window, kv_heads, rank * int(local), int(local))  # a size that is a symbol has no hash
+    # A size that is a symbol has no hash.
+    return _of_heads(window, kv_heads, rank * int(local), int(local))
 
 
 @lru_cache

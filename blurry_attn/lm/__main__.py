@@ -36,7 +36,8 @@ except ModuleNotFoundError as error:
 PROGRAM, MODULE = "blurry-lm", "python -m blurry_attn.lm"
 RUNS = Path("runs")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-OUTPUT = (*FULL, errno.EPIPE, errno.EIO)  # where no file is named: files are, when they are written
+# An error of a file that is written names the file; one of these that names none is standard output's.
+OUTPUT = (*FULL, errno.EPIPE, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
+        # A terminal may lack a character.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with joined():
             status = args.command(args)
@@ -59,7 +61,8 @@ def _run(args: argparse.Namespace) -> int:
             return status
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT:
-            error.filename = "standard output"  # of which the interpreter's last flush would fail too
+            error.filename = "standard output"
+            # The interpreter's last flush would fail too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, BrokenPipeError):
                 return 0
@@ -123,7 +126,8 @@ def _train(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     sampling = Sampling(**_given(args, Sampling))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # one byte of one sequence is too little work to share
+        # One byte of one sequence is too little work to share.
+        torch.set_num_threads(1)
     line = generate(args.run or newest_run(RUNS), args.prompt, args.tokens, sampling, _device(args), sys.stdout)
     print(line, file=sys.stderr)
     return 0

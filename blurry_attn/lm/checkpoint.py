@@ -35,8 +35,10 @@ FILE = "checkpoint.safetensors"
 PROGRAM = "blurry_attn.lm"
 FORMAT = f"{PROGRAM} 4"
 MOST_THREADS = 1024
-MOST_JSON = 2**16  # characters of a configuration
-LOWEST = {"step": 1.0, "exp_avg_sq": 0.0}  # what AdamW divides by, or takes the root of
+# A configuration has at most so many characters.
+MOST_JSON = 2**16
+# AdamW divides by the one and takes the root of the other.
+LOWEST = {"step": 1.0, "exp_avg_sq": 0.0}
 Config = TypeVar("Config", bound="ModelConfig | TrainConfig")
 
 
@@ -96,7 +98,7 @@ class Checkpoint:
             set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
 def save(
@@ -111,7 +113,8 @@ def save(
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(model, optimizer, options=options))
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
-    for name, values in moments.get("state", {}).items():  # empty but on the first process
+    # The moments are empty but on the first process.
+    for name, values in moments.get("state", {}).items():
         tensors |= {f"optimizer.{name}.{field}": tensor for field, tensor in values.items()}
     header = {
         "format": FORMAT,
@@ -139,7 +142,8 @@ def load(folder: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            # What safe_open gives is no dict.
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             kinds = {name: f"{entry.get_dtype()} {tuple(entry.get_shape())}" for name, entry in entries.items()}
             configs = _checked(header, kinds)
             tensors = {name: file.get_tensor(name) for name in kinds}

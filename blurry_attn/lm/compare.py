@@ -96,7 +96,9 @@ def _plot(path: Path, folder: Path, rows: list[Row], bigram: float) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for color, row in enumerate(rows):
-        lines: list[dict[str, Any]] = [json.loads(x) for x in (folder / row.run / METRICS).read_text().splitlines()]
+        lines: list[dict[str, Any]] = [
+            json.loads(line) for line in (folder / row.run / METRICS).read_text().splitlines()
+        ]
         axes.plot([line["step"] for line in lines], [line["bits"] for line in lines], color=f"C{color}", alpha=0.15)
         points = [(line["step"], line["validation_bits"]) for line in lines if "validation_bits" in line]
         label = f"{row.mixer}: {row.bits:.3f} ({row.state_elements:,} state elements)"

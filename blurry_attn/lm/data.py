@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 256
-HELD_OUT_SHARE = 10  # one file in ten
+# One file in ten is held out.
+HELD_OUT_SHARE = 10
 VALIDATION_WINDOWS = 96
 
 
@@ -23,15 +24,15 @@ class InputError(ValueError):
     """A user's mistake; its message is one line that says what to do about it."""
 
 
-def check_memory(needed: int, what: str) -> None:
-    """Refuses ``what``, options or a path, that takes more bytes than this machine has.
+def check_memory(size: int, what: str) -> None:
+    """Refuses ``what``, options or a path, that takes ``size`` bytes, more than this machine has.
 
     Raises:
         InputError: it does.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        gib = [f"{min(size / 2**30, 1e15):,.0f} GiB" for size in (needed, memory)]
+    if size > memory:
+        gib = [f"{min(number / 2**30, 1e15):,.0f} GiB" for number in (size, memory)]
         raise InputError(f"{what}: at least {gib[0]} of memory would be needed, and this machine has {gib[1]}")
 
 

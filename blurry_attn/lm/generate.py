@@ -86,7 +86,8 @@ def generate(folder: Path, prompt: str, tokens: int, sampling: Sampling, device:
     model = LanguageModel(config)
     saved.restore(model)
     model.to(device).eval()
-    spoken = prompt.encode(errors="surrogateescape")  # also what a terminal sent that is no UTF-8
+    # Surrogates stand for bytes of a terminal that are no UTF-8.
+    spoken = prompt.encode(errors="surrogateescape")
     print(spoken.decode(errors="replace"), end="", file=out)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     states: list[Any] = []

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..geometry import MAX_RESOLUTION, MAX_SLOTS
 from ..modules import BlurrySelfAttention
 from ..ops import rotary
-from ..window import MAX_RESOLUTION, MAX_SLOTS, BlurryWindow
+from ..window import BlurryWindow
 from .data import VOCABULARY, InputError, check_memory
 
 MIXERS = ("blurry", "sliding", "full")
@@ -89,7 +90,7 @@ class TokenSelfAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = (rotary(y, positions, self.rope_base) for y in (query, key))
+        query, key = (rotary(heads, positions, self.rope_base) for heads in (query, key))
         if state is not None:
             key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
         # Without a mask in memory, PyTorch takes its fastest kernels.
@@ -217,4 +218,4 @@ class LanguageModel(nn.Module):
 def state_size(states: list[Any]) -> tuple[int, int]:
     """Elements and bytes that the states of all layers hold."""
     tensors = [tensor for state in states for tensor in (state.key, state.value)]
-    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+    return sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)

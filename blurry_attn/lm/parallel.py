@@ -45,7 +45,8 @@ def joined() -> Iterator[None]:
     device, backend = int(os.environ["LOCAL_RANK"]), "gloo"
     if device < torch.cuda.device_count():
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"  # flags are agreed upon on the CPU
+        # Flags are agreed upon on the CPU.
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
         yield

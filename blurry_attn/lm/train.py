@@ -34,10 +34,13 @@ from .parallel import Parallel, agreed, anywhere, mean, rank, size
 Found = Literal["none", "same", "shorter"]
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
-WARM_UP, FINAL = 0.1, 0.02  # shares of the steps and of the peak learning rate
-VALIDATIONS = 8  # per run
+# These are shares of the steps and of the peak learning rate.
+WARM_UP, FINAL = 0.1, 0.02
+# A run is validated so many times.
+VALIDATIONS = 8
 VALIDATION_BATCH = 32
-TRIAL = 1.0  # seconds in which one thread and all of them take turns
+# One thread and all of them take turns for so many seconds.
+TRIAL = 1.0
 
 
 class Interrupted(Exception):
@@ -94,11 +97,11 @@ def train(
             if saved.digest != text.digest:
                 raise InputError(f"{folder}: not the text that this run was started on, so it cannot be continued")
             saved.restore(model, optimizer)
-        threads, recorded = train_config.threads, None if saved is None else saved.train_config.threads
+        threads, saved_threads = train_config.threads, None if saved is None else saved.train_config.threads
         if threads is None and device.type == "cpu" and size() == 1:
-            threads = recorded or _faster_threads(model, text, train_config)
+            threads = saved_threads or _faster_threads(model, text, train_config)
         with _threads(threads):
-            train_config = replace(train_config, threads=threads or recorded)
+            train_config = replace(train_config, threads=threads or saved_threads)
             start = 0 if saved is None else saved.step
             return _trained(folder, model, divided, optimizer, text, train_config, start, device, parallel)
 
@@ -117,7 +120,7 @@ def _trained(
     """The run after the step ``start``."""
     inputs, targets = text.validation(config.context)
     unigram, bigram = ngram_bits(text.train, inputs, targets)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     mixer = model.config.mixer
     print(
         f"{mixer}: {parameters:,} parameters; {len(text.train):,} bytes to train on, "
@@ -127,14 +130,14 @@ def _trained(
     log = _kept_metrics(folder / METRICS, start)
     bits = next((line["validation_bits"] for line in reversed(log) if "validation_bits" in line), math.nan)
 
-    tokens = config.batch * config.context  # per step
-    done = start
+    step_tokens = config.batch * config.context
+    steps_done = start
     with (
         _interrupts() as interrupted,
         _Lines(folder / METRICS) as metrics,
         tqdm(
-            total=config.steps * tokens,
-            initial=start * tokens,
+            total=config.steps * step_tokens,
+            initial=start * step_tokens,
             unit="tok",
             unit_scale=True,
             smoothing=0.05,
@@ -146,39 +149,41 @@ def _trained(
             numbers = train_step(divided, optimizer, text, config, step, device, parallel)
             line: dict[str, Any] = {"step": step + 1, **numbers}
             line["seconds"] = time.perf_counter() - begin
-            done = step + 1
+            steps_done = step + 1
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['bits']:.3f} bits/byte", refresh=False)
-            bar.update(tokens)
-            last = done == config.steps
-            if last or done * VALIDATIONS // config.steps > step * VALIDATIONS // config.steps:
+            bar.update(step_tokens)
+            last = steps_done == config.steps
+            if last or steps_done * VALIDATIONS // config.steps > step * VALIDATIONS // config.steps:
                 bits = validate(divided, inputs, targets, device, parallel)
-                _check_finite("bits of the held-out text", bits, done)
+                _check_finite("bits of the held-out text", bits, steps_done)
                 line["validation_bits"] = bits
                 bar.write(
-                    f"step {done}: held-out bits per byte {bits:.3f} (unigram {unigram:.3f}, bigram {bigram:.3f})"
+                    f"step {steps_done}: held-out bits per byte {bits:.3f} (unigram {unigram:.3f}, bigram {bigram:.3f})"
                 )
             log.append(line)
             metrics.write(line)
             stop = anywhere(interrupted.is_set())
             if "validation_bits" in line or stop:
                 metrics.flush()
-                checkpoint.save(folder, model, optimizer, config, text.digest, done)
+                checkpoint.save(folder, model, optimizer, config, text.digest, steps_done)
             if stop and not last:
                 break
     if rank() == 0:
         write_whole(folder / PLOT, lambda path: _plot(path, log, unigram, bigram, mixer))
-    if done < config.steps:
-        raise Interrupted(f"stopped and saved at step {done} of {config.steps}")
+    if steps_done < config.steps:
+        raise Interrupted(f"stopped and saved at step {steps_done} of {config.steps}")
     seconds = median(line["seconds"] for line in log) if log else math.nan
-    return Result(bits, unigram, bigram, parameters, tokens / seconds, folder)
+    return Result(bits, unigram, bigram, parameters, step_tokens / seconds, folder)
 
 
 @torch.no_grad()
 def validate(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device, parallel: Parallel) -> float:
     """Bits per byte of ``targets``."""
     total = 0.0
-    for x, y in zip(inputs.split(VALIDATION_BATCH), targets.split(VALIDATION_BATCH), strict=True):
-        total += mean(_loss(model, x, y, device, parallel)).item() * y.numel()
+    batches = zip(inputs.split(VALIDATION_BATCH), targets.split(VALIDATION_BATCH), strict=True)
+    for batch_inputs, batch_targets in batches:
+        loss = mean(_loss(model, batch_inputs, batch_targets, device, parallel)).item()
+        total += loss * batch_targets.numel()
     return total / targets.numel() / math.log(2)
 
 
@@ -187,8 +192,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     warm_up = max(1, round(WARM_UP * config.steps))
     if step < warm_up:
         return config.learning_rate * (step + 1) / warm_up
-    done = (step - warm_up) / max(1, config.steps - warm_up)
-    return config.learning_rate * (FINAL + (1 - FINAL) * (1 + math.cos(math.pi * done)) / 2)
+    progress = (step - warm_up) / max(1, config.steps - warm_up)
+    return config.learning_rate * (FINAL + (1 - FINAL) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -209,10 +214,10 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device, parallel: Parallel) -> Tensor:
     """The mean cross-entropy of a batch, as the mean over processes of what each makes of its part."""
-    x, y = parallel.part(inputs).to(device), parallel.part(targets).to(device)
+    own_inputs, own_targets = parallel.part(inputs).to(device), parallel.part(targets).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits = model(x)
-    total = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
+        logits = model(own_inputs)
+    total = F.cross_entropy(logits.float().flatten(0, 1), own_targets.flatten(), reduction="sum")
     return total * parallel.parts / targets.numel()
 
 
@@ -290,7 +295,8 @@ def _saved(folder: Path, model_config: ModelConfig, train_config: TrainConfig, f
     if found == "none":
         raise InputError(f"{folder}: holds a run already; --resume continues it, another --run starts anew")
     saved = checkpoint.load(folder)
-    known = replace(saved.train_config, threads=train_config.threads)  # which changes no more than the last bits
+    # The number of threads changes no more than the last bits.
+    known = replace(saved.train_config, threads=train_config.threads)
     if found == "shorter" and known.steps < train_config.steps:
         known = replace(known, steps=train_config.steps)
     if (saved.model_config, known) != (model_config, train_config):
@@ -350,11 +356,11 @@ def _threads(number: int | None) -> Iterator[None]:
 
 def _faster_threads(model: LanguageModel, text: Text, config: TrainConfig) -> int:
     """One thread or all: those that take less time for losses and gradients, unless the environment says a number."""
-    every = torch.get_num_threads()
-    if every == 1 or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
-        return every
+    all_threads = torch.get_num_threads()
+    if all_threads == 1 or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        return all_threads
     inputs, targets = text.batch(config.seed, 0, config.batch, config.context)
-    seconds: dict[int, list[float]] = {1: [], every: []}
+    seconds: dict[int, list[float]] = {1: [], all_threads: []}
     begin = time.perf_counter()
     while time.perf_counter() - begin < TRIAL:
         for number, times in seconds.items():
@@ -363,9 +369,9 @@ def _faster_threads(model: LanguageModel, text: Text, config: TrainConfig) -> in
                 _loss(model, inputs, targets, torch.device("cpu"), Parallel("ddp")).backward()
                 model.zero_grad()
                 times.append(time.perf_counter() - start)
-    one, all_of_them = (1000 * fmean(times[1:] or times) for times in seconds.values())
-    faster = 1 if one < all_of_them else every
-    print(f"threads: {faster}, as a gradient takes {one:.1f} ms with 1 and {all_of_them:.1f} ms with {every}")
+    one_takes, all_take = (1000 * fmean(times[1:] or times) for times in seconds.values())
+    faster = 1 if one_takes < all_take else all_threads
+    print(f"threads: {faster}, as a gradient takes {one_takes:.1f} ms with 1 and {all_take:.1f} ms with {all_threads}")
     return faster
 
 

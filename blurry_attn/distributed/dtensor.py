@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
-from .state import BlurryState
-from .window import BlurryWindow
+from ..state import BlurryState
+from ..window import BlurryWindow
 
-SEQUENCES, HEADS, TOKENS, FEATURES = range(4)  # dimensions of query, key and value
+# These are the dimensions of query, key and value.
+SEQUENCES, HEADS, TOKENS, FEATURES = range(4)
 
 
 def attend(
@@ -97,7 +98,7 @@ def step(
         in_placements=(division.query, division.kv, division.kv, *division.of_state),
         redistribute_inputs=True,
     )(query, key, value, state)
-    # What was written are the parts; a backward may have saved the whole.
+    # The step wrote to the parts, and a backward may have saved the whole.
     torch.autograd.graph.increment_version((state.key, state.value, state.position))
     return out
 
@@ -149,18 +150,19 @@ def _divide(
             raise NotImplementedError("state must not be in bfloat16 among DTensors; state.to(torch.float32)")
         arguments |= {"state.key": state.key, "state.value": state.value, "state.position": state.position}
     tensors: dict[str, DTensor] = {}
-    for name, x in arguments.items():
-        if not isinstance(x, DTensor):
-            raise TypeError(f"{name} must be a DTensor like the other arguments, got {type(x).__name__}")
-        tensors[name] = x
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, DTensor):
+            raise TypeError(f"{name} must be a DTensor like the other arguments, got {type(tensor).__name__}")
+        tensors[name] = tensor
     mesh = tensors["query"].device_mesh
-    for name, x in tensors.items():
-        if x.device_mesh != mesh:
-            raise ValueError(f"{name} must be on query's device mesh {mesh}, got {x.device_mesh}")
+    for name, tensor in tensors.items():
+        if tensor.device_mesh != mesh:
+            raise ValueError(f"{name} must be on query's device mesh {mesh}, got {tensor.device_mesh}")
     given = [tensors[name].placements for name in ("query", "key", "value")]
     cuts = [_cut([placements[dim] for placements in given]) for dim in range(mesh.ndim)]
 
-    parts, part = {SEQUENCES: 1, HEADS: 1}, {SEQUENCES: 0, HEADS: 0}  # into how many; which of them is this rank's
+    # A dimension is cut into so many parts, and this rank has the one of this index.
+    parts, part = {SEQUENCES: 1, HEADS: 1}, {SEQUENCES: 0, HEADS: 0}
     for dim, cut in enumerate(cuts):
         if cut is not None:
             parts[cut] *= mesh.size(dim)
@@ -177,11 +179,12 @@ def _divide(
     by_head, by_sequence = at(Shard(HEADS)), at(Replicate())
     kv = by_sequence if is_shared else by_head
     of_state = (by_head, by_head, by_sequence)
-    for (name, x), placements in zip(tensors.items(), (by_head, kv, kv, *of_state), strict=False):
+    for (name, tensor), placements in zip(tensors.items(), (by_head, kv, kv, *of_state), strict=False):
         for dim in {placement.dim for placement in placements if isinstance(placement, Shard)}:
-            if x.shape[dim] % parts[dim]:
+            if tensor.shape[dim] % parts[dim]:
                 raise ValueError(
-                    f"{name} must divide evenly over {parts[dim]} ranks in dimension {dim}, got shape {tuple(x.shape)}"
+                    f"{name} must divide evenly over {parts[dim]} ranks in dimension {dim}, "
+                    f"got shape {tuple(tensor.shape)}"
                 )
     first = part[HEADS] * kv_heads // ranks
     own = slice(first, first + max(1, kv_heads // ranks))

@@ -1,4 +1,4 @@
-"""Many devices: a sequence cut over ranks (context parallel), the heads of a layer over ranks (tensor parallel)."""
+"""Context parallel: a sequence that is cut over ranks, of which each holds one piece."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch import Tensor
 
-from . import _C
-from .modules import BlurrySelfAttention
-from .ops import _check_arguments, blurry_window_attention
-from .ragged import shapes_may_depend_on
-from .state import BlurryState
-from .window import BlurryWindow
+from .. import geometry
+from ..ops import _check_arguments, blurry_window_attention
+from ..ragged import shapes_may_depend_on
+from ..state import BlurryState
+from ..window import BlurryWindow
 
 
 def piece_start(tokens: int, group: dist.ProcessGroup | None = None) -> int:
@@ -73,12 +70,15 @@ def context_parallel_attention(
         as :func:`blurry_attn.blurry_window_attention`.
     """
     _check_arguments(query, key, value, window, enable_gqa)
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[2] != query.shape[2]:
-            raise ValueError(f"{name} must have as many tokens as query ({query.shape[2]}), got {x.shape[2]}")
-    with torch.no_grad():  # what one process would refuse is refused before anything is sent
-        q, k, v = (x[:, :, :0] for x in (query, key, value))
-        blurry_window_attention(q, k, v, window, scale=scale, enable_gqa=enable_gqa, state=state)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[2] != query.shape[2]:
+            raise ValueError(f"{name} must have as many tokens as query ({query.shape[2]}), got {tensor.shape[2]}")
+    # A call without tokens refuses what one process would refuse, before anything is sent.
+    with torch.no_grad():
+        empty_query, empty_key, empty_value = (tensor[:, :, :0] for tensor in (query, key, value))
+        blurry_window_attention(
+            empty_query, empty_key, empty_value, window, scale=scale, enable_gqa=enable_gqa, state=state
+        )
     if start is None:
         start = piece_start(key.shape[2], group)
     elif isinstance(start, bool) or not isinstance(start, int):
@@ -95,27 +95,27 @@ def context_parallel_attention(
         position = position + state.position
     sizes = [key.shape[3], value.shape[3]]
 
-    def at(contents: Tensor, position: Tensor) -> BlurryState:
+    def as_state(contents: Tensor, position: Tensor) -> BlurryState:
         key, value = contents.split(sizes, -1)
         return BlurryState(key, value, position, window)
 
     echoes = _echoes(window, key.shape[1])
 
-    def compressed(skipped: int) -> Tensor:
-        """What the piece makes of ``before``, but for its first tokens: (B, Hkv, N, Dk + Dv)."""
-        given = torch.zeros_like(before) if skipped else before
-        end = _state_after(key[:, :, skipped:], value[:, :, skipped:], at(given, position + skipped))
+    def compress(first: int) -> Tensor:
+        """What the piece's tokens from ``first`` on make of ``before``: (B, Hkv, N, Dk + Dv)."""
+        given = torch.zeros_like(before) if first else before
+        end = _state_after(key[:, :, first:], value[:, :, first:], as_state(given, position + first))
         return torch.cat((end.key, end.value), -1)
 
-    skipped = _negligible(window, echoes, key.shape[2], dtype)
-    end = compressed(skipped)
-    if skipped and any(echoes) and not _outweighs(end, before, key[:, :, :skipped], value[:, :, :skipped]):
-        skipped, end = 0, compressed(0)
+    first = _first_that_counts(window, echoes, key.shape[2], dtype)
+    end = compress(first)
+    if first and any(echoes) and not _outweighs(end, before, key[:, :, :first], value[:, :, :first]):
+        first, end = 0, compress(0)
     with torch.no_grad():
-        nothing = key.new_zeros((), dtype=dtype).expand(*shape[:2], key.shape[2] - skipped, 1)
+        nothing = key.new_zeros((), dtype=dtype).expand(*shape[:2], key.shape[2] - first, 1)
         one = key.new_ones(*shape, 1, dtype=dtype)
-        decay = _state_after(nothing, nothing, BlurryState(one, one, position + skipped, window)).key
-        laps = (skipped // period for period in window.windows(key.shape[1]))
+        decay = _state_after(nothing, nothing, BlurryState(one, one, position + first, window)).key
+        laps = (first // head_window for head_window in window.windows(key.shape[1]))
         decay = decay * _per_head(one, [echo**count for echo, count in zip(echoes, laps, strict=True)])
         endless = _per_head(one, [echo > 0 for echo in echoes]).bool()
     carried = _Carry.apply(before, end, decay, endless, group)
@@ -126,7 +126,7 @@ def context_parallel_attention(
         window,
         scale=scale,
         enable_gqa=enable_gqa,
-        state=at(carried, position),
+        state=as_state(carried, position),
         return_state=return_state,
         return_lse=return_lse,
     )
@@ -134,28 +134,27 @@ def context_parallel_attention(
 
 @lru_cache
 def _echoes(window: BlurryWindow, kv_heads: int) -> tuple[float, ...]:
-    """What is left in the slots of each kv head after a lap, the tokens of its window, of what they held; 0: nothing,
-    and whatever it was, since a gate of 1 replaces."""
+    """The share that the slots of each kv head keep over a lap (:func:`blurry_attn.geometry.echo`)."""
 
     @cache
-    def echo(period: int, phase: int) -> float:
-        # Of all slots open, one lap: each meets every gate of the period once.
-        lap = _C.gates(window.kernel, window.slots, period, phase, window.gate_sharpness, 2 * period, period)
-        return float(abs(1 - lap).prod(0).max())
+    def echo(head_window: int, phase: int) -> float:
+        return geometry.echo(window.kernel, window.slots, head_window, phase, window.gate_sharpness)
 
     return tuple(map(echo, window.windows(kv_heads), window.phases(kv_heads)))
 
 
-def _negligible(window: BlurryWindow, echoes: tuple[float, ...], tokens: int, dtype: torch.dtype) -> int:
-    """Of how many first tokens less than the square of the precision is left, and of what was there before: whole laps
-    of every head whose echo has no end, over which it is a power."""
+def _first_that_counts(window: BlurryWindow, echoes: tuple[float, ...], tokens: int, dtype: torch.dtype) -> int:
+    """The index of the first of ``tokens`` tokens that counts: of all before, less than the precision squared is left.
+
+    A multiple of the laps of every head whose echo has no end, over which it is a power.
+    """
     reach, lap = 0, 1
-    for echo, period in zip(echoes, window.windows(len(echoes)), strict=True):
+    for echo, head_window in zip(echoes, window.windows(len(echoes)), strict=True):
         if echo > 0:
-            reach = max(reach, period * math.ceil(2 * math.log(torch.finfo(dtype).eps) / math.log(echo)))
-            lap = math.lcm(lap, period)
+            reach = max(reach, head_window * math.ceil(2 * math.log(torch.finfo(dtype).eps) / math.log(echo)))
+            lap = math.lcm(lap, head_window)
         else:
-            reach = max(reach, period)
+            reach = max(reach, head_window)
     return max(0, tokens - reach) // lap * lap
 
 
@@ -227,36 +226,9 @@ def _kept(decay: Tensor, slots: Tensor, endless: Tensor) -> Tensor:
     return torch.where((decay == 0) & ~endless, 0.0, decay * slots)
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
-    gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, x.contiguous(), group)
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """The tensors of all ranks, in their order; all have one shape."""
+    like = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    gathered = [torch.empty_like(like) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, tensor.contiguous(), group)
     return gathered
-
-
-class HeadParallel(ParallelStyle):
-    """Tensor parallel for :class:`blurry_attn.BlurrySelfAttention`, in a plan of ``parallelize_module``.
-
-    A rank projects to some of the heads and attends over them, each through its own window; one all-reduce sums the
-    output. Inputs and outputs are plain tensors, the same on every rank; a state holds the heads of its rank.
-
-    >>> parallelize_module(model, mesh, {"layers.*.attention": HeadParallel()})
-
-    Raises:
-        TypeError: another module.
-        ValueError: kv heads that do not divide evenly over the ranks.
-    """
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, BlurrySelfAttention):
-            raise TypeError(f"HeadParallel is for BlurrySelfAttention, got {type(module).__name__}")
-        ranks, rank = device_mesh.size(), device_mesh.get_local_rank()
-        if module.num_kv_heads % ranks:
-            raise ValueError(f"num_kv_heads must be a multiple of the {ranks} ranks, got {module.num_kv_heads}")
-        projections = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
-        parallelize_module(
-            module, device_mesh, {**projections, "out_proj": RowwiseParallel()}, src_data_rank=self.src_data_rank
-        )
-        kv_heads = module.num_kv_heads // ranks
-        module.window = module.window.of_heads(module.num_kv_heads, slice(rank * kv_heads, (rank + 1) * kv_heads))
-        module.num_heads, module.num_kv_heads = module.num_heads // ranks, kv_heads
-        return module
