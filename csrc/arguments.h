@@ -1,5 +1,5 @@
-// What the operators are given and give back: each list stands once, as a struct of references. `Fields` of a struct
-// are its members in the order of the schema; an argument more is a member here and a word in schema.cpp.
+// The argument and result lists of the operators stand here once each, as structs of references. `fields()` of a struct
+// returns its members in the order of the schema. A new argument is a member here and a word in schema.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,9 +14,9 @@ namespace blurry_attn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// (out, lse, state_key, state_value, position, kept); what was not asked for is empty.
+// The forward returns (out, lse, state_key, state_value, position, kept). A result that was not asked for is empty.
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-// Gradients of (query, key, value, state_key, state_value).
+// The backward returns the gradients of (query, key, value, state_key, state_value).
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 struct Inputs {
@@ -25,7 +25,7 @@ struct Inputs {
   auto fields() const { return std::tuple<const at::Tensor&, const at::Tensor&, const at::Tensor&>(query, key, value); }
 };
 
-// Of every key/value head.
+// LawArguments give the law of all key/value heads; `window` and `phase` have one entry per head.
 struct LawArguments {
   int64_t slots;
   at::IntArrayRef window, phase;
@@ -38,7 +38,7 @@ struct LawArguments {
   }
 };
 
-// What a forward and its backward are both given.
+// CallArguments are given to a forward and to its backward.
 struct CallArguments : Inputs, LawArguments {
   double scale;
   const OptionalTensor &cu_seqlens, &state_key, &state_value, &position;
@@ -55,7 +55,7 @@ struct ForwardArguments : CallArguments {
   static constexpr const char* kOperator = "blurry_attn::forward";
   using Result = ForwardResult;
   bool return_state;
-  bool keep;  // what slots held, for the backward, where a device's kernels have some
+  bool keep;  // whether to return `kept` for the backward, where the kernels have it
 
   auto fields() const { return std::tuple_cat(CallArguments::fields(), std::tuple<bool, bool>(return_state, keep)); }
 };
@@ -73,7 +73,7 @@ struct IncomingGradients {
 struct BackwardArguments : IncomingGradients, CallArguments {
   static constexpr const char* kOperator = "blurry_attn::backward";
   using Result = BackwardResult;
-  const at::Tensor &out, &lse, &kept;  // the forward's results
+  const at::Tensor &out, &lse, &kept;  // results of the forward
 
   auto fields() const {
     return std::tuple_cat(IncomingGradients::fields(), CallArguments::fields(),
@@ -109,14 +109,14 @@ struct RotaryArguments {
   using Result = at::Tensor;
   const at::Tensor &x, &positions;
   double base;
-  bool back;  // by minus the angles, which is the adjoint
+  bool back;  // whether to turn by the negated angles, which is the adjoint
 
   auto fields() const {
     return std::tuple<const at::Tensor&, const at::Tensor&, double, bool>(x, positions, base, back);
   }
 };
 
-// PyTorch calls operators with flat lists. Between those and the structs stand these two alone.
+// PyTorch calls operators with flat argument lists. Between those and the structs stand `flat` and dispatch() alone.
 template <typename result, typename fields>
 struct FlatOf;
 template <typename result, typename... types>
@@ -131,11 +131,11 @@ struct FlatOf<result, std::tuple<types...>> {
 template <typename arguments>
 using Flat = FlatOf<typename arguments::Result, decltype(std::declval<arguments>().fields())>;
 
-// The function that TORCH_LIBRARY_IMPL registers for `body`, which takes a struct.
+// `flat` is the function to register with TORCH_LIBRARY_IMPL for `body`, which takes a struct.
 template <typename arguments, typename arguments::Result (*body)(const arguments&)>
 constexpr auto flat = &Flat<arguments>::template call<arguments, body>;
 
-// Calls the operator through PyTorch's dispatcher.
+// dispatch() calls the operator through PyTorch's dispatcher.
 template <typename arguments>
 typename arguments::Result dispatch(const arguments& given) {
   static const auto handle = c10::Dispatcher::singleton()

@@ -1,4 +1,4 @@
-// The C++ interface: each function calls the operator of its name.
+// This file implements the public C++ header: each function calls the operator of its name.
 #include "attention.h"
 
 #include <c10/util/Exception.h>

@@ -1,4 +1,4 @@
-// Autocast: the operators compute in its dtype; states stay as they are.
+// Under autocast the operators compute in its dtype, and states keep their own.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -8,7 +8,7 @@ namespace blurry_attn {
 
 namespace {
 
-// Calls body(query, key, value) with those of the autocast dtype.
+// with_cast() calls body(inputs) with query, key and value in the autocast dtype.
 template <c10::DeviceType device, c10::DispatchKey dispatch_key, typename body_type>
 auto with_cast(const Inputs& given, const body_type& body) {
   c10::impl::ExcludeDispatchKeyGuard guard(dispatch_key);

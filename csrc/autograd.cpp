@@ -1,4 +1,4 @@
-// Differentiation of the operators.
+// This file makes the operators differentiable: forward and rotary get a backward; backward and step refuse one.
 #include <ATen/Functions.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -13,7 +13,7 @@ namespace {
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 bool requires_grad(const OptionalTensor& tensor) { return tensor && requires_grad(*tensor); }
 
-// Whether autograd records a call that is given these.
+// is_recorded() says whether autograd records a call that is given these tensors.
 template <typename... tensors>
 bool is_recorded(const tensors&... given) {
   return at::GradMode::is_enabled() && (... || requires_grad(given));
@@ -28,7 +28,8 @@ void refuse_forward_mode(const tensors&... given) {
                               "blurry_attn: forward-mode differentiation is not implemented; use reverse mode");
 }
 
-// Whether the backward shall find what the slots held. Not while a call is traced: how much that is only kernels know.
+// is_worth_keeping() says whether the forward shall keep contents of slots for the backward. It is false while a call
+// is traced: only the kernels know how much that is.
 bool is_worth_keeping(const at::Tensor& query) {
   return query.is_cuda() && !query.key_set().has(c10::DispatchKey::Python) && !c10::impl::dispatch_mode_enabled();
 }
@@ -37,7 +38,7 @@ OptionalTensor given(const at::Tensor& tensor) { return tensor.defined() ? Optio
 
 at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
 
-// What a node of the graph keeps of a law, as values that PyTorch's own tools can read.
+// KeptLaw is the law as a node of the graph keeps it: values that PyTorch's own tools can read.
 struct KeptLaw {
   int64_t slots;
   std::vector<int64_t> window, phase;
@@ -68,10 +69,11 @@ struct KeptLaw {
 
 }  // namespace
 
-// Profiles and grad_fn show the names of functions, here and below: as PyTorch's own, and with no unnamed namespace.
+// Profiles and grad_fn show the names of the classes here and below. They look like PyTorch's own, so
+// they lie in no unnamed namespace.
 class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
  public:
-  // Tensors stand apart in the list, because apply() looks for those that need a gradient there.
+  // Tensors are arguments of their own, because apply() looks among its arguments for those that need a gradient.
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& query,
                                                 const at::Tensor& key, const at::Tensor& value,
                                                 const OptionalTensor& state_key, const OptionalTensor& state_value,
@@ -154,7 +156,7 @@ at::Tensor step_autograd(const StepArguments& given) {
   return dispatch(given);
 }
 
-// Tells autograd of the write: a backward that saved a tensor of the state finds that it is no longer as it was.
+// step_in_place() tells autograd of the write, so that a backward that saved a tensor of the state raises an error.
 at::Tensor step_in_place(const StepArguments& given) {
   at::Tensor out;
   {
@@ -169,7 +171,7 @@ at::Tensor step_in_place(const StepArguments& given) {
 
 }  // namespace
 
-// Linear in x; its adjoint turns back, and is differentiable, too.
+// The rotary embedding is linear in x. Its adjoint turns back, and is differentiable, too.
 class RotaryBackward : public torch::autograd::Function<RotaryBackward> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& positions,

@@ -1,4 +1,4 @@
-// The Python module blurry_attn._C: loads the operators, calls them, and shows the law and how the library was built.
+// The Python module blurry_attn._C loads the operators and calls them. It also shows the law and the build.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -37,7 +37,7 @@ std::vector<int64_t> slot_openings(int64_t slots, int64_t window, int64_t phase)
   return tokens;
 }
 
-// The operators, with the arguments of their schemas; a state is given whole.
+// These two take the arguments of the operators' schemas. The tensors of a state are given together, or none of them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> call_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t slots, std::vector<int64_t> window,
     std::vector<int64_t> phase, std::string kernel, double sharpness, double scale, const OptionalTensor& cu_seqlens,

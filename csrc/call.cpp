@@ -1,3 +1,4 @@
+// This file checks the arguments of a call, allocates its results and caches tables of gates.
 #include "call.h"
 
 #include <ATen/EmptyTensor.h>
@@ -18,13 +19,13 @@ namespace blurry_attn {
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;  // kernels take powers of two
+constexpr double kLog2E = 1.4426950408889634;  // kernels compute a softmax by powers of two
 
 c10::DispatchKeySet keys_of(const at::Tensor& beside, at::ScalarType type) {
   return c10::DispatchKeySet(c10::computeDispatchKey(type, at::kStrided, beside.device()));
 }
 
-// Whether it lies in memory as (batch, tokens, heads, dim), dense; by the rule of is_contiguous().
+// is_tokens_first() says whether a tensor is dense in memory as (batch, tokens, heads, dim), as is_contiguous() counts.
 bool is_tokens_first(const at::Tensor& tensor) {
   if (tensor.is_contiguous()) return false;
   int64_t stride = 1;
@@ -60,13 +61,13 @@ void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef sha
                     tensor.device());
 }
 
-// Where a tensor lies in memory.
+// A Place says where a tensor lies in memory.
 struct Place {
   Footprint footprint;
-  const void* copied_on_write;  // its storage, if a write moves that elsewhere
+  const void* copied_on_write;  // its storage, if a write would first copy that elsewhere; else null
 };
 
-// Nothing of a tensor that has no memory.
+// place_of() is empty for a tensor without memory.
 std::optional<Place> place_of(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet kTraced({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
   if (tensor.key_set().has_any(kTraced) || tensor.is_meta() || !tensor.has_storage() || tensor.numel() == 0)
@@ -92,10 +93,10 @@ void check_slots(int64_t slots) {
   TORCH_CHECK_VALUE(slots <= kMaxSlots, "slots must be at most ", kMaxSlots, ", got ", slots);
 }
 
-constexpr size_t kMostTables = 128, kMostTableBytes = size_t(32) << 20;  // that are kept, of a type
+constexpr size_t kMostTables = 128, kMostTableBytes = size_t(32) << 20;  // bounds of each type's cache of tables
 
-// The table of a law, made anew where none is kept. A lock that is taken counts as none: no call waits for another, and
-// a process forked while it was held does not wait for good.
+// gates_of() returns the table of a law, from a cache or made anew. If another thread holds the lock, the cache counts
+// as empty. So no call waits for another, and a process that is forked meanwhile does not hang.
 template <typename compute>
 Gates<compute> gates_of(Kernel kernel, const Cells& cells, double sharpness) {
   struct Entry {
@@ -105,7 +106,7 @@ Gates<compute> gates_of(Kernel kernel, const Cells& cells, double sharpness) {
     Gates<compute> table;
   };
   static std::mutex mutex;
-  static auto& kept = *new std::list<Entry>;  // the last used first; never freed, since threads may outlive main()
+  static auto& kept = *new std::list<Entry>;  // most recently used first; never freed, since threads may outlive main()
   static size_t bytes = 0;
   if (kernel != Kernel::fejer) sharpness = 1;
   const auto find = [&]() -> Gates<compute> {

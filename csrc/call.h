@@ -1,4 +1,4 @@
-// One call of an operator, checked: what the devices' implementations share.
+// A Call is one call of an operator after the checks of its arguments. The CPU and CUDA implementations share it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,17 +17,17 @@ inline OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : tensor;
 }
 
-// A new (batch, heads, tokens, dim) tensor beside x, of x's kind: where x is (batch, tokens, heads, dim) in memory, so
-// is it, and else in the order of its shape. On the current device.
+// empty_beside() returns a new (batch, heads, tokens, dim) tensor of x's dtype on x's device, which must be the current
+// one. It lies in memory as (batch, tokens, heads, dim) where x does, and else in the order of its shape.
 at::Tensor empty_beside(const at::Tensor& x, int64_t dim);
 
-// A table of gates as the kernels read it: flux_gates for "fejer", period_gates for the others.
+// Gates is a table of gates as the kernels read it: flux_gates() for "fejer", period_gates() for the others.
 template <typename compute>
 using Gates = std::shared_ptr<const std::vector<compute>>;
 
 struct Call {
   at::Tensor query, key, value;
-  std::vector<Cells> cells;  // per kv head
+  std::vector<Cells> cells;  // one per kv head
   Kernel kernel;
   double sharpness, scale;
   OptionalTensor cu_seqlens;
@@ -41,46 +41,46 @@ struct Call {
   int64_t value_dim() const { return value.size(3); }
   int64_t slots() const { return cells.front().slots; }
   int64_t sequences() const { return cu_seqlens ? cu_seqlens->size(0) - 1 : batch(); }
-  // float64 for float64 inputs, float32 for all others: of the state, lse and all sums.
+  // compute_type() is the dtype of the state, lse and all sums: float64 for float64 inputs, float32 for all others.
   at::ScalarType compute_type() const { return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-  // Per kv head, in float or double; kept, within bounds, for other calls of the same law.
+  // gates() returns a table per kv head, in float or double. A bounded cache keeps them for later calls.
   template <typename compute>
   std::vector<Gates<compute>> gates() const;
 
-  // As at::empty() where query is, on the current device: the way through the dispatcher takes longer than the rest.
+  // empty() is at::empty() on query's device, which must be the current one. It skips the dispatcher, the slowest part.
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const;
   at::Tensor empty_lse() const;
   at::Tensor empty_state_key() const;
   at::Tensor empty_state_value() const;
-  // In place of a result that is not wanted: [0].
+  // none() is an empty tensor of shape [0] in place of a result that is not wanted.
   at::Tensor none(at::ScalarType type) const { return empty({0}, type); }
   at::Tensor positions_after() const;
 };
 
-// Checks everything that needs no look at a tensor's values; raises ValueError, TypeError or NotImplementedError with
-// a message that names the argument.
+// check_call() checks everything that does not depend on the values of tensors. It raises ValueError, TypeError or
+// NotImplementedError with a message that names the argument.
 Call check_call(const CallArguments& given);
 Call check_call(const BackendArguments& given);
-// Of a step also that it is of one token, and check_is_writable().
+// check_step() also checks that there is one token, and calls check_is_writable().
 Call check_step(const StepArguments& given);
-// Of the backward's inputs: shapes, dtypes and devices against the call's.
+// check_gradients() checks the shapes, dtypes and devices of the backward's inputs against the call's.
 void check_gradients(const Call& call, const BackwardArguments& given);
 void check_rotary(const RotaryArguments& given);
-// Of a law: its name, and the cells of one head.
+// These two check the name of a law and the cells of one head, and return them.
 Kernel checked_kernel(std::string_view name);
 Cells checked_cells(Kernel kernel, int64_t slots, int64_t window, int64_t phase);
-// An argument and its name.
+// An Argument is a tensor and its name in error messages.
 struct Argument {
   std::string_view name;
   const at::Tensor& tensor;
 };
-// Of a step: every number of the tensors that it writes has a place of its own, which no tensor that it reads shares,
-// and autograd can see the write. Tensors without memory, as those of a trace, share none.
+// check_is_writable() checks the tensors that a step writes. Each of their elements needs memory of its own, which no
+// tensor in `read` shares, and autograd must see the write. Tensors without memory, as in a trace, share none.
 void check_is_writable(c10::ArrayRef<Argument> written, c10::ArrayRef<Argument> read);
-// Of a step, after it: the call's state is the given one, or a contiguous copy that goes back into it.
+// write_back() ends a step: where the call's state is a contiguous copy of the given one, it copies the slots back.
 void write_back(const Call& call, const WrittenState& state);
 
-// cu_seqlens and positions as numbers, their values checked. `cu_seqlens` on the host.
+// These two check the values of tensors on the host; the first returns the numbers of cu_seqlens.
 std::vector<int64_t> checked_cu_seqlens(const at::Tensor& cu_seqlens, int64_t tokens);
 void check_positions(const at::Tensor& position);
 

@@ -1,3 +1,4 @@
+// This file computes gates and tables of gates on the host, in float64.
 #include "law.h"
 
 #include <algorithm>

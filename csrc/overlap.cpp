@@ -1,3 +1,4 @@
+// This file decides whether strided tensors overlap, by a search over the sums of their strides.
 #include "overlap.h"
 
 #include <algorithm>
@@ -8,12 +9,13 @@ namespace {
 
 using Dimension = Footprint::Dimension;
 
-constexpr int kMostTries = 10000;  // strides that divide each other, or nearly, take a few
+constexpr int kMostTries = 10000;  // strides that divide each other, or nearly, need only a few
 
-// Whether a sum of stride * i, 0 <= i <= most per dimension, comes to lie in low .. high; `span` is the largest sum.
+// reaches() says whether a sum of stride * i, 0 <= i <= most in each dimension, is in low .. high. `span` is the
+// largest such sum.
 bool reaches(const Dimension* dimension, int64_t span, int64_t low, int64_t high, int& tries) {
   if (high < 0 || low > span) return false;
-  if (low <= 0 || high >= span) return true;  // the sum of no strides, or of all
+  if (low <= 0 || high >= span) return true;  // the smallest sum, or the largest
   if (--tries < 0) return true;
   const auto [stride, most] = *dimension;
   span -= stride * most;
@@ -35,7 +37,8 @@ int64_t Footprint::span() const {
 bool overlap(const Footprint& a, const Footprint& b) {
   const int64_t apart = b.first - a.first, span_a = a.span(), span_b = b.span();
   if (apart >= span_a + a.size || -apart >= span_b + b.size) return false;
-  // An element of a less one of b: counted from b's last, b's strides are added, and those of one length are one.
+  // The distance from an element of b to one of a is a sum of strides, if b is counted from its last one. Dimensions
+  // of equal stride become one.
   c10::SmallVector<Dimension, 8> both;
   auto next_a = a.dimensions.begin(), next_b = b.dimensions.begin();
   while (next_a != a.dimensions.end() || next_b != b.dimensions.end()) {
@@ -53,13 +56,13 @@ bool overlap(const Footprint& a, const Footprint& b) {
 }
 
 bool overlaps_itself(const Footprint& footprint) {
-  int64_t shorter = footprint.span();  // what the strides after this one sum up to
+  int64_t shorter = footprint.span();  // span of the dimensions after this one
   int tries = kMostTries;
   for (const Dimension& dimension : footprint.dimensions) {
     const auto [stride, most] = dimension;
     shorter -= stride * most;
     if (stride >= shorter + footprint.size) continue;
-    // Two elements that differ here and in shorter strides: one step or more of this, any sum of those in either sense.
+    // Two elements may lie one step or more of this stride apart, and shorter strides in either direction.
     c10::SmallVector<Dimension, 4> differences{{stride, most - 1}};
     for (const Dimension* rest = &dimension + 1; rest != footprint.dimensions.end(); ++rest) {
       differences.push_back({rest->stride, 2 * rest->most});

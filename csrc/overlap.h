@@ -1,4 +1,5 @@
-// Which bytes a strided tensor takes, and whether two tensors, or two elements of one, share any.
+// A Footprint is the set of bytes that a strided tensor occupies. The functions say whether two tensors, or two
+// elements of one tensor, share a byte.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -7,18 +8,18 @@
 
 namespace blurry_attn {
 
-// The bytes of a tensor's elements: `size` of them from first + sum of stride * i on, 0 <= i <= most per dimension.
+// An element is `size` bytes from first + sum of stride * i on, where 0 <= i <= most in each dimension.
 struct Footprint {
   struct Dimension {
     int64_t stride, most;
   };
   int64_t first, size;
-  c10::SmallVector<Dimension, 4> dimensions;  // of more than one element, the longest stride first
+  c10::SmallVector<Dimension, 4> dimensions;  // those of more than one element, longest stride first
 
-  int64_t span() const;  // from the first element to the last
+  int64_t span() const;  // bytes from the first element to the last
 };
 
-// Both are exact, but for strides so interlocked that the search for a common byte is given up: then the answer is yes.
+// Both answers are exact, unless the search for a common byte takes too many steps: it then returns true.
 bool overlap(const Footprint& a, const Footprint& b);
 bool overlaps_itself(const Footprint& footprint);
 

@@ -1,6 +1,6 @@
-// Rotary embedding (https://arxiv.org/abs/2104.09864), rotate-half form: the feature pair (i, i + dim / 2) of a token
-// turns by position * rotary_frequency(i) radians; host and device. In float64 an angle keeps its digits at any
-// position that a state of constant size may reach.
+// This header defines the angles of a rotary embedding (https://arxiv.org/abs/2104.09864) in the rotate-half form, for
+// host and device. The pair (i, i + dim / 2) of a token turns by position * rotary_frequency(i) radians. Angles in
+// float64 keep their digits at any position that a state of constant size may reach.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// The operators' schemas. Their arguments as structs are in arguments.h, with the same names in the same order.
+// This file declares the schemas of the operators. The structs in arguments.h have the same arguments.
 #include <torch/library.h>
 
 namespace blurry_attn {

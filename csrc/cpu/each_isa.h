@@ -1,6 +1,6 @@
-// Includes BLURRY_BODY once per instruction set, each time with namespace BLURRY_ISA and BLURRY_VECTOR_BYTES to fill:
-// one source serves every x86 level, and other machines take the plain one. What the body includes must be included
-// before, so that no code of another header is compiled for an instruction set the machine may lack.
+// This header includes BLURRY_BODY once per instruction set, each time with its own BLURRY_ISA (a namespace) and
+// BLURRY_VECTOR_BYTES. So one source serves every x86 level, and other machines take the plain one. The headers of the
+// body must be included before: no code of theirs may be compiled for an instruction set that the machine may lack.
 #define BLURRY_ISA plain
 #define BLURRY_VECTOR_BYTES 16
 #include BLURRY_BODY
@@ -27,7 +27,7 @@
 #pragma GCC pop_options
 #endif
 
-// Defines NAME_forward and NAME_backward for all types: the body's forward and backward for the level `isa`.
+// BLURRY_DEFINE_ENTRIES defines NAME_forward and NAME_backward for all types, which call the body at level `isa`.
 #ifdef BLURRY_X86_LEVELS
 #define BLURRY_AT_LEVEL(call)    \
   switch (isa) {                 \

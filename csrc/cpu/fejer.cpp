@@ -1,4 +1,4 @@
-// "fejer" on the CPU: one build of fejer.inl per instruction set.
+// This file builds the CPU kernel "fejer" (fejer.inl) once per instruction set.
 #include <cmath>
 #include <cstdint>
 #include <type_traits>

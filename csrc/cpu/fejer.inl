@@ -1,35 +1,36 @@
-// "fejer" in its parallel form, for one instruction set. Per sequence and kv head ("track"), two tables hold one row of
-// contents per cell: rows 0 .. slots - 1 are the slots as given, then come the cells of this call. A query sees
-// slots - 2 standing cells, which are rows of the tables, and two cells in flux, whose contents are carried along.
-// Tracks are worked on in rounds, so that the tables stay in the caches and small, however long a call is.
+// This file computes "fejer" in its parallel form, for one instruction set. A cell is one visit of a slot: the slot is
+// in flux while it takes tokens, then it stands still until its next cell. Per sequence and kv head (a track), two
+// tables hold the content of each cell as a row. Rows 0 .. slots - 1 are the slots as given; the cells of this call
+// follow. A query sees slots - 2 standing cells, which are rows of the tables, and two cells in flux, whose contents
+// are carried along. Rounds take few tracks at a time, so that the tables fit into the caches however long a call is.
 #include "vec.h"
 
 namespace blurry_attn::cpu::BLURRY_ISA {
 namespace {
 
-constexpr int64_t kStretch = 512;  // tokens of one work item, at least
-constexpr int64_t kBlock = 16;     // query rows handled at once, at most
+constexpr int64_t kStretch = 512;  // tokens of a work item at least
+constexpr int64_t kBlock = 16;     // query rows of a block at most
 constexpr int64_t kSlotsPerItem = 16;
-constexpr int64_t kRoundBytes = int64_t(4) << 20;  // of tables and thread
+constexpr int64_t kRoundBytes = int64_t(4) << 20;  // bytes of the tables of a round, per thread
 
-// The geometry of one track: which cells its tables hold.
+// A Track is one sequence and kv head: it says which cells its tables hold.
 struct Track {
   Sequence sequence;
   Cells cells;
   int64_t batch_entry, head;
-  int64_t first_row, first_scalar;  // where its rows of the tables and its scalars begin in those of the round
+  int64_t first_row, first_scalar;  // offsets of its rows and of its scalars in those of the round
 
   int64_t begin() const { return sequence.position; }
   int64_t end() const { return sequence.position + sequence.length; }
   int64_t base() const { return cells.trailing(begin()) - cells.slots; }  // the cell of row 0
-  // The cell of the last row: the leading one at the last token.
+  // newest() is the cell of the last row: the leading cell at the last token.
   int64_t newest() const { return sequence.length ? cells.trailing(end() - 1) + 1 : base() + cells.slots - 1; }
   int64_t rows() const { return newest() - base() + 1; }
   int64_t row(int64_t cell) const { return first_row + cell - base(); }
-  // Whether the slot of `cell` is open just before `token`.
+  // opened() says whether the slot of `cell` is open just before `token`.
   bool opened(int64_t cell, int64_t token) const { return cells.slot_opening(cells.slot(cell)) < token; }
-  // The token after `token` at which a block of query rows ends: blocks are aligned to cells, so that rows which see
-  // the same cells stay together.
+  // block_end() is the token at which the block of query rows from `token` ends. Blocks are aligned to cells, so that
+  // rows which see the same cells stay together.
   int64_t block_end(int64_t token, int64_t limit) const {
     const int64_t r = cells.resolution, period = r < 8 ? r * (8 / r) : r;
     const int64_t cell_end = (floor_div(token - cells.phase, period) + 1) * period + cells.phase;
@@ -42,7 +43,7 @@ struct Stretch {
   int64_t track, begin, end;
 };
 
-// Contents (or their gradients) of a round's tracks: one row of `width` numbers per cell.
+// A Table holds contents of cells, or gradients of these, for the tracks of a round: `width` numbers per cell.
 template <typename compute>
 struct Table {
   compute* data = nullptr;
@@ -55,7 +56,7 @@ template <typename storage, typename compute>
 struct Window {
   const Problem<storage, compute>& problem;
   const Allocate& allocate;
-  std::vector<Track> tracks;  // of the round
+  std::vector<Track> tracks;  // tracks of the round
   int64_t key_width, value_width;
   Table<compute> keys, values;
 
@@ -82,7 +83,7 @@ struct Window {
   }
 
   Table<compute> make_table(int64_t width) const { return {static_cast<compute*>(allocate(most_rows * width)), width}; }
-  // Room for `count` numbers per token and query head.
+  // make_scalars() allocates `count` numbers per token and query head.
   compute* make_scalars(int64_t count) const { return static_cast<compute*>(allocate(most_scalars * count)); }
 
   template <typename body_type>
@@ -108,7 +109,7 @@ struct Window {
   }
 
   const compute* gates(const Track& track) const { return problem.gates[track.head]->data(); }
-  // Row of a tensor's view for a token of the track.
+  // at() is the row of a tensor's view at a token of the track.
   template <typename any>
   any* at(const View<any>& view, const Track& track, int64_t head, int64_t token) const {
     return view.row(track.sequence.batch, head, track.sequence.begin + token - track.begin());
@@ -119,25 +120,25 @@ struct Window {
   const compute* read_value(const Track& track, int64_t token, compute* scratch) const {
     return read_row(at(problem.value, track, track.head, token), problem.value.element, problem.value_dim, scratch);
   }
-  // The query, times the scale.
+  // load_query() reads a query and multiplies it by the scale.
   void load_query(const Track& track, int64_t head, int64_t token, compute* to) const {
     load_row(at(problem.query, track, head, token), problem.query.element, problem.key_dim, to, problem.scale);
   }
-  // Offset into contiguous (batch, query head, token) rows of numbers.
+  // scalar_at() is the offset of a number in a contiguous (batch, query head, token) tensor.
   int64_t scalar_at(const Track& track, int64_t head, int64_t token) const {
     return (track.sequence.batch * problem.query_heads + head) * problem.tokens + track.sequence.begin + token -
            track.begin();
   }
-  // Offset into the scalars of the round.
+  // round_scalar_at() is its offset in the scalars of the round.
   int64_t round_scalar_at(const Track& track, int64_t head, int64_t token) const {
     return track.first_scalar + (head - track.head * problem.group()) * track.sequence.length + token - track.begin();
   }
-  // Slots of (sequence, kv head, slot, element) tensors.
+  // slot_at() is the row of the slot of `cell` in a (sequence, kv head, slot, element) tensor.
   int64_t slot_at(const Track& track, int64_t cell) const {
     return (track.batch_entry * problem.kv_heads() + track.head) * track.cells.slots + track.cells.slot(cell);
   }
 
-  // Work items of a pass over slots: track and first slot, counted from the table's first cell.
+  // for_slots() runs body(track, first, last) over all slots, counted from the first cell of the table.
   template <typename body_type>
   void for_slots(const body_type& body) const {
     const int64_t chunks = (problem.slots() + kSlotsPerItem - 1) / kSlotsPerItem;
@@ -148,7 +149,7 @@ struct Window {
     });
   }
 
-  // Pass 1: what every cell holds at the end of its flux (or of the sequence), slot by slot from cell to cell.
+  // Pass 1 computes what every cell holds at the end of its flux (or of the sequence), slot by slot from cell to cell.
   void fill_cells() const {
     for_slots([this](const Track& track, int64_t first, int64_t last) { fill_slots(track, first, last); });
   }
@@ -181,7 +182,7 @@ struct Window {
       }
     }
   }
-  // The tokens of this call at which a cell is in flux and its slot open.
+  // first_token() and last_token() bound the tokens of this call that find a cell in flux and its slot open.
   int64_t first_token(const Track& track, int64_t cell) const {
     int64_t from = track.cells.flux_begin(cell);
     if (track.cells.opens(cell) && track.cells.opening(cell) > from) from = track.cells.opening(cell);
@@ -196,7 +197,7 @@ struct Window {
     problem.parallel(static_cast<int64_t>(tracks.size()), [&](int64_t i) {
       const Track& track = tracks[i];
       for (int64_t cell = track.newest() - track.cells.slots + 1; cell <= track.newest(); ++cell) {
-        // A slot whose first cell is yet to come is zero, as its row is.
+        // The row of a slot that is still shut is zero, and so is its state.
         store_row(keys.row(track, cell), problem.key_dim, state_key + slot_at(track, cell) * problem.key_dim, 1);
         store_row(values.row(track, cell), problem.value_dim, state_value + slot_at(track, cell) * problem.value_dim,
                   1);
@@ -209,15 +210,15 @@ struct Window {
   int64_t most_rows = 0, most_scalars = 0;
 };
 
-// What the query rows of one stretch see: the standing cells, with transposed copies for the products over head_dim,
-// and the contents in flux after each token of the current block of rows.
+// A StretchView holds what the query rows of one stretch (a work item) see. Standing cells have transposed copies for
+// products over head_dim; contents in flux stand after each token of the current block of rows.
 template <typename storage, typename compute>
 struct StretchView {
   const Window<storage, compute>& window;
   const Track& track;
   const Cells& cells;
   const compute* gates;
-  int64_t first_cell, columns, row_width;  // standing cells first_cell .. first_cell + columns - 1
+  int64_t first_cell, columns, row_width;  // the standing cells are first_cell .. first_cell + columns - 1
   std::vector<compute> keys_t, values_t;   // [dim][row_width]
   std::vector<compute> flux_keys, flux_values, scratch;
   int64_t trailing;  // the trailing cell of the last token
@@ -227,8 +228,8 @@ struct StretchView {
     first_cell = first_standing(cells.trailing(stretch.begin));
     columns = cells.trailing(stretch.end - 1) - first_cell;
     if (columns < 0) columns = 0;
-    // Room for the two cells in flux behind the standing ones and for a last load past the end; an odd number of
-    // vectors, since rows a power of two apart would share cache sets.
+    // A row has room for the two cells in flux after the standing ones and for a last load past the end. Its number of
+    // vectors is odd, since rows a power of two apart would share cache sets.
     const int64_t vectors = padded<compute>(columns + 2) / kLanes<compute>;
     row_width = (vectors + (vectors % 2 ? 2 : 1)) * kLanes<compute>;
     transpose(w.keys, w.problem.key_dim, keys_t);
@@ -252,13 +253,14 @@ struct StretchView {
     }
   }
 
-  // Contents in flux after the block's row `row` (-1: before the block), of the trailing cell (0) or the leading (1).
+  // flux_key() and flux_value() are contents after the block's row `row` (-1: before the block), of the trailing cell
+  // (which = 0) or the leading one (1).
   compute* flux_key(int64_t row, int which) { return flux_keys.data() + ((row + 1) * 2 + which) * window.key_width; }
   compute* flux_value(int64_t row, int which) {
     return flux_values.data() + ((row + 1) * 2 + which) * window.value_width;
   }
 
-  // Carries the contents in flux to just before token t, from the beginning of the two cells' flux.
+  // start() carries the contents in flux from the beginning of the two cells' flux to just before token t.
   void start(int64_t t) {
     trailing = cells.trailing(t);
     for (int which = 0; which < 2; ++which) {
@@ -274,7 +276,7 @@ struct StretchView {
       }
     }
   }
-  // Fills the contents in flux after each of the tokens t0 .. t1 - 1, the block after the one that ended at t0.
+  // advance() fills the contents in flux after each of the tokens t0 .. t1 - 1. The block before ended at t0.
   void advance(int64_t t0, int64_t t1, int64_t rows_before) {
     if (rows_before) {
       copy_row(flux_key(rows_before - 1, 0), 2 * window.key_width, flux_key(-1, 0));
@@ -304,10 +306,10 @@ struct StretchView {
   }
 };
 
-// The standing cells of a block of rows t0 .. t1 - 1, as columns of the stretch: row i sees those from low[i] to
-// high[i], and all rows see those from `common` to `common_end`. Products over cells keep to these ranges, since a
-// weight of zero would not keep a NaN out. Behind its standing cells a row's scores hold those of the cells in flux:
-// the trailing one's at high[i], and the leading one's at high[i] + 1 where it is open.
+// Columns are the standing cells of a block of rows t0 .. t1 - 1, as columns of the stretch. Row i sees low[i] ..
+// high[i] - 1, and all rows see common .. common_end - 1. Products over cells keep to these ranges, since a weight of
+// zero would not keep a NaN out. The scores of the cells in flux follow: the trailing cell has high[i], and the
+// leading one high[i] + 1 where it is open.
 template <typename storage, typename compute>
 struct Columns {
   StretchView<storage, compute>& view;
@@ -329,7 +331,7 @@ struct Columns {
     if (common_end < common) common = common_end = high[rows - 1];
   }
   int64_t seen(int64_t i) const { return high[i] - low[i] + (leads[i] ? 2 : 1); }
-  // scores[row][column] = rows . contents, also for the columns that a row does not see, where they mean nothing.
+  // score() computes scores[row][column] = rows . contents. Scores of columns that a row does not see mean nothing.
   void score(const compute* left, int64_t width, int64_t dim, const std::vector<compute>& contents_t,
              compute* (StretchView<storage, compute>::*flux)(int64_t, int), compute* scores) const {
     const int64_t ld = view.row_width;
@@ -341,7 +343,7 @@ struct Columns {
       }
     }
   }
-  // out[row] = sum over what the row sees of weights[row][column] contents[column].
+  // gather() computes out[row], the sum of weights[row][column] contents[column] over what the row sees.
   void gather(const compute* weights, const Table<compute>& contents,
               compute* (StretchView<storage, compute>::*flux)(int64_t, int), compute* out) const {
     const int64_t width = contents.width, ld = view.row_width;
@@ -364,7 +366,7 @@ struct Columns {
       }
     }
   }
-  // gradients[column] += sum over the rows that see it of weights[row][column] right[row].
+  // scatter() adds to gradients[column] the sum of weights[row][column] right[row] over the rows that see the column.
   void scatter(const compute* weights, const compute* right, const Table<compute>& gradients) const {
     const int64_t width = gradients.width, ld = view.row_width;
     compute* standing = gradients.row(view.track, view.first_cell);
@@ -426,15 +428,15 @@ void forward(const Problem<storage, compute>& problem, const Outputs<storage, co
   });
 }
 
-// What a query row gives to the two cells in flux, [scalar of the round][2 cells]: the scaled gradient of the logit and
-// the probability, which times the query and the gradient of the output are the gradients of the contents.
+// Flux holds what each query row gives to the two cells in flux, [scalar of the round][2 cells]. The scaled gradient of
+// the logit, times the query, is a gradient of the key; the probability, times grad_out, one of the value.
 template <typename compute>
 struct Flux {
   compute* logit;
   compute* probability;
 };
 
-// Pass 2 of the backward: gradients of the queries and of the standing contents, and what goes into the flux.
+// Pass 2 of the backward computes the gradients of queries and of standing contents, and fills Flux.
 template <typename storage, typename compute>
 void attend_backward(const Window<storage, compute>& window, const Stretch& stretch,
                      const Gradients<storage, compute>& gradients, const Flux<compute>& flux,
@@ -486,7 +488,7 @@ void attend_backward(const Window<storage, compute>& window, const Stretch& stre
   }
 }
 
-// Adjoints of one cell's contents, carried backwards through its flux.
+// An Adjoint is the gradient of one cell's content, carried backwards through the cell's flux.
 template <typename storage, typename compute>
 struct Adjoint {
   const Window<storage, compute>& window;
@@ -509,7 +511,7 @@ struct Adjoint {
     copy_row(grad_keys.row(track, cell), window.key_width, key.data());
     copy_row(grad_values.row(track, cell), window.value_width, value.data());
   }
-  // Adds what the queries of token t saw of the cell.
+  // see() adds the gradients from the queries of token t, which see the cell.
   void see(int64_t cell, int64_t t) {
     const int which = cell == track.cells.trailing(t) ? 0 : 1;
     const Problem<storage, compute>& problem = window.problem;
@@ -525,14 +527,14 @@ struct Adjoint {
     }
   }
   compute share(int64_t cell, int64_t t) const { return track.cells.gate(window.gates(track), cell, t); }
-  // Steps from after token t's write to before it.
+  // keep() steps from after a token's write to before it.
   void keep(compute share) {
     keep_row(share, window.key_width, key.data());
     keep_row(share, window.value_width, value.data());
   }
 };
 
-// Pass 3: the echo. What a cell's gradient leaves to the cell before it in the same slot, from the last to the given.
+// Pass 3 is the echo: each cell passes a part of its gradient to the slot's previous cell, from the last to the given.
 template <typename storage, typename compute>
 void echo(const Window<storage, compute>& window, const Track& track, int64_t first, int64_t last,
           const Gradients<storage, compute>& gradients, const Flux<compute>& flux, const Table<compute>& grad_keys,
@@ -562,7 +564,7 @@ void echo(const Window<storage, compute>& window, const Track& track, int64_t fi
       add_scaled(compute(1), adjoint.value.data(), window.value_width, grad_values.row(track, cell - slots));
     }
     if (gradients.state_key) {
-      // A slot that was shut was not read: its gradient is zero.
+      // A shut slot was not read, so its gradient is zero.
       const bool given = track.opened(start, track.begin());
       if (!given) zero_row(grad_keys.row(track, start), window.key_width);
       if (!given) zero_row(grad_values.row(track, start), window.value_width);
@@ -574,7 +576,7 @@ void echo(const Window<storage, compute>& window, const Track& track, int64_t fi
   }
 }
 
-// Pass 4: gradients of the tokens, from the adjoints of the two cells that each was written to.
+// Pass 4 computes the gradients of the tokens, from the adjoints of the two cells that each token was written to.
 template <typename storage, typename compute>
 void tokens_backward(const Window<storage, compute>& window, const Stretch& stretch,
                      const Gradients<storage, compute>& gradients, const Flux<compute>& flux,
@@ -585,7 +587,7 @@ void tokens_backward(const Window<storage, compute>& window, const Stretch& stre
   Adjoint<storage, compute>*trailing = &a, *leading = &b;
   std::vector<compute> key(window.key_width), value(window.value_width);
   int64_t cell = cells.trailing(stretch.end - 1);
-  // Carries a cell's adjoint from the end of its flux back to the end of the stretch.
+  // Each cell's adjoint is carried from the end of its flux back to the end of the stretch.
   for (int which = 0; which < 2; ++which) {
     Adjoint<storage, compute>& adjoint = which ? *leading : *trailing;
     adjoint.begin(cell + which, grad_keys, grad_values);
@@ -631,7 +633,7 @@ void backward(const Problem<storage, compute>& problem, const Gradients<storage,
       zero_row(grad_keys.row(track, track.base()), track.rows() * window.key_width);
       zero_row(grad_values.row(track, track.base()), track.rows() * window.value_width);
     });
-    // Stretches that span the window add to cells which only their neighbours share: every second one at a time.
+    // Stretches that span the window share cells with their neighbours alone, so every second one runs at a time.
     std::vector<Stretch> colours[2];
     for (const Stretch& s : window.stretches(true)) {
       const Track& track = window.tracks[s.track];

@@ -1,4 +1,4 @@
-// CPU kernels on raw pointers and strides: what ops.cpp hands over and what the kernels offer.
+// This header declares the CPU kernels, which take raw pointers and strides from ops.cpp.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -17,7 +17,7 @@
 
 namespace blurry_attn::cpu {
 
-// A (batch, head, token, element) tensor, read or written through its strides (counted in elements).
+// A View is a (batch, head, token, element) tensor that is read or written through its strides, in elements.
 template <typename storage>
 struct View {
   storage* data = nullptr;
@@ -26,30 +26,30 @@ struct View {
   storage* row(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * token; }
 };
 
-// One sequence: its batch entry, its first token there, its tokens, and how many came before them.
+// A Sequence has its batch entry, its first token there, its number of tokens, and how many tokens came before them.
 struct Sequence {
   int64_t batch, begin, length, position;
 };
 
-// Runs body(i) for i in 0 .. count - 1, in any order and in parallel.
+// A Parallel runs body(i) for i in 0 .. count - 1, in any order and in parallel.
 using Parallel = std::function<void(int64_t count, const std::function<void(int64_t)>& body)>;
 
-// One call's problem. `compute` is float, or double for double storage. States are contiguous (sequence, kv head,
-// slot, element); lse and its gradient contiguous (batch, query head, token).
+// A Problem is one call. `compute` is float, or double for double storage. States are contiguous (sequence, kv head,
+// slot, element); lse and its gradient are contiguous (batch, query head, token).
 template <typename storage, typename compute>
 struct Problem {
   std::vector<Sequence> sequences;
-  std::vector<Cells> cells;  // per kv head
-  // Per kv head: flux_gates ("fejer"), or period_gates (any kernel).
+  std::vector<Cells> cells;  // one per kv head
+  // Each kv head has flux_gates() (for "fejer" only) or period_gates() (for any kernel).
   std::vector<std::shared_ptr<const std::vector<compute>>> gates;
-  bool of_period = false;  // whether the latter
+  bool of_period = false;  // whether `gates` are period_gates()
   int64_t query_heads, tokens, key_dim, value_dim;
   compute scale;
   View<const storage> query, key, value;
   const compute* state_key = nullptr;  // null: no state given
   const compute* state_value = nullptr;
   Parallel parallel;
-  int64_t threads;  // that parallel() runs on
+  int64_t threads;  // threads that parallel() runs on
 
   int64_t kv_heads() const { return static_cast<int64_t>(cells.size()); }
   int64_t group() const { return query_heads / kv_heads(); }
@@ -64,8 +64,8 @@ struct Outputs {
   compute* state_value = nullptr;
 };
 
-// Gradients: inputs first, results after. Null pointers: not given, or not wanted. The output is not among the inputs:
-// where a softmax is sharp, its rounding in half precision would be larger than a gradient.
+// Gradients has the inputs of a backward first and its results after. A null pointer is not given, or not wanted. The
+// output is not an input: where a softmax is sharp, its rounding in half precision would be larger than a gradient.
 template <typename storage, typename compute>
 struct Gradients {
   View<const storage> grad_out;
@@ -78,10 +78,11 @@ struct Gradients {
   compute* state_value = nullptr;
 };
 
-// Scratch memory the kernels need, in elements of `compute`.
+// Allocate returns scratch memory for so many elements of `compute`.
 using Allocate = std::function<void*(int64_t elements)>;
 
-// "fejer" in its parallel form (fejer.cpp) and any kernel as a scan over time (scan.cpp). `isa`: which of each_isa.h.
+// fejer_* compute "fejer" in its parallel form (fejer.cpp), and scan_* any kernel as a scan over time (scan.cpp). `isa`
+// is a level of each_isa.h: 0 plain, 1 AVX2, 2 AVX-512.
 template <typename storage, typename compute>
 void fejer_forward(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs,
                    const Allocate& allocate, int isa);
@@ -95,18 +96,20 @@ template <typename storage, typename compute>
 void scan_backward(const Problem<storage, compute>& problem, const Gradients<storage, compute>& gradients,
                    const Allocate& allocate, int isa);
 
-// One token per sequence (step.cpp): updates the slots in place, which are outputs.state_key and state_value; no lse.
+// step() takes one token per sequence (step.cpp). It updates outputs.state_key and outputs.state_value in place, and
+// gives no lse.
 template <typename storage, typename compute>
 void step(const Problem<storage, compute>& problem, const Outputs<storage, compute>& outputs, const Allocate& allocate,
           int isa);
 
-// x turned into out (rotary.cpp), by the law of ../rotary.h; `back`: by minus the angles, which is the adjoint.
+// rotary() turns x into out (rotary.cpp) by the law of ../rotary.h. `back` turns by the negated angles, which is the
+// adjoint.
 template <typename storage>
 struct Rotary {
   View<const storage> x;
   View<storage> out;
   int64_t batch, heads, tokens, dim;
-  const int64_t* position;  // of token t in batch entry b: [b * position_batch + t]
+  const int64_t* position;  // that of token t in batch entry b is [b * position_batch + t]
   int64_t position_batch;
   double base;
   bool back;

@@ -1,4 +1,4 @@
-// The operators on a CPU: from tensors to raw pointers and strides.
+// This file implements the operators on a CPU: it gives raw pointers and strides of tensors to the kernels.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -35,7 +35,7 @@ int instruction_set() {
   return level;
 }
 
-// Items are taken one by one, so that heads of unlike cost do not wait for each other.
+// parallel() hands out items one by one, so that heads of unlike cost do not wait for each other.
 void parallel(int64_t count, const std::function<void(int64_t)>& body) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
@@ -43,7 +43,7 @@ void parallel(int64_t count, const std::function<void(int64_t)>& body) {
   });
 }
 
-// Calls body(storage{}, compute{}) for the dtype.
+// for_type() calls body(storage{}, compute{}) for the dtype.
 template <typename body_type>
 void for_type(at::ScalarType type, const body_type& body) {
   switch (type) {
@@ -88,8 +88,8 @@ cpu::Problem<storage, compute> make_problem(const Call& call) {
   return problem;
 }
 
-// Fresh memory costs about as much to touch as the kernels do, unless it comes in huge pages. Asks for them, and has
-// each touched by one thread: two that meet in a page both clear it.
+// A touch of fresh memory costs about as much as the kernels, unless it comes in huge pages. in_huge_pages() asks for
+// them and has one thread touch each page: two that meet in a page would both clear it.
 at::Tensor in_huge_pages(at::Tensor tensor) {
 #ifdef __linux__
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
@@ -104,7 +104,7 @@ at::Tensor in_huge_pages(at::Tensor tensor) {
   return tensor;
 }
 
-// Scratch memory for one call.
+// Scratch allocates the scratch memory of one call.
 struct Scratch {
   const Call& call;
   std::vector<at::Tensor> tensors;

@@ -1,4 +1,4 @@
-// Rotary embedding on the CPU.
+// This file applies a rotary embedding on the CPU.
 #include "../rotary.h"
 
 #include <algorithm>
@@ -9,7 +9,7 @@ namespace blurry_attn::cpu {
 
 template <typename storage, typename compute>
 void rotary(const Rotary<storage>& problem) {
-  constexpr int64_t kTokens = 16;  // of an item
+  constexpr int64_t kTokens = 16;  // tokens of a work item
   const int64_t half = problem.dim / 2, items = (problem.tokens + kTokens - 1) / kTokens;
   std::vector<double> frequency;
   for (int64_t i = 0; i < half; ++i) frequency.push_back(rotary_frequency(i, problem.dim, problem.base));

@@ -1,4 +1,4 @@
-// Any kernel on the CPU as a scan over time: one build of scan.inl per instruction set.
+// This file builds the scan over time (scan.inl), which serves any kernel, once per instruction set of a CPU.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

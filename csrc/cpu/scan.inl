@@ -1,5 +1,6 @@
-// Any kernel as a scan over time, for one instruction set: every slot is carried as a row of contents. A sequence's
-// contents are kept at the beginning of each stretch, from which the backward runs through the stretch again.
+// This file runs any kernel as a scan over time, for one instruction set. It carries the content of every slot as a
+// row, for each lane (one sequence and kv head). The backward keeps the contents at the beginning of each stretch of
+// time, and runs through the stretch again from there.
 #include "vec.h"
 
 namespace blurry_attn::cpu::BLURRY_ISA {
@@ -10,10 +11,10 @@ struct Scan {
   const Problem<storage, compute>& problem;
   const Sequence& sequence;
   const Cells& cells;
-  int64_t entry, head, slots, key_width, value_width;  // entry: of the sequence in states
+  int64_t entry, head, slots, key_width, value_width;  // entry: index of the sequence in states
   const compute* gates;
   std::vector<int64_t> openings;
-  std::vector<compute> keys, values, key, value;  // contents of all slots; the token
+  std::vector<compute> keys, values, key, value;  // keys, values: contents of all slots; key, value: the token
 
   Scan(const Problem<storage, compute>& p, int64_t lane)
       : problem(p),
@@ -74,10 +75,10 @@ struct Scan {
   }
 };
 
-// The softmax over open slots: weights[m] (0 where shut) and lse.
+// read_out() computes the softmax over open slots as weights[m], 0 where slot m is shut, and returns the lse.
 template <typename storage, typename compute>
 compute read_out(Scan<storage, compute>& scan, const compute* query, int64_t t, compute* weights) {
-  // Open slots, gathered to the front: a shut one is left out, whatever it holds.
+  // Logits of open slots are gathered to the front. A shut slot is left out, whatever it holds.
   int64_t open = 0;
   for (int64_t m = 0; m < scan.slots; ++m) {
     if (scan.is_open(m, t)) weights[open++] = dot(query, scan.slot_key(m), scan.key_width);
@@ -123,7 +124,7 @@ void scan_lane_backward(const Problem<storage, compute>& problem, int64_t lane,
                         const Gradients<storage, compute>& gradients) {
   Scan<storage, compute> scan(problem, lane);
   const int64_t slots = scan.slots, kw = scan.key_width, vw = scan.value_width, group = problem.group();
-  const int64_t length = 2 * slots > 256 ? 2 * slots : 256;  // of a stretch
+  const int64_t length = 2 * slots > 256 ? 2 * slots : 256;  // tokens of a stretch
   std::vector<compute> kept;                                 // contents before each stretch
   scan.load_state();
   for (int64_t t = scan.begin(); t < scan.end(); ++t) {
@@ -133,7 +134,7 @@ void scan_lane_backward(const Problem<storage, compute>& problem, int64_t lane,
     }
     scan.write(t);
   }
-  // Gradients of the contents, from the returned state's back to the given one's.
+  // Gradients of the contents start with the returned state's and end as the given state's.
   std::vector<compute> grad_keys(slots * kw), grad_values(slots * vw);
   for (int64_t m = 0; m < slots; ++m) {
     if (!scan.is_open(m, scan.end() - 1)) continue;
@@ -146,7 +147,7 @@ void scan_lane_backward(const Problem<storage, compute>& problem, int64_t lane,
                grad_values.data() + m * vw);
     }
   }
-  // Per (token of the stretch, query head of the group, slot): probabilities and gradients of the logits.
+  // `weights` are probabilities and `logits` gradients of logits, by token of the stretch, head of the group and slot.
   std::vector<compute> weights(length * group * slots), logits(length * group * slots);
   std::vector<compute> query(kw), grad_query(kw), grad_out(vw), row(padded<compute>(slots));
   for (int64_t stretch = (scan.sequence.length + length - 1) / length - 1; stretch >= 0; --stretch) {

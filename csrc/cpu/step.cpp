@@ -1,4 +1,4 @@
-// One token per sequence on the CPU: one build of step.inl per instruction set.
+// This file builds the step (step.inl), which takes one token per sequence, once per instruction set of a CPU.
 #include <cmath>
 #include <cstdint>
 #include <type_traits>

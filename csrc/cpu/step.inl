@@ -1,11 +1,12 @@
-// One token per sequence, for one instruction set: slots are read where they lie, and written if they take of the
-// token.
+// The step takes one token per sequence, for one instruction set. It reads slots where they lie, and writes those that
+// take a share of the token.
 #include "vec.h"
 
 namespace blurry_attn::cpu::BLURRY_ISA {
 namespace {
 
-// The slots of one sequence and head, on one side; `scratch`: a padded row for those that are no whole vectors.
+// Slots are the slots of one sequence and head on one side (key or value). `scratch` is a padded row for rows that are
+// not whole vectors.
 template <typename compute>
 struct Slots {
   compute* state;
@@ -13,7 +14,7 @@ struct Slots {
   compute* scratch;
 
   compute* at(int64_t m) const { return state + m * dim; }
-  // Slot m takes a share of the token, a padded row.
+  // take() lets slot m take a share of the token, which is a padded row.
   void take(int64_t m, compute share, const compute* token) const {
     if (width == dim) return write_row(share, token, at(m), width, at(m));
     load_row(at(m), 1, dim, scratch);
@@ -55,7 +56,7 @@ void step_lane(const Problem<storage, compute>& problem, int64_t lane, const Out
     values.take(m, share, value);
   };
   for (int64_t m = 0; m < slots; ++m) {
-    if (!is_open(m)) {  // whatever it holds
+    if (!is_open(m)) {  // whatever the slot holds
       keys.clear(m);
       values.clear(m);
     } else if (problem.of_period) {
@@ -72,7 +73,7 @@ void step_lane(const Problem<storage, compute>& problem, int64_t lane, const Out
   for (int64_t h = head * problem.group(); h < (head + 1) * problem.group(); ++h) {
     load_row(problem.query.row(sequence.batch, h, sequence.begin), problem.query.element, key_dim, query,
              problem.scale);
-    int64_t open = 0;  // gathered to the front
+    int64_t open = 0;  // number of open slots, gathered to the front
     for (int64_t m = 0; m < slots; ++m) {
       if (is_open(m)) weights[open++] = dot(query, keys.row(m), key_width);
     }
@@ -91,7 +92,7 @@ void step_all(const Problem<storage, compute>& problem, const Outputs<storage, c
               const Allocate& allocate) {
   const int64_t lanes = static_cast<int64_t>(problem.sequences.size()) * problem.kv_heads();
   const int64_t size = scratch_of_lane(problem);
-  // All at once: where there is no memory, no slot is touched.
+  // The scratch memory is allocated at once: if there is none, no slot has been touched.
   compute* const scratch = static_cast<compute*>(allocate(lanes * size));
   problem.parallel(lanes, [&](int64_t lane) { step_lane(problem, lane, outputs, scratch + lane * size); });
 }

@@ -1,5 +1,6 @@
-// Vectors of the instruction set in force (see each_isa.h), and the loops over rows that all kernels are made of.
-// Rows of scratch memory are padded to whole vectors, so only loads from and stores to tensors know of tails.
+// This header has the vectors of the instruction set in force (see each_isa.h) and the loops over rows that CPU
+// kernels are made of. Rows of scratch memory are padded to whole vectors, so only loads from and stores to tensors
+// have tails.
 namespace blurry_attn::cpu::BLURRY_ISA {
 namespace {
 
@@ -31,7 +32,7 @@ template <typename scalar>
 inline vec<scalar> broadcast(scalar x) {
   return x - vec<scalar>{};
 }
-// A tree over the lanes, as deep as it must be.
+// sum() adds the lanes as a tree, the shortest chain of additions.
 template <typename scalar>
 inline scalar sum(vec<scalar> v) {
   scalar lanes[kLanes<scalar>];
@@ -42,7 +43,7 @@ inline scalar sum(vec<scalar> v) {
   return lanes[0];
 }
 
-// Reads n elements of a tensor's row, `stride` apart, into a padded scratch row, times `factor`.
+// load_row() reads n elements of a tensor's row, `stride` apart, into a padded scratch row, times `factor`.
 template <typename storage, typename compute>
 inline void load_row(const storage* from, int64_t stride, int64_t n, compute* to, compute factor = 1) {
   if (stride == 1) {
@@ -53,7 +54,7 @@ inline void load_row(const storage* from, int64_t stride, int64_t n, compute* to
   for (int64_t i = n; i < padded<compute>(n); ++i) to[i] = 0;
 }
 
-// The same row where it can be read in place; else a copy of it in `scratch`.
+// read_row() returns the row itself where it can be read in place, else a copy of it in `scratch`.
 template <typename storage, typename compute>
 inline const compute* read_row(const storage* from, int64_t stride, int64_t n, compute* scratch) {
   if constexpr (std::is_same_v<storage, compute>) {
@@ -97,8 +98,8 @@ inline void scale_row(scalar factor, int64_t width, scalar* to) {
   for (int64_t i = 0; i < width; i += kLanes<scalar>) store(to + i, load(to + i) * f);
 }
 
-// to = content + share (token - content); a share of exactly 1 replaces, of exactly 0 leaves: what is not taken is not
-// read. `to` may be `content`.
+// write_row() computes to = content + share (token - content). A share of exactly 1 replaces and one of exactly 0
+// leaves: what is not taken is not read. `to` may be `content`.
 template <typename scalar>
 inline void write_row(scalar share, const scalar* token, const scalar* content, int64_t width, scalar* to) {
   if (share == 0) return copy_row(content, width, to);
@@ -109,7 +110,7 @@ inline void write_row(scalar share, const scalar* token, const scalar* content, 
     store(to + i, c + g * (load(token + i) - c));
   }
 }
-// The adjoint of write_row for the content: content *= 1 - share, with the same exact cases.
+// keep_row() is the adjoint of write_row() for the content: content *= 1 - share, with the same exact cases.
 template <typename scalar>
 inline void keep_row(scalar share, int64_t width, scalar* adjoint) {
   if (share == 0) return;
@@ -155,7 +156,8 @@ inline void product_column(int64_t rows, int64_t depth, const scalar* a, int64_t
   }
 }
 
-// C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns are whole vectors, A has any strides.
+// product() computes C[rows, columns] (+)= A[rows, depth] B[depth, columns]. `columns` are whole vectors; A has any
+// strides.
 template <typename scalar>
 void product(int64_t rows, int64_t columns, int64_t depth, const scalar* a, int64_t a_row, int64_t a_depth,
              const scalar* b, int64_t b_row, scalar* c, int64_t c_row, bool accumulate) {
@@ -169,7 +171,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, const scalar* a, int6
   }
 }
 
-// exp to an ulp or so: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; below -87 it is 0; NaN stays.
+// exponential() is exp to an ulp or so: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. NaN
+// stays, and below -87 the result is 0.
 inline vec<float> exponential(vec<float> x) {
   typedef int32_t ints __attribute__((vector_size(BLURRY_VECTOR_BYTES)));
   const vec<float> high = broadcast(88.0f), low = broadcast(-87.0f);
@@ -196,7 +199,7 @@ inline vec<double> exponential(vec<double> x) {
   return x;
 }
 
-// row[i] = exp(row[i] - shift), i in 0 .. n - 1; returns their sum.
+// exponentials() computes row[i] = exp(row[i] - shift), i in 0 .. n - 1, and returns the sum.
 template <typename scalar>
 inline scalar exponentials(scalar* row, int64_t n, scalar shift) {
   constexpr int64_t lanes = kLanes<scalar>;
@@ -219,8 +222,8 @@ inline scalar exponentials(scalar* row, int64_t n, scalar shift) {
   return sum<scalar>(total);
 }
 
-// The adjoint of a softmax, whose weights are row[i] / total, and of its log-sum-exp: turns gradients of the weights
-// into those of the logits, and the row into the weights.
+// softmax_backward() is the adjoint of a softmax, whose weights are row[i] / total, and of its log-sum-exp. It turns
+// gradients of the weights into those of the logits, and the row into the weights.
 template <typename scalar>
 inline void softmax_backward(scalar* row, int64_t n, scalar total, scalar grad_lse, scalar* gradients) {
   constexpr int64_t lanes = kLanes<scalar>;

@@ -1,4 +1,4 @@
-// The operators on a card: from tensors to raw pointers, strides and the current stream.
+// This file implements the operators on CUDA: it gives raw pointers, strides and the current stream to the kernels.
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -22,9 +22,9 @@ namespace {
 
 bool capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
 
-// The laws of a call's heads on its device.
+// Tables hold the laws and gates of a call's heads on its device.
 struct Tables {
-  c10::cuda::CUDAStream stream;  // where their memory was taken
+  c10::cuda::CUDAStream stream;  // the stream on which their memory was allocated
   at::ScalarType type;
   Kernel kernel;
   double sharpness;
@@ -37,7 +37,7 @@ struct Tables {
            sharpness == call.sharpness && cells == call.cells;
   }
   int64_t bytes() const { return static_cast<int64_t>(laws.nbytes() + gates.nbytes()); }
-  // Their memory outlives what the current stream has been given so far.
+  // outlive_stream() keeps the memory until the current stream has done the work that it has so far.
   void outlive_stream() const {
     const c10::cuda::CUDAStream current = c10::cuda::getCurrentCUDAStream();
     if (current == stream) return;
@@ -71,20 +71,20 @@ SharedTables make_tables(const Call& call) {
                                                gate_numbers.to(call.compute_type()).to(device)});
 }
 
-// Tables that calls have in common. Those of the latest calls are kept, so many and so many bytes; and for good those
-// that a capture has met, since its graph holds their addresses.
+// Calls of the same laws share tables. The cache keeps those of the latest calls, within these bounds. Tables that a
+// capture has met stay for good, since its graph holds their addresses.
 constexpr int64_t kKeptTables = 256, kKeptBytes = int64_t(64) << 20;
 
 class TableCache {
  public:
-  // Null where none serve the call.
+  // find() returns tables that serve the call, or null.
   SharedTables find(const Call& call, bool captured) {
     const std::lock_guard<std::mutex> lock(mutex_);
     return find_locked(call, captured);
   }
-  // What serves the call from here on: `made`, or what another thread has put here meanwhile.
+  // put() returns what serves the call from here on: `made`, or what another thread has put here meanwhile.
   SharedTables put(const Call& call, const SharedTables& made) {
-    std::list<Entry> dropped;  // freed after the lock is given back
+    std::list<Entry> dropped;  // freed after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     if (const SharedTables found = find_locked(call, /*captured=*/false)) return found;
     entries_.push_front({made});
@@ -115,12 +115,12 @@ class TableCache {
   }
 
   std::mutex mutex_;
-  std::list<Entry> entries_;  // the latest use first
+  std::list<Entry> entries_;  // most recently used first
 };
 
-// The call's tables, to be held until its kernels have been launched.
+// tables_of() returns the tables of a call, which the caller holds until its kernels have been launched.
 SharedTables tables_of(const Call& call) {
-  static TableCache& cache = *new TableCache;  // outlives the CUDA context: never freed
+  static TableCache& cache = *new TableCache;  // never freed: it outlives the CUDA context
   const bool captured = capturing();
   SharedTables tables = cache.find(call, captured);
   TORCH_CHECK(tables || !captured,
@@ -155,15 +155,15 @@ void check_limits(const Call& call) {
                               cuda::kMostHeadDim, " on CUDA, got ", call.value_dim());
 }
 
-// A look at values of device tensors waits for the device, so a captured call goes without; the kernels clamp them.
+// Reading values of device tensors waits for the device, so a captured call goes without. The kernels clamp the values.
 void check_values(const Call& call) {
   if ((!call.cu_seqlens && !call.position) || capturing()) return;
   if (call.cu_seqlens) checked_cu_seqlens(call.cu_seqlens->cpu(), call.tokens());
   if (call.position) check_positions(call.position->cpu());
 }
 
-// The kernels on tensor cores read rows of whole, aligned 16 bytes. Other tensors are copied for them, so that a layout
-// never changes a bit.
+// The kernels on tensor cores read rows in aligned 16-byte units. in_rows() copies other tensors for them, so that a
+// layout never changes a bit.
 at::Tensor in_rows(const at::Tensor& tensor, bool wanted) {
   const int64_t size = 16 / tensor.element_size();
   const bool aligned = (tensor.stride(3) == 1 || tensor.size(3) == 1) && tensor.stride(0) % size == 0 &&
@@ -182,7 +182,7 @@ Call with_rows(Call call) {
   return call;
 }
 
-// `cu_seqlens` contiguous.
+// make_problem() needs a contiguous `cu_seqlens`.
 cuda::Problem make_problem(const Call& call, const Tables& tables) {
   cuda::Problem problem{};
   problem.dtype = dtype_of(call.query.scalar_type());
@@ -214,7 +214,7 @@ cuda::Problem make_problem(const Call& call, const Tables& tables) {
 
 at::Tensor workspace(const Call& call, int64_t bytes) { return call.empty({bytes}, at::kByte); }
 
-// The kernels that take a problem.
+// A Path is a family of kernels that takes a problem.
 struct Path {
   const char* name;
   const char* (*backward_refusal)(const cuda::Problem&, const cuda::Gradients&);
@@ -223,8 +223,8 @@ struct Path {
   int64_t (*backward_workspace)(const cuda::Problem&);
   void (*backward)(const cuda::Problem&, const cuda::Gradients&, void*);
   int64_t (*kept)(const cuda::Problem&) = nullptr;            // bytes that the forward can leave for the backward
-  int64_t (*kept_workspace)(const cuda::Problem&) = nullptr;  // of a backward that is given them
-  const char* refusal = nullptr;                              // why it is none but the scan
+  int64_t (*kept_workspace)(const cuda::Problem&) = nullptr;  // that of a backward that is given `kept`
+  const char* refusal = nullptr;                              // why only the scan takes the problem
 
   int64_t kept_bytes_of(const cuda::Problem& problem) const { return kept ? kept(problem) : 0; }
 };
@@ -254,7 +254,7 @@ Path path_of(const cuda::Problem& problem) {
   return path;
 }
 
-// Checked whole, with tensors as the kernels read them.
+// ready_call() checks a call and the limits of CUDA, and lays out tensors as the kernels read them.
 template <typename arguments>
 Call ready_call(const arguments& given) {
   Call call = with_rows(check_call(given));

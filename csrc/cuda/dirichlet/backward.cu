@@ -1,7 +1,7 @@
-// "dirichlet" backward on tensor cores, bfloat16 and float16. A walk forward in time attends again, gives the gradient
-// of query and leaves what else it finds as weights: of what the slots held when a patch began, and of the patch's
-// tokens. A walk back over time then carries the slots' gradients; it has no softmax, so its warps share nothing but
-// weights.
+// This file computes the backward of "dirichlet" on tensor cores, for bfloat16 and float16. A walk forward in time
+// attends again and gives the gradient of query. It leaves the rest as weights: of the contents when a patch begins,
+// and of the patch's tokens. A walk back over time then carries the gradients of the slots. It has no softmax, so its
+// warps share nothing but weights.
 #include <algorithm>
 
 #include "dirichlet/patches.cuh"
@@ -9,12 +9,12 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// What the first walk leaves for the second, of every patch, query head and side: for each warp's 16 slots, then for
-// the patch's tokens, 16 x 16 weights as the lanes of an mma have them. Where slots amplify much, second parts of the
-// slots' weights of the key side follow.
+// Weights are what the first walk leaves for the second, for each patch, query head and side (key or value). They are
+// 16 x 16 for each warp's 16 slots, then for the patch's tokens, as the lanes of an mma have them. Where slots amplify
+// much, low parts of the key side's slot weights follow.
 struct Weights {
   uint4* words;
-  int warps;  // of 16 slots
+  int warps;  // with 16 slots each
   bool two_parts;
 
   Weights(const Problem& p, void* memory)
@@ -23,7 +23,7 @@ struct Weights {
   int64_t bytes(const Problem& p) const {
     return PatchWalk::patches(p) * p.query_heads * (size(0) + size(1)) * static_cast<int64_t>(sizeof(uint4));
   }
-  // `patch`: from the walk's first.
+  // at() finds the weights of patch number `patch` of the walk.
   __device__ uint4* at(const Problem& p, const PatchWalk& walk, int patch, int64_t query_head, int side) const {
     return words + ((walk.patch + patch) * p.query_heads + query_head) * (size(0) + size(1)) + (side ? size(0) : 0);
   }
@@ -39,7 +39,7 @@ template <typename storage_type, int dim, int warps>
 struct Config {
   using storage = storage_type;
   static constexpr int kDim = dim;
-  static constexpr int kWarps = warps, kThreads = warps * kWarp;  // of the walk forward
+  static constexpr int kWarps = warps, kThreads = warps * kWarp;  // threads of the walk forward
   static constexpr int kBlocks = (dim <= 64 ? 12 : 8) / warps;
   using Back = BackConfig<storage_type, dim>;
 };
@@ -52,7 +52,7 @@ struct Layout {
     constexpr uint32_t kTile = kPatch * Rows<config::kDim>::kBytes, count = config::kWarps;
     Layout l{};
     uint32_t at = 0;
-    l.queries = at;  // of these [stage]
+    l.queries = at;  // this and the next three are [stage]
     at += 2 * kTile;
     l.grads = at;
     at += 2 * kTile;
@@ -66,11 +66,11 @@ struct Layout {
     at += 2 * count * kWarpSlots * PatchRow::kWords * 4;
     l.scores = at;  // [warp][side]
     at += count * 2 * kScoreFloats * 4;
-    l.parts = at;  // of the gradient of query: [warp][token][element]
+    l.parts = at;  // parts of the gradient of query, [warp][token][element]
     at += count * kPatch * (config::kDim + 8) * 4;
-    l.shares = at;  // of tokens' weights: [warp][side][tile of 8 tokens][lane]
+    l.shares = at;  // parts of the tokens' weights, [warp][side][tile of 8 tokens][lane]
     at += count * 2 * 2 * kWarp * 16;
-    l.sums = at;  // of probabilities, and of probability * gradient: [warp][token]
+    l.sums = at;  // sums of probabilities and of probability * gradient, [warp][token]
     at += count * kPatch * 8;
     l.bytes = at;
     return l;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const bool attends = time + kPatch > walk.own_begin;
     for (int i = 0; i < (attends ? walk.group : 1); ++i, query_stage ^= 1) {
       wait_copies<0>();
-      __syncthreads();  // what was fetched is there, and what was there before is done with
+      __syncthreads();  // the fetched stage is there, and the one before is done with
       if (attends && i + 1 < walk.group) {
         fetch_query(time, i + 1, query_stage ^ 1);
       } else if (time + kPatch < walk.own_end) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       const int64_t query_head = walk.first_head + i;
       const float* const lses = reinterpret_cast<const float*>(shared_memory + layout.lses) + query_stage * 2 * kPatch;
       const PatchReader<kDim> reader;
-      float z[2][2][4] = {};  // logits; their like of grad_out and value
+      float z[2][2][4] = {};  // logits (query, key); the same of (grad_out, value)
       {
         float raw[2][4] = {};
 #pragma unroll
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       __syncthreads();  // all warps' sums are there
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // Brought to a sum of one, whatever lse was rounded by: else what cancels would leave a rest.
+        // Probabilities are scaled to a sum of one, since lse is rounded: else gradients would not cancel.
         float total = 0.f, delta = 0.f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
@@ -242,13 +242,13 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         for (int c = 0; c < 4; ++c) {
           float& probability = z[0][c / 2][2 * half + c % 2];
           float& grad = z[1][c / 2][2 * half + c % 2];
-          if (probability != 0.f) probability *= inverse;  // not of shut slots, whatever the query is
+          if (probability != 0.f) probability *= inverse;  // shut slots stay 0, whatever the query is
           const float grad_logit = walk.scale * probability * (grad - delta);
           grad = probability;
           probability = grad_logit;
         }
       }
-      // Weights from here on: of the key side gradients of logits, of the value side probabilities.
+      // From here on z holds weights: gradients of logits on the key side, probabilities on the value side.
       float shares[2][2][4] = {};
       advance_back<storage, 2>(z, shares, rows);
       uint32_t slot_weights[4], token_weights[4];
@@ -333,8 +333,8 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   }
 }
 
-// The walk back: a block has one side, a warp 16 of its elements with all slots' gradients. What is fetched lies in
-// three stages, patch and query head by patch and query head.
+// In the walk back, a block has one side, and a warp 16 of its elements with the gradients of all slots. What is
+// fetched lies in three stages, each of one patch and query head.
 template <typename config>
 struct BackLayout {
   static constexpr int kStages = 3;
@@ -343,7 +343,7 @@ struct BackLayout {
   uint32_t weights, rows, stage, row_stage, bytes;
 
   BLURRY_HOST_DEVICE explicit BackLayout(const Weights& left) {
-    stage = kTile + static_cast<uint32_t>(left.size(0)) * 16;  // [stage]: rows of query or grad_out, weights
+    stage = kTile + static_cast<uint32_t>(left.size(0)) * 16;  // a stage: rows of query or grad_out, then weights
     weights = kTile;
     rows = kStages * stage;
     row_stage = static_cast<uint32_t>(left.warps) * kWarpSlots * Fetch::kStride * 4;
@@ -370,9 +370,9 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const Back layout(left);
   const uint32_t shared = shared_address(shared_memory);
 
-  // Lane (g, q) has elements g and g + 8 of the slice, slots 2 q and 2 q + 1 of every eight.
+  // Lane (g, q) has elements g and g + 8 of the slice, for slots 2 q and 2 q + 1 of every eight.
   float grads[kGroups][2][4];
-  const auto each = [&](const auto& body) {  // body(grad, slot, offset in a tensor of slots) where there is one
+  const auto each = [&](const auto& body) {  // runs body(grad, slot, offset in a tensor of slots) where there is one
 #pragma unroll
     for (int i = 0; i < kGroups * 8; ++i) {
       const int slot = i / 4 * 8 + 2 * q + i % 2, d = 16 * slice + g + 8 * (i % 4 / 2);
@@ -401,7 +401,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       row_fetch.clear(reinterpret_cast<uint32_t*>(shared_memory + layout.rows + i * layout.row_stage),
                       left.warps * kWarpSlots);
     }
-    // What is fetched next.
+    // fetch() brings the patch and query head that these name, and moves them on.
     int next_time = last, next_head = 0, next_stage = 0, next_row_stage = 0;
     const auto fetch = [&] {
       if (next_time >= 0) {
@@ -434,7 +434,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
       float sums[2][4] = {};
       for (int i = 0; i < walk.group; ++i) {
         wait_copies<1>();
-        __syncthreads();  // what was fetched is there, and the stage before is done with
+        __syncthreads();  // the fetched stage is there, and the one before is done with
         fetch();
         const unsigned char* const here = shared_memory + stage * layout.stage;
         const uint4* const weights = reinterpret_cast<const uint4*>(here + layout.weights) + lane;
@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
         stage = stage + 1 < kStages ? stage + 1 : 0;
         const bool owned = time < walk.own_end;
         if (i == 0) {
-          // What the slots' gradients at the patch's end give to its tokens; then to what the slots held before it.
+          // The gradients of the slots at the patch's end go to its tokens, and then to the contents before it.
           const uint32_t at = shared_address(rows) + (lane % 8 + lane / 16 * 8) * (kStride * 4) + lane / 8 % 2 * 16;
           const uint32_t* const lefts = rows + 2 * q * kStride + PatchRow::kLeft - kFirst;
 #pragma unroll
@@ -510,7 +510,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
 
   float* const grad_given = static_cast<float*>(side ? gradients.state_value : gradients.state_key);
   if (!walk.from_begin || !grad_given) return;
-  // A slot that was shut was not read: its gradient is zero.
+  // A shut slot was not read, so its gradient is zero.
   each([&](float& grad, int slot, int64_t at) { grad_given[at] = walk.given_before(slot) ? grad : 0.f; });
 }
 

@@ -1,4 +1,5 @@
-// "dirichlet" forward on tensor cores, bfloat16 and float16: a walk over patches of 16 tokens, the slots in registers.
+// This file computes the forward of "dirichlet" on tensor cores, for bfloat16 and float16. A block walks over a stretch
+// (a part of a sequence) in patches of 16 tokens, with the slots in registers.
 #include "common/repair.cuh"
 #include "dirichlet/patches.cuh"
 
@@ -12,7 +13,7 @@ struct Config {
   static constexpr int kBlocks = (dim <= 64 ? 12 : 8) / warps;
 };
 
-// Shared memory by offsets in bytes: two stages of what is fetched; then what warps tell each other.
+// Layout gives offsets in shared memory, in bytes: two stages of what is fetched, then what warps exchange.
 struct Layout {
   uint32_t queries, keys, values, rows, scores, parts, tops, bytes;
 
@@ -31,16 +32,16 @@ struct Layout {
     at += 2 * count * kWarpSlots * PatchRow::kWords * 4;
     l.scores = at;  // [warp]
     at += count * kScoreFloats * 4;
-    l.parts = at;  // of the output: [warp][token][element]
+    l.parts = at;  // parts of the output, [warp][token][element]
     at += count * kPatch * (config::kDim + 8) * 4;
-    l.tops = at;  // of the warps' slots: top and total, [warp][token]
+    l.tops = at;  // largest logit and sum over the slots of a warp, [warp][token]
     at += count * kPatch * 8;
     l.bytes = at;
     return l;
   }
 };
 
-// What a warp's 16 slots (columns) hold, in float32.
+// SlotColumns are the contents of a warp's 16 slots, as columns, in float32.
 template <typename storage, int dim>
 struct SlotColumns {
   float content[dim / 16][2][4];
@@ -56,7 +57,7 @@ struct SlotColumns {
       }
     }
   }
-  // sums += weights * content, a product over slots: of the 8 elements from 16 m + 8 half on.
+  // mix() computes sums += weights * content, a product over slots, for the 8 elements from 16 m + 8 half on.
   __device__ __forceinline__ void mix(float (&sums)[4], const uint32_t (&weights)[4], int m, int half) const {
     uint32_t high[2], low[2];
 #pragma unroll
@@ -78,7 +79,7 @@ struct SlotColumns {
     for (int m = 0; m < dim / 16; ++m) {
       uint32_t x[4];
       reader.load_transposed(x, patch, m);
-      const uint32_t tokens[4] = {x[0], x[2], x[1], x[3]};  // columns: elements are rows here
+      const uint32_t tokens[4] = {x[0], x[2], x[1], x[3]};  // the left operand: elements are rows here
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float (&sums)[4] = content[m][half];
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     const uint32_t value_patch = shared + layout.values + stage * kTile;
     for (int i = 0; i < (attends ? walk.group : 1); ++i, query_stage ^= 1) {
       wait_copies<0>();
-      __syncthreads();  // what was fetched is there, and what was there before is done with
+      __syncthreads();  // the fetched stage is there, and the one before is done with
       if (attends && i + 1 < walk.group) {
         fetch_query(time, i + 1, query_stage ^ 1);
       } else if (time + kPatch < walk.own_end) {
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   if (!sound) unsound[walk.stretch * p.kv_heads + head] = 1;
 }
 
-// The state after the last token. A gate of 1 replaces what a slot held, so one period tells it all.
+// dirichlet_state computes the state after the last token. A gate of 1 replaces a content, so one period is enough.
 template <typename storage>
 __global__ void __launch_bounds__(256)
     dirichlet_state(Problem p, View tokens, int dim, const float* state, int tiles, float* end) {

@@ -1,13 +1,13 @@
-// "dirichlet" in chunks on tensor cores: what the forward and the backward share.
+// This header has what the forward and the backward of "dirichlet" on tensor cores share.
 //
-// Time goes in patches of kPatch tokens on a grid that begins at the head's phase. From what the slots hold when a
-// patch begins to what they hold at its end,
-//     content = left * (what the slot held) + sum over the patch's tokens of weight * token,
-// which is one product for all slots and elements. A token in between sees the same with its own lefts and weights; of
-// these only the products with its query are wanted, so they come from the law's recurrence on numbers: begin with
-// query * content, and let each token s up to it take the share gate_s of query * key_s. A warp has 16 slots, which lie
-// in its registers in float32 while a block walks over a stretch of time. A walk begins one period early: by then a
-// gate of 1 has replaced all that the slots held.
+// Time goes in patches of kPatch tokens on a grid that begins at the head's phase. At the end of a patch, a slot's
+// content is
+//     content = left * (content at the begin) + sum over the patch's tokens of weight * token,
+// which is one matrix product for all slots and elements. Within the patch, the same holds with other weights, but only
+// products of contents with a query are needed. The law's recurrence on numbers gives these: x begins as query *
+// content, and each token s up to the query's adds gate_s * (query * key_s - x). A block walks over a stretch, which is
+// a part of a sequence; each of its warps holds 16 slots in registers in float32. The walk begins one period before the
+// stretch: by then a gate of 1 has replaced all that the slots held.
 #pragma once
 
 #include "common/half.cuh"
@@ -20,12 +20,12 @@ namespace blurry_attn::cuda {
 constexpr int kMaxPatchSlots = 64;
 constexpr int kWarpSlots = 16;
 
-// What a patch does to one slot, in words: the gates of its tokens; what is left of what the slot held; the tokens'
-// weights in what it holds afterwards, in two parts each. Kept without its gates, a row begins at kLeft.
+// A PatchRow says what a patch does to one slot. Its 32-bit words are the gates of the tokens, what is left of the
+// content, and the tokens' weights (high and low parts). A row without gates begins at kLeft.
 struct PatchRow {
   static constexpr int kLeft = 16, kHigh = 20, kLow = 28, kWords = 36;
 
-  // gate(i): of the patch's token i. `row`: of word 0, which need not exist if the gates are not kept.
+  // gate(i) is the gate of the patch's token i. `row` points at word 0, which need not exist if the gates are not kept.
   template <typename storage, bool gates, typename gate_type>
   __device__ __forceinline__ static void make(uint32_t* row, const gate_type& gate) {
     float left = 1.f;
@@ -44,19 +44,19 @@ struct PatchRow {
       }
     }
     row[kLeft] = __float_as_uint(left);
-    for (int i = kLeft + 1; i < kHigh; ++i) row[i] = 0;  // copied, not used
+    for (int i = kLeft + 1; i < kHigh; ++i) row[i] = 0;  // padding: copied, not used
   }
 };
 
-// The rows of every patch that lies past all openings, by the offset of its first token from the slot's centre. Heads
-// of one resolution share them.
+// RowTables has the row of every patch that lies past all openings, by the offset of its first token from the slot's
+// centre. Heads of one resolution share rows.
 struct RowTables {
   uint32_t* words;
   int owners;
   uint16_t owner[kMostHeads];  // one head for each resolution
-  int32_t first[kMostHeads];   // row of offset 0, by head
+  int32_t first[kMostHeads];   // the row of offset 0, by head
 
-  int64_t make(const Problem& p, void* memory) {  // returns the bytes
+  int64_t make(const Problem& p, void* memory) {  // returns the size in bytes
     words = static_cast<uint32_t*>(memory);
     owners = 0;
     int64_t rows = 0;
@@ -91,7 +91,7 @@ void launch_rows(const Problem& p, const RowTables& tables) {
   launch("dirichlet_rows", dirichlet_rows<storage>, tables.owners * tiles, 128, 0, p.stream, p, tables, tiles);
 }
 
-// How time is cut. Where a walk only brings contents along, forward, it does a quarter of its work, backward half.
+// make_patch_plan() cuts time into stretches. A token of a warm-up takes a quarter of the work forward, and half back.
 inline WalkPlan make_patch_plan(const Problem& p, bool backward) {
   WalkPlan plan{};
   plan.patches = 1;
@@ -105,24 +105,24 @@ inline WalkPlan make_patch_plan(const Problem& p, bool backward) {
   return plan;
 }
 
-// One block's walk over a stretch of one sequence and head: in shared memory, so that it costs no registers. Times are
-// counted in tokens from the first patch's first.
+// A PatchWalk is one block's walk over a stretch of one sequence and head. It lies in shared memory, so that it costs
+// no registers. Times are counted in tokens from the first token of the first patch.
 struct PatchWalk {
   Cells cells;
   int64_t stretch, sequence, batch, position;
-  int64_t first_time;      // of the sequence, at time 0
-  int64_t row;             // of time 0, which may lie before the batch entry's first
+  int64_t first_time;      // token of the sequence at time 0
+  int64_t row;             // row of time 0, which may lie before the batch entry's first
   int64_t patch;           // number of the patch at time 0, of all that there can be
   int begin, end;          // the sequence's tokens of this call
-  int own_begin, own_end;  // the stretch's
+  int own_begin, own_end;  // the tokens of the stretch
   int walk_end;            // backward: where the walk begins
-  int settled;             // every slot was opened before or at this time
-  int head, group;         // its query heads: `group` from first_head on
+  int settled;             // every slot has been opened by this time
+  int head, group;         // kv head; its query heads are first_head .. first_head + group - 1
   int64_t first_head;
   float scale, factor;  // of logits; of logits to base 2
   int window, resolution;
-  int origin;               // of time 0: its offset in the period from the centre of slot 0
-  bool from_begin, to_end;  // the walk meets what was given before, or after, the sequence
+  int origin;               // offset of time 0 in the period from the centre of slot 0
+  bool from_begin, to_end;  // whether the walk meets the begin, or the end, of the sequence
 
   PatchWalk() = default;
   __device__ PatchWalk(const Problem& p, const WalkPlan& plan, int64_t x, int head)
@@ -158,29 +158,29 @@ struct PatchWalk {
     return p.cu_seqlens ? p.tokens / kPatch + p.sequences * kSparePatches
                         : p.batch * (p.tokens / kPatch + kSparePatches);
   }
-  // In 32 bits; what is too far away counts as far away.
+  // since() is a time in 32 bits; what is too far away counts as far away.
   __device__ int since(int64_t time) const {
     const int64_t far = int64_t(1) << 30, t = time - first_time;
     return static_cast<int>(t < -far ? -far : t > far ? far : t);
   }
   __device__ bool owns(int time) const { return time >= own_begin && time < own_end; }
-  // Whether a slot that is open from `opening` on was so before the sequence, or is at its end.
+  // These two say whether a slot was open before the sequence, and whether it is open at its end.
   __device__ bool given_before(int64_t slot) const { return position > cells.slot_opening(slot); }
   __device__ bool open_at_end(int64_t slot) const { return first_time + end > cells.slot_opening(slot); }
 };
 
-// Brings a slot's rows into shared memory, patch by patch: two threads per slot.
+// RowFetch brings the rows of slots into shared memory, patch by patch, with two threads per slot.
 template <typename storage, bool with_gates>
 struct RowFetch {
-  static constexpr int kFirst = with_gates ? 0 : PatchRow::kLeft;  // words that are not kept
-  static constexpr int kStride = PatchRow::kWords - kFirst;        // of a row in shared memory
+  static constexpr int kFirst = with_gates ? 0 : PatchRow::kLeft;  // leading words that are not kept
+  static constexpr int kStride = PatchRow::kWords - kFirst;        // words of a row in shared memory
   static constexpr int kChunks = kStride / 4, kFirstPart = (kChunks + 1) / 2;
 
   const Problem& p;
   const RowTables& tables;
   const PatchWalk& walk;
 
-  // The rows of slots that do not exist, of `count`: zeros.
+  // clear() sets the rows of slots that do not exist to zero, of `count` rows.
   __device__ __forceinline__ void clear(uint32_t* rows, int count) const {
     const int slot = threadIdx.x / 2;
     if (slot < p.slots || slot >= count) return;
@@ -190,7 +190,7 @@ struct RowFetch {
     const int thread = hidden(threadIdx.x), slot = thread / 2, part = thread % 2;
     if (slot >= p.slots) return;
     uint32_t* const to = rows + slot * kStride;
-    // Of the patch from the slot's centre: not carried along, for the sake of registers.
+    // The offset of the patch from the slot's centre is computed anew each time, to save registers.
     const int offset = (walk.origin + time + walk.window - slot * walk.resolution) % walk.window;
     if (time >= walk.begin && time + kPatch <= walk.end && time > walk.settled) {
       const int64_t row = tables.first[walk.head] + offset;
@@ -213,7 +213,8 @@ struct RowFetch {
   }
 };
 
-// Sends a patch's rows of a tensor to shared memory, zeros outside of times from .. to - 1 and past `width`.
+// fetch_patch() sends a patch's rows of a tensor to shared memory. Rows outside of times from .. end - 1 and elements
+// past `width` become zeros.
 template <typename storage, int dim, int threads>
 __device__ __forceinline__ void fetch_patch(uint32_t to, const View& view, const storage* first, int time, int from,
                                             int end, int width) {
@@ -228,7 +229,7 @@ __device__ __forceinline__ void fetch_patch(uint32_t to, const View& view, const
   }
 }
 
-// Two numbers in two parts each.
+// split() writes each of two numbers as the sum of a high and a low part.
 template <typename storage>
 __device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
   high = pack<storage>(x, y);
@@ -236,32 +237,33 @@ __device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t
   low = pack<storage>(x - rounded.x, y - rounded.y);
 }
 
-// 16 rows by 16 elements of a patch in shared memory, from element 16 m on.
+// A PatchReader reads 16 rows by 16 elements of a patch in shared memory, from element 16 m on.
 template <int dim>
 struct PatchReader {
-  uint32_t row, chunk;  // of a lane: offsets in bytes, as in Rows::at()
+  uint32_t row, chunk;  // offsets of the lane in bytes, as in Rows::at()
 
   __device__ __forceinline__ PatchReader() {
     const int lane = hidden(threadIdx.x) % kWarp;
     row = lane % 16 * Rows<dim>::kBytes;
     chunk = (lane / 16 ^ (lane & 7)) << 4;
   }
-  // As they lie: the left side of a product over elements, or with tokens as columns its right side, of tokens 0 - 7 in
-  // words 0 and 2, of 8 - 15 in 1 and 3.
+  // load() reads the left operand of a product over elements. With tokens as columns it is the right operand: words 0
+  // and 2 are tokens 0 - 7, and words 1 and 3 tokens 8 - 15.
   __device__ __forceinline__ void load(uint32_t (&x)[4], uint32_t patch, int m) const {
     load_matrices(x, patch + row + (chunk ^ (m << 5)));
   }
-  // For products over tokens: as the right side, of elements 0 - 7 in words 0 and 1, of 8 - 15 in 2 and 3.
+  // load_transposed() reads the right operand of a product over tokens. Words 0 and 1 are elements 0 - 7, and words 2
+  // and 3 elements 8 - 15.
   __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t patch, int m) const {
     load_matrices_transposed(x, patch + row + (chunk ^ (m << 5)));
   }
 };
 
-// The weights of a warp's 16 slots at a patch's end: slots are rows, tokens columns.
+// EndWeights are the tokens' weights (columns) in the contents of a warp's 16 slots (rows) at the end of a patch.
 struct EndWeights {
   uint32_t high[4], low[4];
 
-  __device__ __forceinline__ explicit EndWeights(const uint32_t* rows) {  // of the first slot
+  __device__ __forceinline__ explicit EndWeights(const uint32_t* rows) {  // the row of the first slot
     const int lane = threadIdx.x % kWarp;
     const uint32_t at = shared_address(rows + (lane % 16) * PatchRow::kWords + lane / 16 * 4);
     load_matrices(high, at + PatchRow::kHigh * 4);
@@ -269,12 +271,12 @@ struct EndWeights {
   }
 };
 
-// What a warp's 16 slots (rows) hold, in float32.
+// SlotRows are the contents of a warp's 16 slots, as rows, in float32.
 template <typename storage, int dim>
 struct SlotRows {
   float content[dim / 8][4];
 
-  // at(slot, element): the given content.
+  // at(slot, element) returns the given content.
   template <typename at_type>
   __device__ __forceinline__ void load(const at_type& at) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
@@ -284,7 +286,7 @@ struct SlotRows {
       for (int e = 0; e < 4; ++e) content[n][e] = at(g + 8 * (e / 2), 8 * n + 2 * q + e % 2);
     }
   }
-  // z += rows * content, of the 16 elements from 16 m on.
+  // multiply() computes z += rows * content over the 16 elements from 16 m on.
   __device__ __forceinline__ void multiply(float (&z)[2][4], const uint32_t (&rows)[4], int m) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -295,7 +297,7 @@ struct SlotRows {
       mma<storage>(z[half], rows, low[0], low[1]);
     }
   }
-  // sums += weights * content, a product over slots: of the 16 elements from 16 m on.
+  // mix() computes sums += weights * content, a product over slots, for the 16 elements from 16 m on.
   __device__ __forceinline__ void mix(float (&low_sums)[4], float (&high_sums)[4], const uint32_t (&weights)[4],
                                       int m) const {
 #pragma unroll
@@ -333,7 +335,7 @@ struct SlotRows {
   }
 };
 
-// Products of a patch's queries with its own tokens, [token][kScoreStride], per warp in shared memory.
+// Scores are the products of a patch's queries with its own tokens, [token][kScoreStride], per warp in shared memory.
 constexpr int kScoreStride = kPatch + 4;
 constexpr int kScoreFloats = kPatch * kScoreStride;
 __device__ __forceinline__ void store_scores(float* scores, const float (&sums)[2][4]) {
@@ -348,8 +350,8 @@ __device__ __forceinline__ void store_scores(float* scores, const float (&sums)[
   }
 }
 
-// Lane (g, q) has tokens g and g + 8 with slots 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of the warp's, as an mma leaves them.
-// Of these slots, the gates of the patch's tokens 4 b .. 4 b + 3.
+// As an mma leaves them, lane (g, q) has tokens g and g + 8. Its slots of the warp's are 2 q, 2 q + 1, 2 q + 8 and
+// 2 q + 9; load_gates() reads their gates for the patch's tokens 4 b .. 4 b + 3.
 __device__ __forceinline__ void load_gates(Quad<float> (&gates)[4], const uint32_t* rows, int b) {
   const uint32_t* const from = rows + threadIdx.x % 4 * 2 * PatchRow::kWords + 4 * b;
 #pragma unroll
@@ -357,8 +359,8 @@ __device__ __forceinline__ void load_gates(Quad<float> (&gates)[4], const uint32
     gates[c] = read_pack<float, 4>(reinterpret_cast<const float*>(from + (c / 2 * 8 + c % 2) * PatchRow::kWords));
   }
 }
-// From products with what the slots held when the patch began to those with what they hold at the rows' tokens. All
-// `sides` have the same weights; their scores lie one after the other.
+// advance() turns products with contents at the patch's begin into products with contents at the rows' tokens. All
+// `sides` have the same gates; their scores lie one after the other.
 template <int sides>
 __device__ __forceinline__ void advance(float (&z)[sides][2][4], const uint32_t* rows, const float* scores) {
   const int g = threadIdx.x % kWarp / 4;
@@ -389,13 +391,13 @@ __device__ __forceinline__ void advance(float (&z)[sides][2][4], const uint32_t*
     }
   }
 }
-// The adjoint: `a` goes from weights of what the slots hold at the rows' tokens to weights of what they held when the
-// patch began; `sums` gets the weights of the patch's tokens, summed over the warp's slots.
+// advance_back() is the adjoint. `a` turns from weights of contents at the rows' tokens into weights of contents at the
+// patch's begin. `sums` gets the weights of the patch's tokens, summed over the warp's slots.
 template <typename storage, int sides>
 __device__ __forceinline__ void advance_back(float (&a)[sides][2][4], float (&sums)[sides][2][4],
                                              const uint32_t* rows) {
   const int g = threadIdx.x % kWarp / 4;
-  // A product over the four lanes of a token: each brings four tokens' sums, of which column n takes one.
+  // An mma sums over the four lanes of a token. Each lane brings the sums of four tokens, of which column n takes one.
   uint32_t ones[2][2];
   const int column = hidden(g);
 #pragma unroll
@@ -443,7 +445,7 @@ __device__ __forceinline__ void advance_back(float (&a)[sides][2][4], float (&su
     }
   }
 }
-// Two neighbouring tiles of 8 columns as the left side of a product over them.
+// pack_left() packs two neighbouring tiles of 8 columns as the left operand of a product over these columns.
 template <typename storage>
 __device__ __forceinline__ void pack_left(uint32_t (&x)[4], const float (&sums)[2][4]) {
 #pragma unroll
@@ -458,7 +460,7 @@ __device__ __forceinline__ uint4 transpose_all(const uint32_t (&x)[4]) {
   return make_uint4(transpose(x[0]), transpose(x[1]), transpose(x[2]), transpose(x[3]));
 }
 
-// Warps of the walks forward.
+// patch_warps() is the number of warps of a block that walks forward.
 inline int patch_warps(const Problem& p) { return p.slots <= 2 * kWarpSlots ? 2 : 4; }
 
 }  // namespace blurry_attn::cuda

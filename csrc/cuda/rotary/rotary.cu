@@ -1,4 +1,4 @@
-// Rotary embedding: a tensor is read and written once, angles are made on the way.
+// This file applies a rotary embedding: it reads and writes a tensor once and computes the angles on the way.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -11,9 +11,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Cosine and sine of an angle in radians, to a rounding of theirs. The reduction to half turns is exact to a few
-// roundings of float64, and has no slow path, whose table the compiler would keep in local memory; most cards are slow
-// in float64, so that what comes after it is not.
+// turn_of() computes cosine and sine of an angle in radians, correct to about one rounding. The reduction to half turns
+// is exact to a few roundings of float64. It has no slow path, whose table the compiler would keep in local memory. The
+// rest is in `compute`, since float64 is slow on most cards.
 template <typename compute>
 __device__ __forceinline__ void turn_of(double angle, compute* cos, compute* sin) {
   constexpr double kPi = 3.141592653589793, kTwoPi = 2 * kPi, kTwoPiRest = 2.4492935982947064e-16;
@@ -28,7 +28,7 @@ __device__ __forceinline__ void turn_of(double angle, compute* cos, compute* sin
   }
 }
 
-// A thread turns `count` neighbouring pairs of one token for `group` heads.
+// rotary_turn lets a thread turn `count` neighbouring pairs of one token for `group` heads.
 template <typename storage, typename compute, int count>
 __global__ void __launch_bounds__(kThreads, kRotaryBlocks) rotary_turn(Rotary p, int64_t groups, int64_t group) {
   __shared__ double frequency[kMostHeadDim / 2];
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, kRotaryBlocks) rotary_turn(Rotary p,
   if (batch >= p.batch) return;
   const int64_t heads = begin + group < p.heads ? group : p.heads - begin;
   const double position = static_cast<double>(p.position[batch * p.position_batch + token]);
-  // One after another, by way of shared memory: at once they would take the registers of half the blocks.
+  // Angles pass through shared memory one by one: at once they would take the registers of half the blocks.
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     turn_of(position * frequency[pair + i], &angles[0][i][threadIdx.x], &angles[1][i][threadIdx.x]);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kRotaryBlocks) rotary_turn(Rotary p,
 #pragma unroll
     for (int j = 0; j < count; ++j) {
       const auto a = to_compute<compute>(x[0].x[j]), b = to_compute<compute>(x[1].x[j]);
-      // Which product is rounded is not the compiler's choice, lest a layout change a bit.
+      // fma() fixes which product is rounded. A choice of the compiler could make a layout change a bit.
       turned[0].x[j] = to_storage<storage>(fma(a, cos[j], -b * sin[j]));
       turned[1].x[j] = to_storage<storage>(fma(b, cos[j], a * sin[j]));
     }

@@ -1,4 +1,4 @@
-// The scan back over time: gradients of tokens, and of what slots held before a stretch.
+// The scan `adjoint` goes back over time. It computes gradients of tokens, and of the contents before a stretch.
 #pragma once
 
 #include "scan/mix.cuh"
@@ -6,19 +6,20 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// The gradients of one side.
+// An Adjoint has the inputs and results of `adjoint` on one side.
 struct Adjoint {
   View rows;  // the a_t: query or grad_out
   bool rows_whole;
-  const void* weights;     // of the stretches in hand
-  void* carries;           // compute [stretch][kv head][slot][dim]: G at the first token, its write undone
-  const void* grad_state;  // of the returned state; null: not given
+  const void* weights;     // weights of the stretches in hand
+  void* carries;           // compute [stretch][kv head][slot][dim]: G before the first token was written
+  const void* grad_state;  // gradient of the returned state; null: not given
   View grad_tokens;
-  void* grad_given;  // of the given state; null: not wanted
+  void* grad_given;  // gradient of the given state; null: not wanted
 };
 
-// adjoint, from the last token of a stretch to the first. `local`: from zero, for what the stretch adds to its carry
-// (for "dirichlet", one period tells it all); else from the next stretch's carry, for the gradients of its tokens.
+// scan_adjoint runs `adjoint` from the last token of a stretch to the first. If `local`, it starts from zero and finds
+// what the stretch adds to its carry; for "dirichlet", one period is enough. Else it starts from the next stretch's
+// carry and finds the gradients of tokens.
 template <typename storage, typename compute, int dims, bool local>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
     scan_adjoint(Problem p, ScanPlan plan, Side side, Shape shape, int64_t first_stretch, Adjoint adjoint) {
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
             }
           }
           if (head-- > 0) continue;
-          // All heads of the group are in: now the token's write, backwards.
+          // All heads of the group are in, so the token's write is undone.
           compute sums[dims] = {};
           tile.template unwrite<!local>(*chunk.info, chunk.gates, sums);
           if (!local) {
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   for (int s = 0; s < Tile::kSlots; ++s) {
     const int slot = tile.slot(s / 4) + s % 4;
     if (slot >= p.slots) continue;
-    // A slot that was shut was not read: its gradient is zero.
+    // A shut slot was not read, so its gradient is zero.
     const bool read = local || law.is_open(slot, sequence.position - 1);
 #pragma unroll
     for (int i = 0; i < dims; ++i) {
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   }
 }
 
-// What is left after each stretch of what a slot held before it: [stretch][kv head][slot].
+// scan_decays computes what a stretch leaves of what a slot held before it: [stretch][kv head][slot].
 template <typename compute>
 __global__ void __launch_bounds__(kMaxThreads) scan_decays(Problem p, ScanPlan plan, int tiles, compute* decays) {
   const BlockIndex block(p, tiles);
@@ -137,8 +138,8 @@ __global__ void __launch_bounds__(kMaxThreads) scan_decays(Problem p, ScanPlan p
   decays[slot_at(p, block.entry, block.head, slot, 1)] = decay;
 }
 
-// Adds to each stretch's carry what the next one's leaves, from the last of the sequence, or of those in hand, to the
-// first.
+// scan_carries adds to each stretch's carry what the next one's leaves. It goes from the last stretch of the sequence,
+// or of those in hand, to the first.
 template <typename compute>
 __global__ void __launch_bounds__(kMaxThreads)
     scan_carries(Problem p, ScanPlan plan, int tiles, int64_t first_stretch, int64_t end_stretch, const compute* decays,

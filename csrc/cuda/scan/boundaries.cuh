@@ -1,4 +1,4 @@
-// What the slots hold before each stretch.
+// These kernels find the contents of the slots before each stretch.
 #pragma once
 
 #include "scan/dot.cuh"
@@ -6,8 +6,8 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// "dirichlet": what the slots hold before each stretch, and at the end of each sequence if `end` is given. A gate of 1
-// replaces what a slot held, so one period tells it all.
+// scan_boundaries finds for "dirichlet" the contents before each stretch and, if `end` is given, at the end of each
+// sequence. A gate of 1 replaces what a slot held, so one period is enough.
 template <typename storage, typename compute>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
     scan_boundaries(Problem p, ScanPlan plan, Side side, Shape shape, int64_t stretches, compute* end) {
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
   }
 }
 
-// "fejer": the same, each element of a slot going along the slot's cells through the whole sequence. Tokens between
-// lobes cost nothing.
+// scan_chains does the same for "fejer". Each thread takes one element of a slot through the whole sequence, from cell
+// (visit) to cell. Tokens outside of their lobes, of which the slot takes nothing, cost nothing.
 template <typename storage, typename compute>
 __global__ void __launch_bounds__(kMaxThreads)
     scan_chains(Problem p, ScanPlan plan, Side side, int tiles, compute* end) {

@@ -1,4 +1,4 @@
-// The scan that gives logits: products of a row with what every slot holds.
+// The scan `dot` gives logits: products of a row with the content of every slot.
 #pragma once
 
 #include "scan/stage.cuh"
@@ -6,7 +6,7 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// A thread's tile in dot: slots slot0 .. slot0 + 3 by the dims (4 (j across + thread) + e).
+// A DotTile is a thread's tile of contents in `dot`: slots slot0 .. slot0 + 3 by elements 4 (j across + thread) + e.
 template <typename compute>
 struct DotTile {
   compute content[kSlotsPerThread][kDimsPerThread];
@@ -25,7 +25,7 @@ struct DotTile {
       }
     }
   }
-  // `slot` is that of content[0], `row` where its gate lies in a row of gates.
+  // write() writes a token into the tile. `slot` is that of content[0], and `row` points at its gate in a row of gates.
   template <typename storage>
   __device__ __forceinline__ void write(const storage* token, const TokenGates<compute>& info, const compute* row,
                                         int slot) {
@@ -57,7 +57,7 @@ struct DotTile {
   }
 };
 
-// dot. `rows` are the a_t, one per query head; results [stretch - first][kv head][row][slot], -inf for shut slots.
+// scan_dot runs `dot` with `rows` as the a_t. `results` are [stretch - first][kv head][row][slot], -inf for shut slots.
 template <typename storage, typename compute>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
     scan_dot(Problem p, ScanPlan plan, Side side, Shape shape, int64_t first_stretch, View rows, bool rows_whole,

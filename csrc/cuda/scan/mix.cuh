@@ -1,4 +1,4 @@
-// The scan that mixes: sums over slots of a weight times what the slot holds.
+// The scan `mix` gives sums over slots of a weight times the slot's content.
 #pragma once
 
 #include "scan/stage.cuh"
@@ -6,13 +6,13 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// A thread's tile in mix and adjoint: the slots (4 (j across + thread) + e) by the dims dim0 .. dim0 + dims - 1.
+// A MixTile is a thread's tile in `mix` and `adjoint`: slots 4 (j across + thread) + e by `dims` elements from dim0 on.
 template <typename compute, int dims>
 struct MixTile {
   static constexpr int kSlots = kMixNumbers / dims;
   compute content[kSlots][dims];
   int thread, across;
-  bool exist;  // all of the thread's slots
+  bool exist;  // whether all of the thread's slots exist
 
   __device__ __forceinline__ int slot(int j) const { return 4 * (j * across + thread); }
 
@@ -28,7 +28,8 @@ struct MixTile {
       }
     }
   }
-  // `gates` is the token's row of gates. Slots that do not exist stay as they are, whatever the token holds.
+  // write() writes a token into the tile; `gates` is the token's row of gates. Slots that do not exist stay as they
+  // are, whatever the token holds.
   template <typename storage>
   __device__ __forceinline__ void write(const storage* token, const TokenGates<compute>& info, const compute* gates) {
     const Pack<compute, dims> x = read_pack<compute, dims>(token);
@@ -56,7 +57,7 @@ struct MixTile {
       }
     }
   }
-  // The adjoint of write(): adds what goes to the token to `sums`, and keeps what goes to the content before.
+  // unwrite() is the adjoint of write(). It adds the token's part to `sums`, and keeps that of the content before.
   template <bool add>
   __device__ __forceinline__ void unwrite(const TokenGates<compute>& info, const compute* gates,
                                           compute (&sums)[dims]) {
@@ -94,7 +95,7 @@ struct MixTile {
   }
 };
 
-// mix. `results` has the shape of the query with the side's dim.
+// scan_mix runs `mix`. `results` has the shape of the query with the side's dim.
 template <typename storage, typename compute, int dims>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor<compute>)
     scan_mix(Problem p, ScanPlan plan, Side side, Shape shape, int64_t first_stretch, const compute* weights,

@@ -1,4 +1,4 @@
-// How the scan cuts time, by each sequence's own length.
+// This header cuts time into the stretches of the scan.
 #pragma once
 
 #include "common/law.cuh"
@@ -7,13 +7,12 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// How time is cut. The cut of a sequence depends on its own length alone, so that a packed batch gives the bits that
-// its sequences give alone.
+// A ScanPlan cuts each sequence by its own length alone, so that packed sequences have the bits that each has alone.
 struct ScanPlan {
   int64_t length;     // tokens of a stretch
-  int64_t rows;       // tokens of the longest one that there can be
+  int64_t rows;       // tokens of the longest stretch that there can be
   int64_t per_batch;  // stretches of a batch entry; 0: sequences are packed
-  int64_t count;      // of stretches, those included that hold no token
+  int64_t count;      // stretches, with those that hold no token
 
   explicit ScanPlan(const Problem& problem) {
     length = problem.slots * 4 > 512 ? problem.slots * 4 : 512;
@@ -29,18 +28,18 @@ struct ScanPlan {
   }
   int64_t slot_elements(const Problem& p, int64_t dim) const { return count * p.kv_heads * p.slots * dim; }
   int64_t weights_per_stretch(const Problem& p) const { return rows * p.query_heads * p.slots; }
-  // Stretches whose logits are held at once.
+  // at_once() is the number of stretches whose logits are held at once.
   int64_t at_once(const Problem& p) const {
     const int64_t each = weights_per_stretch(p), held = each < kScanWeights ? kScanWeights / (each > 0 ? each : 1) : 1;
     return held < count ? held : count;
   }
 };
 
-// ScanStretch number `x` of a plan.
+// A ScanStretch is stretch number `x` of a plan.
 struct ScanStretch {
   Sequence sequence;
-  int64_t number;  // in its sequence
-  int64_t time;    // of its first token
+  int64_t number;  // its number in its sequence
+  int64_t time;    // time of its first token
   int length;      // tokens; 0 only if the sequence is empty
   bool exists, last;
 
@@ -55,7 +54,7 @@ struct ScanStretch {
   }
   __device__ int64_t row() const { return sequence.row + time - sequence.position; }
 
-  // Number of the first stretch of a sequence: later ones begin after the last one that an earlier one can need.
+  // first() is the number of a sequence's first stretch. It comes after all numbers that the sequences before can need.
   __device__ static int64_t first(const Problem& problem, const ScanPlan& plan, int64_t i) {
     return plan.per_batch ? i * plan.per_batch : Sequence::boundary(problem, i) / plan.length + i;
   }

@@ -1,11 +1,12 @@
-// Any kernel as a scan over time, cut into stretches that run in parallel. What the slots hold at the beginning of each
-// stretch is found first; then three scans serve both sides, keys and values, forward and backward:
-//   dot:     z_t[m] = a_t . S_t[m]            logits (query, key) and their like (grad_out, value)
-//   mix:     y_t = sum_m w_t[m] S_t[m]        out (probabilities, value) and grad_query (grad_logits, key)
-//   adjoint: G_t[m] = w_t[m] a_t + (1 - g_{t+1}[m]) G_{t+1}[m],  y_t = sum_m g_t[m] G_t[m]     grad_key, grad_value
-// Each keeps its share of the slots in registers. Logits and weights live for as many stretches at once as a bounded
-// workspace holds. A stretch's rows are its (token, query head of the group) pairs; the heads of a group share the
-// slots.
+// This file runs any kernel as a scan over time, cut into stretches (parts of a sequence) that run in parallel. It
+// first finds the contents S of the slots at the beginning of each stretch. Then three scans serve both sides (key and
+// value), forward and backward:
+//     dot:     z_t[m] = a_t . S_t[m]            logits (query, key) and the same of (grad_out, value)
+//     mix:     y_t = sum_m w_t[m] S_t[m]        out (probabilities, value) and grad_query (grad_logits, key)
+//     adjoint: G_t[m] = w_t[m] a_t + (1 - g_{t+1}[m]) G_{t+1}[m],  y_t = sum_m g_t[m] G_t[m]     grad_key, grad_value
+// Here g is the gate, the share of a token that a slot takes. Each scan keeps its slots in registers. Logits and
+// weights live for as many stretches at once as a bounded workspace holds. The rows of a stretch are its (token, query
+// head of the group) pairs; the heads of a group share the slots.
 #include <algorithm>
 #include <utility>
 
@@ -19,12 +20,12 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// Launches the scans of one call.
+// A Scan launches the scans of one call.
 template <typename storage, typename compute>
 struct Scan {
   const Problem& p;
   ScanPlan plan;
-  int64_t stretches;  // whose logits are held at once
+  int64_t stretches;  // stretches whose logits are held at once
 
   explicit Scan(const Problem& problem) : p(problem), plan(problem), stretches(plan.at_once(problem)) {}
 
@@ -32,8 +33,8 @@ struct Scan {
   Side side(const View& tokens, int64_t dim, const void* given, compute* boundaries) const {
     return {tokens, whole(tokens), static_cast<int>(dim), given, boundaries};
   }
-  // Completes the shape of a block that stages rows of `numbers` gates and weights and of `elements` of tensors;
-  // returns the bytes of its two buffers.
+  // stage() completes the shape of a block that stages rows of `numbers` gates and weights and of `elements` of
+  // tensors. It returns the bytes of its two buffers.
   static int64_t stage(Shape& shape, int numbers, int elements) {
     const int64_t bytes_per_row = Chunk<storage, compute>::bytes_per_row(numbers, elements);
     shape.chunk = rows_that_fit(bytes_per_row);
@@ -59,7 +60,7 @@ struct Scan {
     launch("scan_dot", scan_dot<storage, compute>, count * p.kv_heads * shape.tiles, shape.threads(), bytes, p.stream,
            p, plan, side, shape, first, rows, whole(rows), static_cast<compute>(scale), results);
   }
-  // Calls body(tile width as a type, shape, bytes) with the tile that holds all slots.
+  // with_mix_shape() calls body(tile width as a type, shape, bytes) with the tile that holds all slots.
   template <typename body_type>
   void with_mix_shape(const Side& side, const body_type& body) const {
     const auto call = [&](auto dims) {
@@ -90,7 +91,7 @@ struct Scan {
     launch("scan_carries", scan_carries<compute>, count * p.kv_heads * tiles, kMaxThreads, 0, p.stream, p, plan, tiles,
            first, first + count, decays, side, adjoint);
   }
-  // Calls body(slots per lane, as a type) for the kernels that hold a row in a warp.
+  // with_slots_per_lane() calls body(slots per lane, as a type) for the kernels that hold a row in a warp.
   template <typename body_type>
   void with_slots_per_lane(const body_type& body) const {
     if (p.slots <= 2 * kWarp) return body(std::integral_constant<int, 2>());

@@ -1,4 +1,4 @@
-// From logits to probabilities, and to the gradients of logits, in place.
+// These kernels turn logits into probabilities, and into the gradients of logits, in place.
 #pragma once
 
 #include "scan/stage.cuh"
@@ -6,8 +6,8 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// Goes over the rows of a workspace of logits, a warp per row: body(number of the row's (batch, query head, token),
-// offset of its logits).
+// for_rows() goes over the rows of a workspace of logits with a warp per row. It runs body(number of the row's (batch,
+// query head, token), offset of its logits).
 template <typename body_type>
 __device__ __forceinline__ void for_rows(const Problem& p, const ScanPlan& plan, int64_t first_stretch, int tiles,
                                          const body_type& body) {
@@ -21,7 +21,7 @@ __device__ __forceinline__ void for_rows(const Problem& p, const ScanPlan& plan,
   }
 }
 
-// A row of a workspace over the lanes of a warp, 32 * per_lane slots at most; `pad` past the last one.
+// A row of a workspace lies over the lanes of a warp: at most 32 * per_lane slots, and `pad` past the last one.
 template <int per_lane, typename compute>
 __device__ __forceinline__ void load_row(compute (&values)[per_lane], const compute* row, int slots, compute pad) {
   const int lane = threadIdx.x % kWarp;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_row(const compute (&values)[per_lane], com
   }
 }
 
-// Logits to probabilities, in place, and their lse.
+// softmax_rows turns logits into probabilities, in place, and gives their lse.
 template <typename compute, int per_lane>
 __global__ void __launch_bounds__(kMaxThreads)
     softmax_rows(Problem p, ScanPlan plan, int tiles, int64_t first_stretch, compute* logits, compute* lse) {
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   });
 }
 
-// Logits to probabilities and grad_out . values to scale times the gradients of the logits, in place. The lse may be
-// that of other kernels, with their rounding: probabilities are brought to a sum of one.
+// softmax_rows_backward turns logits into probabilities, in place, and grad_out . values into scale times the gradients
+// of the logits. The lse may have the rounding of other kernels, so probabilities are brought to a sum of one.
 template <typename compute, int per_lane>
 __global__ void __launch_bounds__(kMaxThreads)
     softmax_rows_backward(Problem p, ScanPlan plan, int tiles, int64_t first_stretch, compute scale, const compute* lse,

@@ -1,4 +1,4 @@
-// What the scans share: rows on their way to shared memory, gates of a stretch, a block's place and side.
+// This header has what the scans share: rows on their way to shared memory, gates of a stretch, the place of a block.
 #pragma once
 
 #include <type_traits>
@@ -11,32 +11,32 @@ namespace blurry_attn::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kSlotsPerThread = 4, kDimsPerThread = 16;  // of dot: a tile of 64 numbers
-constexpr int kMixNumbers = 64;                          // of mix and adjoint: slots x dims of a tile
-constexpr int kMaxChunk = 32;                            // rows of a chunk: at most a thread each
+constexpr int kSlotsPerThread = 4, kDimsPerThread = 16;  // tile of a thread in dot: 64 numbers
+constexpr int kMixNumbers = 64;                          // tile of a thread in mix and adjoint: slots x dims
+constexpr int kMaxChunk = 32;                            // rows of a chunk at most, which have a thread each
 
 template <typename compute>
 constexpr int kBlocksPerProcessor = sizeof(compute) == 4 ? 2 : 1;
 
-// Offset of (stretch or sequence, kv head, slot, element 0) in tensors of slots.
+// slot_at() is the offset of (stretch or sequence, kv head, slot, element 0) in tensors of slots.
 __device__ __forceinline__ int64_t slot_at(const Problem& p, int64_t entry, int64_t head, int64_t slot, int64_t dim) {
   return ((entry * p.kv_heads + head) * p.slots + slot) * dim;
 }
 
-// Element of a given tensor of slots, at a slot that is open at `token`; else 0.
+// given() is an element of a given tensor of slots, at a slot that is open at `token`; else it is 0.
 template <typename compute>
 __device__ __forceinline__ compute given(const Problem& p, const Law<compute>& law, const void* slots, int64_t token,
                                          int64_t sequence, int64_t head, int slot, int64_t dim, int d) {
   if (!slots || !law.is_open(slot, token)) return compute(0);
   return static_cast<const compute*>(slots)[slot_at(p, sequence, head, slot, dim) + d];
 }
-// What a slot holds just before the first token of its sequence.
+// given_content() is an element of a slot just before the first token of its sequence.
 template <typename compute>
 __device__ __forceinline__ compute given_content(const Problem& p, const Law<compute>& law, const void* state,
                                                  const Sequence& sequence, int64_t head, int slot, int64_t dim, int d) {
   return given(p, law, state, sequence.position - 1, sequence.index, head, slot, dim, d);
 }
-// What the returned state's gradient gives to a slot at the end of its sequence.
+// given_gradient() is what the returned state's gradient gives to a slot at the end of its sequence.
 template <typename compute>
 __device__ __forceinline__ compute given_gradient(const Problem& p, const Law<compute>& law, const void* gradient,
                                                   const Sequence& sequence, int64_t head, int slot, int64_t dim,
@@ -44,8 +44,8 @@ __device__ __forceinline__ compute given_gradient(const Problem& p, const Law<co
   return given(p, law, gradient, sequence.end() - 1, sequence.index, head, slot, dim, d);
 }
 
-// Adds `values` over the `threads` neighbouring threads (a power of two, at least `count`); each of the first `count`
-// then holds in values[0] the sum of the one numbered owned_value(). The order of the sums is fixed.
+// sum_over_threads() adds `values` over `threads` neighbouring threads (a power of two, at least `count`). Each of the
+// first `count` then holds in values[0] the sum of the value numbered owned_value(). The order of the sums is fixed.
 template <int count, typename compute>
 __device__ __forceinline__ void sum_over_threads(compute (&values)[count], int thread, int threads) {
   int offset = 1;
@@ -68,24 +68,24 @@ __device__ __forceinline__ int owned_value(int thread) {
   return index;
 }
 
-// x / by, which is most often 1.
+// quotient() is x / by, where `by` is most often 1.
 __device__ __forceinline__ int quotient(int x, int by) { return by == 1 ? x : x / by; }
 
-// Row number `i`, of (token, query head of the group) pairs, in a tensor of kv heads: null but for the first head.
+// token_row() is row `i`, of (token, query head of the group) pairs, in a tensor of kv heads, null past the first head.
 template <typename storage>
 __device__ __forceinline__ storage* token_row(storage* first, const View& view, int i, int group) {
   const int token = quotient(i, group);
   return i == token * group ? first + token * view.token : nullptr;
 }
-// The same in a tensor of query heads.
+// pair_row() is the same row in a tensor of query heads.
 template <typename storage>
 __device__ __forceinline__ storage* pair_row(storage* first, const View& view, int i, int group) {
   const int token = quotient(i, group), head = i - token * group;
   return first + token * view.token + head * view.head;
 }
 
-// Sends elements first .. first + width - 1 of `count` rows to shared memory, zeros past `dim`; row(i) may be null,
-// which leaves a row out. `width` is a power of two, at least 4.
+// stage_rows() sends elements first .. first + width - 1 of `count` rows to shared memory, with zeros past `dim`.
+// row(i) may be null, which leaves a row out. `width` is a power of two, at least 4.
 template <typename storage, typename row_type>
 __device__ __forceinline__ void stage_rows(storage* to, int width, int count, int first, int dim, int64_t element,
                                            bool whole, const row_type& row) {
@@ -98,9 +98,9 @@ __device__ __forceinline__ void stage_rows(storage* to, int width, int count, in
   }
 }
 
-// Runs over `total` rows in chunks, in order or, if `reverse`, from the last chunk to the first: stage(begin, count,
-// buffer), then work(begin, count, buffer). A chunk is on its way while the one before is worked on: two buffers take
-// turns, and one barrier per chunk is enough.
+// for_chunks() runs over `total` rows in chunks, in order or, if `reverse`, from the last chunk to the first. It calls
+// stage(begin, count, buffer), then work(begin, count, buffer). A chunk is on its way while the one before is worked
+// on: two buffers take turns, and one barrier per chunk is enough.
 template <bool reverse, typename stage_type, typename work_type>
 __device__ __forceinline__ void for_chunks(int total, int chunk, const stage_type& stage, const work_type& work) {
   const int chunks = (total + chunk - 1) / chunk, step = reverse ? -chunk : chunk;
@@ -114,22 +114,22 @@ __device__ __forceinline__ void for_chunks(int total, int chunk, const stage_typ
   }
 }
 
-// How a scan's work lies on threads: `across` neighbours share the dimension that is summed over, `along` go along the
-// other one; chunks of `chunk` rows.
+// A Shape lays a scan's work on threads: `across` neighbours share the dimension that is summed over, and `along` go
+// along the other one. A chunk has `chunk` rows.
 struct Shape {
   int across, along, tiles, chunk;
 
   int threads() const { return across * along; }
 };
 
-// What a block keeps of a chunk of rows in shared memory: one of two buffers.
+// A Chunk is what a block keeps of a chunk of rows in shared memory: one of two buffers.
 template <typename storage, typename compute>
 struct Chunk {
   compute *gates, *weights;
   storage *tokens, *rows;
   TokenGates<compute>* info;
 
-  // In the order of alignment, both buffers of each kind.
+  // The arrays lie in the order of their alignment, with both buffers of each kind side by side.
   __device__ __forceinline__ Chunk(unsigned char* shared, int buffer, int rows_held, int gate_width, int weight_width,
                                    int token_width, int row_width) {
     const int numbers = rows_held * (gate_width + weight_width), elements = rows_held * (token_width + row_width);
@@ -146,13 +146,13 @@ struct Chunk {
   }
 };
 
-// How far `token` lies after `from`, in 32 bits: -1 for any before it.
+// tokens_to() is how far `token` lies after `from`, in 32 bits, or -1 if it lies before.
 __device__ __forceinline__ int tokens_to(int64_t token, int64_t from) {
   const int64_t left = token - from;
   return left < 0 ? -1 : left < INT32_MAX ? static_cast<int>(left) : INT32_MAX;
 }
 
-// What stages the gates of a stretch's tokens, from token `time` on, for the slots `first_slot` and after.
+// A GateStage stages the gates of a stretch's tokens, from token `time` on, for the slots from `first_slot` on.
 template <typename compute>
 struct GateStage {
   const Law<compute>& law;
@@ -166,8 +166,8 @@ struct GateStage {
     const int64_t from_centre = time - law.cells.centre(0), window = law.cells.window();
     origin = static_cast<int>(from_centre - floor_div(from_centre, window) * window);
   }
-  // A token's gates lie at the row of the first head of its group; 0 past the last slot. Spread::few: only quads that
-  // it touches are written.
+  // A token's gates lie at the row of the first head of its group, and are 0 past the last slot. With Spread::few, only
+  // quads that the token touches are written.
   __device__ __forceinline__ void operator()(TokenGates<compute>* info, compute* gates, int width, int begin,
                                              int count) const {
     const int token0 = quotient(begin + group - 1, group), row0 = token0 * group - begin;
@@ -208,7 +208,7 @@ struct GateStage {
   }
 };
 
-// One of the blocks' three coordinates: stretch (or other entry), kv head, tile.
+// A BlockIndex has the three coordinates of a block: stretch (or other entry), kv head, tile.
 struct BlockIndex {
   int64_t entry;
   int head, tile;
@@ -227,7 +227,7 @@ int power_of_two(int64_t at_least) {
   return n;
 }
 int between(int low, int x, int high) { return x < low ? low : x > high ? high : x; }
-// Rows in shared memory are whole quads in both dimensions, and a block whole warps.
+// make_shape() makes rows in shared memory whole quads in both dimensions, and a block whole warps.
 Shape make_shape(int64_t summed, int per_thread_summed, int64_t other, int per_thread_other) {
   Shape shape;
   shape.across = between(4, power_of_two((summed + per_thread_summed - 1) / per_thread_summed), kWarp);
@@ -241,12 +241,12 @@ int rows_that_fit(int64_t bytes_per_row) {
   return between(1, static_cast<int>(kScanChunkBytes / bytes_per_row), kMaxChunk);
 }
 
-// The tokens of one side, key or value, and the slots that hold them.
+// A Side has the tokens of one side, key or value, and the slots that hold them.
 struct Side {
   View tokens;
-  bool whole;  // quads of elements are aligned
+  bool whole;  // whether quads of elements are aligned
   int dim;
-  const void* given;  // state
+  const void* given;  // the given state
   void* boundaries;   // compute [stretch][kv head][slot][dim]: contents before the first token of a stretch
 };
 

@@ -1,4 +1,4 @@
-// One token per sequence, in place: a block per (sequence, kv head).
+// This file launches the step, which takes one token per sequence in place, with a block per (sequence, kv head).
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -8,7 +8,7 @@
 namespace blurry_attn::cuda {
 namespace {
 
-// As many threads of a multiprocessor as have registers for what they hold of the slots.
+// kResident is the number of threads of a multiprocessor that have registers for their parts of the slots.
 template <bool whole, typename Shape>
 constexpr int kResident = whole && Shape::kSmall ? 512 : 256;
 
@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(Shape::kThreads, kResident<whole, Shape> / Sha
                              shared_memory);
 }
 
-// After every block of step_slots has read the positions. None of them writes these: they are read ahead.
+// step_positions advances the positions after every block of step_slots has read them. It reads them before it waits,
+// since step_slots does not write them.
 __global__ void __launch_bounds__(kStepThreads) step_positions(int64_t sequences, int64_t* position) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
   const int64_t before = i < sequences ? bounded_position(position[i]) : 0;
@@ -42,7 +43,7 @@ bool has_whole_rows(const Problem& p, const void* state_key, const void* state_v
          in_packs(p.value, 4, sizeof(storage));
 }
 
-// Calls body(std::bool_constant<whole>(), shape) with the shape for the problem.
+// with_shape() calls body(std::bool_constant<whole>(), shape) with the shape for the problem.
 template <typename compute, typename body_type>
 void with_shape(const Problem& p, bool whole, const body_type& body) {
   const int64_t dim = std::max(p.key_dim, p.value_dim);

@@ -1,9 +1,9 @@
-// One token of one sequence and kv head: written into the slots, in place, and attended to by the heads of its group.
+// step_token() writes one token of one sequence and kv head into the slots, in place, and attends for the query heads.
 //
-// A block is kStepTeams teams of threads. A team takes whole slots, kRows at a time, of which each thread holds four
-// neighbouring elements, of key and value (kChunks times four where heads are wide). So all that a block needs of the
-// state is asked for at once, before the token's time is known, and once for all query heads. A team's softmax runs
-// over its own slots; the teams' parts are merged at the end.
+// A block is kStepTeams teams of threads. A team takes whole slots, kRows at a time. Each of its threads holds four
+// neighbouring elements of their keys and values (kChunks times four where heads are wide). So a block asks once for
+// all that it needs of the state, for all query heads and before it knows the token's time. The softmax of a team runs
+// over the team's own slots; the parts of the teams are merged at the end.
 #pragma once
 
 #include <cstring>
@@ -14,24 +14,24 @@
 namespace blurry_attn::cuda {
 
 constexpr int kStepTeams = 8;
-constexpr int kStepThreads = kStepTeams * kWarp;  // of a block, at most
-constexpr int kStepSharedBytes = 48 << 10;        // of a block, at most
+constexpr int kStepThreads = kStepTeams * kWarp;  // threads of a block at most
+constexpr int kStepSharedBytes = 48 << 10;        // bytes of shared memory of a block at most
 constexpr int kStepChunk = 4 * kWarp;             // elements of a row that the largest team holds, times kChunks
-constexpr int kShut = 2;                          // in place of a shut slot's gate; gates lie in -1 .. 1
+constexpr int kShut = 2;                          // a shut slot's value in place of a gate; gates lie in -1 .. 1
 constexpr double kLog2E = 1.4426950408889634;
 
-// How slots and elements are dealt to the threads of a block: by sizes alone, so that a layout never changes a bit.
-// kDim: the head size of key and value where it is known and the block holds slots without a remainder; else 0.
+// A StepShape deals slots and elements to the threads of a block. Sizes alone decide, so that a layout never changes a
+// bit. kDim is the head_dim of key and value where it is known and the block holds slots without a remainder; else 0.
 template <typename compute, int kChunks, int kDim = 0>
 struct StepShape {
   using Number = compute;
   static constexpr int kRows = static_cast<int>(32 / sizeof(compute)) / kChunks;  // slots that a team holds at once
-  static constexpr int kSlots = kStepTeams * kRows;                               // and a block
-  static constexpr int kThreads = kDim ? kStepTeams * kDim / 4 : kStepThreads;    // of a block, at most
-  static constexpr bool kSmall = sizeof(compute) == 4 && kChunks < 4;             // what a thread holds
+  static constexpr int kSlots = kStepTeams * kRows;                               // slots that a block holds at once
+  static constexpr int kThreads = kDim ? kStepTeams * kDim / 4 : kStepThreads;    // threads of a block at most
+  static constexpr bool kSmall = sizeof(compute) == 4 && kChunks < 4;             // whether a thread holds few numbers
   int slots, dims[2], lane_bits;
   int group, together;  // query heads per kv head, and how many of them go over the slots together
-  compute scale;        // to logits to base 2
+  compute scale;        // factor that gives logits to base 2
 
   BLURRY_HOST_DEVICE explicit StepShape(const Problem& p)
       : slots(static_cast<int>(p.slots)),
@@ -48,7 +48,8 @@ struct StepShape {
   BLURRY_HOST_DEVICE int lanes() const { return kDim ? kDim / 4 : 1 << lane_bits; }  // threads of a team
   BLURRY_HOST_DEVICE int threads() const { return kStepTeams * lanes(); }
   BLURRY_HOST_DEVICE bool has(int slot) const { return kDim || slot < slots; }
-  // Shared memory: the gates; for each query head each thread's part of the output, its top and its total.
+  // Shared memory holds the gates. For each query head and thread, it holds a part of the output, a top (largest logit)
+  // and a total.
   BLURRY_HOST_DEVICE int gate_bytes() const { return slots * static_cast<int>(sizeof(compute)); }
   BLURRY_HOST_DEVICE int query_bytes() const {
     return threads() * (4 * kChunks + 2) * static_cast<int>(sizeof(compute));
@@ -56,7 +57,7 @@ struct StepShape {
   int shared_bytes() const { return together * query_bytes() + gate_bytes(); }
 };
 
-// Four neighbours as they lie in memory: converted where they are used, so that a read does not wait.
+// Words are four neighbouring numbers as they lie in memory. They are converted at their use, so a read does not wait.
 template <typename storage>
 struct Words {
   static constexpr bool kHalf = sizeof(storage) == 2;
@@ -73,7 +74,7 @@ struct Words {
   }
 };
 
-// Aligned; a Quad's assignment is taken apart where its elements were computed.
+// write_quad() stores four aligned numbers at once. An assignment would become single stores where they were computed.
 template <typename number>
 __device__ __forceinline__ void write_quad(number* to, const Quad<number>& quad) {
   if constexpr (sizeof(number) == 4) {
@@ -84,8 +85,8 @@ __device__ __forceinline__ void write_quad(number* to, const Quad<number>& quad)
   }
 }
 
-// A thread's elements of one row: at .. at + 3, and again every kStepChunk; zeros past the row's `dim`. `whole`: four
-// are one aligned access, and a row has no remainder.
+// Elements are a thread's part of one row: at .. at + 3, and again every kStepChunk, with zeros past the row's `dim`.
+// `whole` says that four elements are one aligned access, and that a row has no remainder.
 template <typename storage, int kChunks>
 struct Elements {
   Words<storage> quad[kChunks];
@@ -119,7 +120,7 @@ struct Elements {
       }
     }
   }
-  // Runs body(this element, the other's).
+  // with() runs body(this element, the element of `other`).
   template <typename other_type, typename body_type>
   __device__ __forceinline__ void with(const Elements<other_type, kChunks>& other, const body_type& body) {
 #pragma unroll
@@ -131,8 +132,9 @@ struct Elements {
   }
 };
 
-// For a block of shape.threads(). Reads and writes row `row` of the batch entry. when(): the token's time, asked for
-// behind the slots. The slots are those of this sequence and head; `lse` may be null.
+// step_token() is called by a block of shape.threads(). It reads and writes row `row` of the batch entry. when() gives
+// the time of the token, and is called after the slots were asked for. The slots are those of this head; `lse` may be
+// null.
 template <typename storage, bool whole, typename compute, int kChunks, int kDim, typename when_type>
 __device__ __forceinline__ void step_token(const Problem& p, const StepShape<compute, kChunks, kDim>& shape,
                                            const when_type& when, int64_t batch, int64_t head, int64_t row,
