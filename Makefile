@@ -55,7 +55,7 @@ slow: $(VENV)/.built  ## run the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow -rA
 
 versions: $(VENV)/.installed  ## build and test under several releases of Python and torch; minutes and gigabytes for each
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/versions.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/tools/versions.py
 
 sanitize: $(VENV)/.installed  ## run the C++ tests under Address- and UndefinedBehaviorSanitizer, the CPU kernels under ThreadSanitizer, and make fuzz
 	$(call ctest,sanitize)
@@ -68,15 +68,15 @@ SEED ?= 0
 fuzz: $(VENV)/.installed | clang  ## have libFuzzer look for calls of the CPU kernels that fail, for SECONDS=60, from SEED=0
 	$(call cmake,fuzz)
 	@mkdir -p build/fuzz/corpus
-	cd build/fuzz && nice tests/fuzz/fuzz_kernels -seed=$(SEED) -max_total_time=$(SECONDS) -max_len=256 -len_control=0 -timeout=60 \
+	cd build/fuzz && nice tests/tools/fuzz/fuzz_kernels -seed=$(SEED) -max_total_time=$(SECONDS) -max_len=256 -len_control=0 -timeout=60 \
 	  -print_final_stats=1 -verbosity=0 corpus
 
 mutants: $(VENV)/.built  ## put single faults into the CPU sources, one by one: the tests must catch each
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/tools/mutants.py
 
 SEEDS ?= 0:200
 emulate:  ## run the CUDA kernels on the CPU against the law in float64, on random problems SEEDS=0:200; needs g++ alone
-	@$(MAKE) --no-print-directory -C tests/emulator -j$(JOBS)
+	@$(MAKE) --no-print-directory -C tests/tools/emulator -j$(JOBS)
 	build/emulator/emulate --seeds $(SEEDS)
 	build/emulator/emulate-races --seeds $(SEEDS)
 
@@ -85,7 +85,7 @@ cuda-objects:  ## compile the CUDA kernels, warnings being errors, for two gener
 	else echo "cuda-objects: no nvcc here, nothing is compiled"; fi
 
 sass: $(VENV)/.installed cuda-objects  ## check those objects' instructions: tensor cores are used, no registers spilled but those that are listed
-	@! command -v $(NVCC) >/dev/null || CUDA_OBJECTS=build/cuda-objects $(BIN)/python -m pytest tests/test_sass.py
+	@! command -v $(NVCC) >/dev/null || CUDA_OBJECTS=build/cuda-objects $(BIN)/python -m pytest tests/project/test_sass.py
 
 api: $(VENV)/.built  ## write docs/api.md from the docstrings
 	$(BIN)/python docs/api.py

@@ -1,5 +1,5 @@
 // These constants, which were measured, say how long the stretches are into which time is cut, in tokens. The emulator
-// has shorter ones (tests/emulator/common/stretches.h).
+// has shorter ones (tests/tools/emulator/common/stretches.h).
 #pragma once
 
 #include <cstdint>

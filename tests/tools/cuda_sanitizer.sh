@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs sanitizer_cases.py under compute-sanitizer's tools, on a machine with a card and the package installed:
-#   tests/cuda_sanitizer.sh [memcheck racecheck initcheck synccheck]
+#   tests/tools/cuda_sanitizer.sh [memcheck racecheck initcheck synccheck]
 # Fails on any finding. PYTHON and COMPUTE_SANITIZER name the programs where they are not on PATH.
 set -uo pipefail
 cd "$(dirname "$0")"

@@ -18,7 +18,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 import blurry_attn
 from blurry_attn import _build, _load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SERIES = ".".join(torch.__version__.split(".")[:2])
 INSTALL = "pip install --no-build-isolation"
 

@@ -1,9 +1,9 @@
 """Mutation check: single faults, put into the sources one by one, each of which the tests must catch.
 
-    python tests/mutants.py                           the CPU and the Python faults: build, test, report
-    python tests/mutants.py --cuda-build DIR          build one extension per CUDA fault; needs nvcc and no card
-    python tests/mutants.py --cuda-run DIR            test those with the installed package, where a card is
-    python tests/mutants.py --merge FILE              take over the rows of a table written elsewhere
+    python tests/tools/mutants.py                           the CPU and the Python faults: build, test, report
+    python tests/tools/mutants.py --cuda-build DIR          build one extension per CUDA fault; needs nvcc and no card
+    python tests/tools/mutants.py --cuda-run DIR            test those with the installed package, where a card is
+    python tests/tools/mutants.py --merge FILE              take over the rows of a table written elsewhere
 
 The faults and the tests that must catch them are in faults.py, the outcome is in docs/mutants.md. The exit status is 0
 if every fault was caught.
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from faults import CPU, CUDA, PYTHON, QUICK, QUICK_CUDA, Edit, Fault
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "mutants.md"
 PARTS = ("blurry_attn", "csrc", "tests", "LICENSE", "README.md", "pyproject.toml", "setup.py")
 LIMIT = 120  # seconds that a fault's tests may take
@@ -38,8 +38,9 @@ SURVIVED = "SURVIVED"
 HEAD = """\
 # Mutants
 
-Single faults in the sources and, of the tests that must catch each ([faults.py](../tests/faults.py)), the first that
-fails. Written by [mutants.py](../tests/mutants.py); [testing.md](design/testing.md) says how to run it.
+Single faults in the sources and, of the tests that must catch each ([faults.py](../tests/tools/faults.py)), the first
+that fails. [mutants.py](../tests/tools/mutants.py) writes this page; [testing.md](design/testing.md) says how it is
+run.
 
 | fault | file | caught by |
 | --- | --- | --- |
@@ -122,7 +123,7 @@ def outcome(status: int, said: str) -> str | None:
         return None
     if status < 0:
         return f"crash (signal {-status})"
-    failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+::\w+)", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(?:\w+/)?([\w.]+::\w+)", said, re.MULTILINE)
     if status != 1 or not failed:
         raise SystemExit(f"pytest ended with {status}:\n{said[-4000:]}")
     return failed[1]

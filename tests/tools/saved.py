@@ -1,7 +1,7 @@
 """Files as users of this version save them: states, a checkpoint of the language model, a model of transformers.
 
-python tests/saved.py writes them to tests/golden/saved/VERSION, once for each version, with the numbers that they give.
-Later versions must be able to load them, and give the same numbers.
+python tests/tools/saved.py writes them to tests/golden/saved/VERSION, once for each version, with the numbers that they
+give. Later versions must be able to load them, and give the same numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 import blurry_attn
 from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention
 
-FOLDER = Path(__file__).with_name("golden") / "saved"
+FOLDER = Path(__file__).parents[1] / "golden" / "saved"
 WINDOWS = {
     "pyramid": BlurryWindow.pyramid(4, (1, 3)),
     "dirichlet": BlurryWindow(4, 8, "dirichlet", phase=1),

@@ -52,7 +52,7 @@ from blurry_attn.lm.model import LanguageModel, TokenCache, state_size
 from blurry_attn.lm.parallel import Parallel
 from blurry_attn.lm.train import validate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_speed_runs_on_a_tiny_case(tmp_path: Path) -> None:

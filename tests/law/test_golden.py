@@ -12,7 +12,7 @@ from helpers import assert_accurate
 
 from blurry_attn import BlurryState, BlurryWindow, blurry_window_attention, reference
 
-CASES = sorted(Path(__file__).with_name("golden").glob("*.npz"))
+CASES = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 assert len(CASES) >= 13, "tests/golden is incomplete"
 
 

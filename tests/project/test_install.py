@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
@@ -88,7 +88,7 @@ def test_tests_run_from_the_source_distribution(archive: Path, wheel: Path, tmp_
         for name in content.namelist():
             if name.endswith((".so", "_build.py")):
                 content.extract(name, source)
-    files = ("tests/test_golden.py", "tests/test_docs.py", "tests/test_packaging.py")
+    files = ("tests/law/test_golden.py", "tests/project/test_docs.py", "tests/project/test_packaging.py")
     said = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda", *files, cwd=source)
     assert re.search(r"^\d{2,} passed", said, re.MULTILINE), said
 

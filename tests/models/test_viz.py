@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("matplotlib")
 from blurry_attn import BlurryWindow, reference, viz
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WINDOWS = {
     "sliding": BlurryWindow(8, 8),
     "fejer": BlurryWindow(8, 64),

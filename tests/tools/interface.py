@@ -1,6 +1,6 @@
 """The interface: public names with their signatures, options of the program, schemas of the operators.
 
-python tests/interface.py writes tests/golden/interface.txt. A line that changes or goes there breaks a caller.
+python tests/tools/interface.py writes tests/golden/interface.txt. A line that changes or goes there breaks a caller.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "tests" / "golden" / "interface.txt"
 SPECIAL = ("__getitem__", "__iter__", "__len__")
 

@@ -12,7 +12,7 @@ import torch
 
 from blurry_attn import _C
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "blurry_attn"
 
 
@@ -23,7 +23,7 @@ def test_the_interface_is_the_one_that_is_promised() -> None:
 
     promised, found = (set(text.splitlines()) for text in (FILE.read_text(), interface()))
     lines = [*(f"- {line}" for line in sorted(promised - found)), *(f"+ {line}" for line in sorted(found - promised))]
-    assert not lines, "\n".join(("python tests/interface.py writes what is promised from here on:", *lines))
+    assert not lines, "\n".join(("python tests/tools/interface.py writes what is promised from here on:", *lines))
 
 
 def stub() -> dict[str, ast.FunctionDef]:

@@ -29,7 +29,7 @@ from benchmarks.sweep.task import Batch
 from benchmarks.sweep.training import Adam, CaptureFailed, Member, Recipe, Trainer, judge, train
 from blurry_attn import reference
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TINY = Recall(length=24, pairs=3, vocabulary=32, batch=4, held_out=8)
 MIXERS = (

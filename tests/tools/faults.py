@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -76,47 +76,47 @@ QUICK_CUDA = [
     ),
 ]
 
-LAW = ("tests/test_law.py",)
-OPENINGS = ("tests/test_facts.py::test_opening_for_every_phase",)
-VALUES = ("tests/test_golden.py", "-k", "not reference-torch")
-LONG = ("tests/test_accuracy.py::test_float64_and_float32", "-k", "odd")  # several stretches of time
+LAW = ("tests/law/test_law.py",)
+OPENINGS = ("tests/law/test_facts.py::test_opening_for_every_phase",)
+VALUES = ("tests/law/test_golden.py", "-k", "not reference-torch")
+LONG = ("tests/operator/test_accuracy.py::test_float64_and_float32", "-k", "odd")  # several stretches of time
 LAYOUT = (
-    "tests/test_layout.py::test_strided",
-    "tests/test_layout.py::test_packed_sequences_have_the_bits_of_each_alone",
+    "tests/operator/test_layout.py::test_strided",
+    "tests/operator/test_layout.py::test_packed_sequences_have_the_bits_of_each_alone",
 )
 STATES = (
-    "tests/test_gradients.py::test_shut_slots_are_not_read_and_have_gradient_zero",
-    "tests/test_gradients.py::test_gradients_equal_the_reference",
-    "tests/test_accuracy.py::test_empty",
+    "tests/operator/test_gradients.py::test_shut_slots_are_not_read_and_have_gradient_zero",
+    "tests/operator/test_gradients.py::test_gradients_equal_the_reference",
+    "tests/operator/test_accuracy.py::test_empty",
 )
-NAN = ("tests/test_nan.py::test_nan_lives_exactly_as_long_as_the_law_says",)
-STEP = ("tests/test_step.py",)
-ERRORS = ("tests/test_errors.py",)
+NAN = ("tests/operator/test_nan.py::test_nan_lives_exactly_as_long_as_the_law_says",)
+STEP = ("tests/state/test_step.py",)
+ERRORS = ("tests/operator/test_errors.py",)
 SHARP = (
-    "tests/test_accuracy.py::test_half_gradients_of_a_sharp_softmax",
-    "tests/test_accuracy.py::test_values_that_agree_give_queries_and_keys_no_gradient",
+    "tests/operator/test_accuracy.py::test_half_gradients_of_a_sharp_softmax",
+    "tests/operator/test_accuracy.py::test_values_that_agree_give_queries_and_keys_no_gradient",
 )
-THREADS = ("tests/test_concurrency.py",)
-LOGITS = ("tests/test_accuracy.py::test_large_logits",)
-WINDOWS = ("tests/test_window.py",)
-GEOMETRY = ("tests/test_geometry.py",)
-STATE = ("tests/test_state.py",)
-DECODING = ("tests/test_decoding.py",)
-REFUSALS = ("tests/test_refusals.py",)
-MODULES = ("tests/test_modules.py",)
-ROTARY = ("tests/test_rotary.py",)
-SWAP = ("tests/test_swap.py",)
-RAGGED = ("tests/test_ragged.py",)
-EXPORT = ("tests/test_export.py",)
-OPERATORS = ("tests/test_operators.py",)
-PACKAGING = ("tests/test_packaging.py", "-k", "build and not cuda_build")
-HUB = ("tests/test_transformers.py",)
-PIECES = ("tests/test_distributed.py", "-k", "pieces or number or length or long_ago")
-DTENSORS = ("tests/test_distributed.py", "-k", "dtensor or share")
-LAYERS = ("tests/test_distributed.py", "-k", "layer_by_heads")
-FILES = ("tests/test_files.py",)
-LM = ("tests/test_lm.py",)
-REFERENCE = ("tests/test_golden.py", "-k", "reference-torch")
+THREADS = ("tests/runtime/test_concurrency.py",)
+LOGITS = ("tests/operator/test_accuracy.py::test_large_logits",)
+WINDOWS = ("tests/law/test_window.py",)
+GEOMETRY = ("tests/law/test_geometry.py",)
+STATE = ("tests/state/test_state.py",)
+DECODING = ("tests/state/test_decoding.py",)
+REFUSALS = ("tests/operator/test_refusals.py",)
+MODULES = ("tests/models/test_modules.py",)
+ROTARY = ("tests/operator/test_rotary.py",)
+SWAP = ("tests/models/test_swap.py",)
+RAGGED = ("tests/operator/test_ragged.py",)
+EXPORT = ("tests/runtime/test_export.py",)
+OPERATORS = ("tests/operator/test_operators.py",)
+PACKAGING = ("tests/project/test_packaging.py", "-k", "build and not cuda_build")
+HUB = ("tests/models/test_transformers.py",)
+PIECES = ("tests/runtime/test_distributed.py", "-k", "pieces or number or length or long_ago")
+DTENSORS = ("tests/runtime/test_distributed.py", "-k", "dtensor or share")
+LAYERS = ("tests/runtime/test_distributed.py", "-k", "layer_by_heads")
+FILES = ("tests/project/test_files.py",)
+LM = ("tests/models/test_lm.py",)
+REFERENCE = ("tests/law/test_golden.py", "-k", "reference-torch")
 
 
 def faults(where: str, *entries: tuple[str, str, str, tuple[str, ...]], whole: bool = False) -> list[Fault]:
@@ -570,24 +570,24 @@ PYTHON = [
     ),
 ]  # fmt: skip
 
-CUDA_LONG = ("tests/test_cuda.py::test_against_the_cpu_and_float64",)
-CUDA_STATES = (*STATES[:2], "tests/test_step.py::test_every_position_of_two_windows")
-CUDA_PACKED = ("tests/test_cuda.py::test_packed_over_many_stretches", STATES[1])
+CUDA_LONG = ("tests/operator/test_cuda.py::test_against_the_cpu_and_float64",)
+CUDA_STATES = (*STATES[:2], "tests/state/test_step.py::test_every_position_of_two_windows")
+CUDA_PACKED = ("tests/operator/test_cuda.py::test_packed_over_many_stretches", STATES[1])
 
-WALK = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and fresh and not wide")
-WALK_STATES = ("tests/test_cuda.py::test_window_kernels", "-k", "bfloat16 and state and not wide")
-WALK_ECHO = ("tests/test_cuda.py::test_window_kernels_with_an_echo", "-k", "bfloat16 and fresh")
-SIZES = ("tests/test_accuracy.py::test_sizes_that_change_a_thousandfold", "-k", "bfloat16 and cuda")
-WALK_NAN = ("tests/test_cuda.py::test_window_kernels_contain_what_is_not_finite",)
-QUERY_NAN = ("tests/test_nan.py::test_nan_in_a_query_leaves_shut_slots_without_gradient", "-k", "bfloat16")
-PATCHES = ("tests/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and fresh and not wide")
-PATCHES_STATES = ("tests/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and state and not wide")
-CUDA_POSITIONS = ("tests/test_cuda.py::test_graph_with_positions_out_of_range",)
-CUDA_NARROW = ("tests/test_cuda.py::test_largest_sizes",)
-CUDA_RANGE = ("tests/test_gradients.py::test_state_beyond_float16",)
+WALK = ("tests/operator/test_cuda.py::test_window_kernels", "-k", "bfloat16 and fresh and not wide")
+WALK_STATES = ("tests/operator/test_cuda.py::test_window_kernels", "-k", "bfloat16 and state and not wide")
+WALK_ECHO = ("tests/operator/test_cuda.py::test_window_kernels_with_an_echo", "-k", "bfloat16 and fresh")
+SIZES = ("tests/operator/test_accuracy.py::test_sizes_that_change_a_thousandfold", "-k", "bfloat16 and cuda")
+WALK_NAN = ("tests/operator/test_cuda.py::test_window_kernels_contain_what_is_not_finite",)
+QUERY_NAN = ("tests/operator/test_nan.py::test_nan_in_a_query_leaves_shut_slots_without_gradient", "-k", "bfloat16")
+PATCHES = ("tests/operator/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and fresh and not wide")
+PATCHES_STATES = ("tests/operator/test_cuda.py::test_patch_kernels", "-k", "bfloat16 and state and not wide")
+CUDA_POSITIONS = ("tests/operator/test_cuda.py::test_graph_with_positions_out_of_range",)
+CUDA_NARROW = ("tests/operator/test_cuda.py::test_largest_sizes",)
+CUDA_RANGE = ("tests/operator/test_gradients.py::test_state_beyond_float16",)
 CUDA_AGREE = (
-    "tests/test_cuda.py::test_half_values_that_agree_give_queries_and_keys_no_gradient",
-    "tests/test_accuracy.py::test_values_that_agree_give_queries_and_keys_no_gradient",
+    "tests/operator/test_cuda.py::test_half_values_that_agree_give_queries_and_keys_no_gradient",
+    "tests/operator/test_accuracy.py::test_values_that_agree_give_queries_and_keys_no_gradient",
 )
 
 CUDA = [

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a")
 
 FAST = {"fejer_walk", "fejer_back", "dirichlet_walk", "dirichlet_weights", "dirichlet_back"}

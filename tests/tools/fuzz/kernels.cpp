@@ -14,7 +14,7 @@
 #include <string>
 #include <thread>
 
-#include "tests/emulator/reference.h"
+#include "tests/tools/emulator/reference.h"
 
 namespace {
 
