@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/launch.cuh"
 #include "common/law.cuh"
 #include "races.h"
 #include "reference.h"
