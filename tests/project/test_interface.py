@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import blurry_attn
 from blurry_attn import _C
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "blurry_attn"
+PACKAGE = Path(blurry_attn.__file__).parent  # installed, or in the tree
 
 
 def test_the_interface_is_the_one_that_is_promised() -> None:

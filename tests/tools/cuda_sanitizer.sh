@@ -4,6 +4,7 @@
 # Fails on any finding. PYTHON and COMPUTE_SANITIZER name the programs where they are not on PATH.
 set -uo pipefail
 cd "$(dirname "$0")"
+export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/..
 python=${PYTHON:-python3} sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
 command -v "$sanitizer" >/dev/null || { echo "no $sanitizer: it comes with the CUDA toolkit" >&2; exit 2; }
 [ $# -gt 0 ] || set -- memcheck racecheck initcheck synccheck

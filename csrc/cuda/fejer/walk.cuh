@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
     fejer_walk(Problem p, Outputs outputs, Kept kept, WalkPlan plan, HeadList heads, Seams seams, uint8_t* unsound) {
   wait_for_grid_before();
   if (blockIdx.x >= plan.count * heads.count) return;  // the grid is rounded up to pairs
-  if (seams.is_again && !seams.found[blockIdx.x]) return;
+  if (!config::kSelecting && seams.is_again && !seams.found[blockIdx.x]) return;
   using storage = typename config::storage;
   using Row = Rows<config::kDim>;
   constexpr int kDim = config::kDim, kFlux = config::kFlux, kWarps = config::kWarps, kTile = config::kTile;
@@ -161,7 +161,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   const bool keeps = config::kKeepsOnly || (!config::kMore && kept.cells);
   if (threadIdx.x == 0) {
     walk = Walk(p, plan, blockIdx.x / heads.count, head);
-    marks = WalkMarks(p, walk, heads, seams, Row::kChunks, unsound);
+    if constexpr (config::kSelecting) {
+      unsound[walk.stretch * p.kv_heads + head] = 0;
+    } else {
+      marks = WalkMarks(p, walk, heads, seams, Row::kChunks, unsound);
+    }
     if (keeps) {
       cell_row = heads.cell_rows[head_index] - walk.trailing_at_begin +
                  kept.cell_row(p, walk.sequence, walk.batch, walk.sequence_row, p.laws[head]);
@@ -189,7 +193,11 @@ __global__ void __launch_bounds__(config::kThreads, config::kBlocks)
   int* const patch_cells = reinterpret_cast<int*>(shared_memory + layout.cells);
 
   const auto report = [&] {  // a number is not finite
-    if (!config::kKeepsOnly) *marks.unsound = 1;
+    if constexpr (config::kSelecting) {
+      unsound[walk.stretch * p.kv_heads + head] = 1;
+    } else if constexpr (!config::kKeepsOnly) {
+      *marks.unsound = 1;
+    }
   };
 
   // A given state goes into the ring first. Cell number c lies in row c mod ring_rows.
