@@ -385,7 +385,7 @@ void run(Bytes& bytes, double rounding) {
     outputs.state_value = end_value.memory.get();
   }
   (window ? cpu::fejer_forward<storage, compute> : cpu::scan_forward<storage, compute>)(problem, outputs, allocate,
-                                                                                         isa);
+                                                                                        isa);
   scratch.clear();
 
   auto grad_query = tensor(p.query_heads, p.key_dim, true), grad_key = tensor(p.kv_heads, p.key_dim, true),
@@ -408,7 +408,7 @@ void run(Bytes& bytes, double rounding) {
     gradients.state_value = grad_given_value.memory.get();
   }
   (window ? cpu::fejer_backward<storage, compute> : cpu::scan_backward<storage, compute>)(problem, gradients, allocate,
-                                                                                           isa);
+                                                                                          isa);
 
   const reference::Results r = reference::run(p, true);
   const double epsilon = 32 * static_cast<double>(std::numeric_limits<compute>::epsilon());
