@@ -804,7 +804,6 @@ CUDA = [
         "csrc/cuda/dirichlet",
         ("CUDA patches: delta without lse", "&& owned) delta -= lses[kPatch + g + 8 * half];", "&& owned) delta += 0;",
          PATCHES),
-        ("CUDA patches: delta by lse alone", "        delta *= inverse;\n", "", CUDA_AGREE),
         ("CUDA patches: scale dropped in backward", "walk.scale * probability * (grad - delta)",
          "probability * (grad - delta)", PATCHES),
         ("CUDA patches: stale gradient of slots", "grads[n][j / 2][2 + j % 2] *= decay;", "", PATCHES),
