@@ -98,7 +98,6 @@ struct StepArguments : Inputs, WrittenState, LawArguments {
 };
 
 struct BackendArguments : Inputs, LawArguments {
-  static constexpr const char* kOperator = "blurry_attn::backend";
   using Result = std::string;
 
   auto fields() const { return std::tuple_cat(Inputs::fields(), LawArguments::fields()); }

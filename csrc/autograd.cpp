@@ -38,31 +38,25 @@ OptionalTensor given(const at::Tensor& tensor) { return tensor.defined() ? Optio
 
 at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
 
-// KeptLaw is the law as a node of the graph keeps it: values that PyTorch's own tools can read.
+// KeptLaw is the law as a node of the graph keeps it: values that PyTorch's own tools can read, by the members' names.
 struct KeptLaw {
   int64_t slots;
   std::vector<int64_t> window, phase;
   std::string kernel;
   double sharpness;
 
-  explicit KeptLaw(const LawArguments& law)
-      : slots(law.slots),
-        window(law.window.vec()),
-        phase(law.phase.vec()),
-        kernel(law.kernel),
-        sharpness(law.sharpness) {}
   explicit KeptLaw(const ska::flat_hash_map<std::string, at::IValue>& from)
       : slots(from.at("slots").toInt()),
         window(from.at("window").toIntVector()),
         phase(from.at("phase").toIntVector()),
         kernel(from.at("kernel").toStringRef()),
         sharpness(from.at("sharpness").toDouble()) {}
-  void save(ska::flat_hash_map<std::string, at::IValue>& to) const {
-    to["slots"] = slots;
-    to["window"] = window;
-    to["phase"] = phase;
-    to["kernel"] = kernel;
-    to["sharpness"] = sharpness;
+  static void save(const LawArguments& law, ska::flat_hash_map<std::string, at::IValue>& to) {
+    to["slots"] = law.slots;
+    to["window"] = law.window.vec();
+    to["phase"] = law.phase.vec();
+    to["kernel"] = std::string(law.kernel);
+    to["sharpness"] = law.sharpness;
   }
   operator LawArguments() const { return {slots, window, phase, kernel, sharpness}; }
 };
@@ -86,7 +80,7 @@ class AttentionBackward : public torch::autograd::Function<AttentionBackward> {
     context->save_for_backward({query, key, value, or_undefined(given.cu_seqlens), or_undefined(state_key),
                                 or_undefined(state_value), or_undefined(given.position), out, lse, kept});
     context->set_materialize_grads(false);
-    KeptLaw(given).save(context->saved_data);
+    KeptLaw::save(given, context->saved_data);
     context->saved_data["scale"] = given.scale;
     if (given.return_state) {
       context->mark_non_differentiable({end_position, kept});

@@ -13,15 +13,15 @@ import importlib
 import json
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from api import wrapped
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for benchmarks, wherever this is called
 PAGES = sorted((ROOT / "docs" / "results").glob("*.md"))
-WIDTH = 120
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PARTS_OF_A_SWEEP = ("only", "slots", "seeds", "seconds")
 """Options by which a sweep is run in parts."""
@@ -111,8 +111,7 @@ def described(hardware: str | dict[str, Any]) -> str:
 def block(file: str) -> str:
     result = content(file)
     command, sentence = made_by(file, result)
-    sentence = textwrap.fill(sentence, WIDTH, break_long_words=False, break_on_hyphens=False)
-    return f"\n```sh\n{command}\n```\n\n{sentence}\n\n```text\n{table(file, result)}\n```\n\n"
+    return f"\n```sh\n{command}\n```\n\n{wrapped(sentence)}\n\n```text\n{table(file, result)}\n```\n\n"
 
 
 def page(text: str) -> str:

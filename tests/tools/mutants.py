@@ -235,9 +235,6 @@ def stored(folder: Path, name: str) -> Path:
 
 
 def build_cuda(faults: list[Fault], python: str, folder: Path) -> None:
-    def copied(quick: list[Edit], into: str) -> Copy:
-        return Copy(ROOT / "build" / into, python, [*QUICK, *quick], BLURRY_CUDA="1")
-
     folder.mkdir(parents=True, exist_ok=True)
 
     def store(copy: Copy, name: str) -> None:
@@ -246,15 +243,13 @@ def build_cuda(faults: list[Fault], python: str, folder: Path) -> None:
         shutil.copy(copy.build(), path)
         print(f"{time.perf_counter() - start:4.0f} s  {path.name}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
 
-    store(copied(QUICK_CUDA, "mutants-cuda"), UNMUTATED)
-    for whole in (False, True):
-        chosen = [fault for fault in faults if fault.whole == whole]
-        if not chosen:
-            continue
-        copy = copied([] if whole else QUICK_CUDA, "mutants-cuda-whole" if whole else "mutants-cuda")
-        for fault in chosen:
-            with copy.mutated(fault):
-                store(copy, fault.name)
+    quick = Copy(ROOT / "build" / "mutants-cuda", python, [*QUICK, *QUICK_CUDA], BLURRY_CUDA="1")
+    whole = Copy(ROOT / "build" / "mutants-cuda-whole", python, QUICK, BLURRY_CUDA="1")
+    store(quick, UNMUTATED)
+    for fault in faults:
+        copy = whole if fault.whole else quick
+        with copy.mutated(fault):
+            store(copy, fault.name)
 
 
 def run_cuda(faults: list[Fault], python: str, source: Path, table: Path) -> bool:
